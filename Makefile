@@ -1,0 +1,107 @@
+# Two commands are enough: `make demo` and `make test`. `make help` lists the others.
+# Everything is installed into .venv; nothing outside this folder is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+bin := $(abspath $(VENV))/bin
+pip := $(bin)/python -m pip --quiet --quiet --disable-pip-version-check
+say := @printf '==> %s\n'
+
+# The tools must see the installed wheel and not the folder of the same name here, so they run in an empty folder.
+outside := $(abspath build)/outside
+config := $(CURDIR)/pyproject.toml
+pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
+
+python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
+compiled_sources := $(shell find csrc -type f 2>/dev/null)
+checked := fastcascade kernels tests $(wildcard bench examples) setup.py
+
+unexport PYTHONPATH
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{ printf "%-22s %s\n", $$1, $$2 }'
+
+##### Installation: the environment, its packages, the wheel
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	$(say) "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The build tools are pinned too, which an isolated build would not respect.
+$(VENV)/.build-tools: $(VENV)/.created pyproject.toml constraints.txt
+	$(say) "installing the build tools"
+	@$(pip) install -c constraints.txt setuptools pybind11
+	@touch $@
+
+# A changed header or setup.py rebuilds everything.
+build/.clean: $(compiled_sources) setup.py pyproject.toml
+	@rm -rf build
+	@mkdir -p $(outside)
+	@touch $@
+
+# Python files are copied afresh, because a deleted module would live on in build/ and get into the wheel.
+dist/.wheel: build/.clean $(VENV)/.build-tools $(python_sources) README.md LICENSE
+	@command -v $(CXX) >/dev/null || { echo "no C++ compiler ($(CXX)); install one, or name yours: make CXX=clang++"; exit 1; }
+	$(say) "building the wheel$(if $(compiled_sources), and compiling the kernels)"
+	@rm -rf dist build/bdist* fastcascade.egg-info && find build -path '*/lib*' -name '*.py' -delete
+	@$(pip) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@touch $@
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt | dist/.wheel
+	$(say) "installing the packages that constraints.txt pins (PyTorch is large: the first time takes minutes)"
+	@$(pip) install -c constraints.txt "$$(echo dist/*.whl)[dev]"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies dist/.wheel
+	$(say) "installing $$(basename dist/*.whl)"
+	@$(pip) install --force-reinstall --no-deps dist/*.whl
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed  ## build the wheel and install it into .venv
+
+##### What to do with it
+
+.PHONY: demo
+demo: install  ## classify 2,000 images with the trained cascade, in about a minute
+	$(say) "classifying the test images of examples/cifar10"
+	@$(bin)/python examples/cifar10/demo.py
+
+.PHONY: test test-all lint typecheck test-gpu
+test: lint typecheck  ## lint, type-check, tests and doctests against the installed wheel
+	$(say) "running the tests on $$(cd $(outside) && $(bin)/python -c 'import fastcascade; print(fastcascade.__path__[0])')"
+	@$(pytest) -m "not slow" $(CURDIR)/tests
+	$(say) "running the examples in the docstrings"
+	@$(pytest) --doctest-modules --pyargs fastcascade
+
+test-all: lint typecheck  ## the same with the slow tests
+	$(say) "running all tests"
+	@$(pytest) $(CURDIR)/tests
+	@$(pytest) --doctest-modules --pyargs fastcascade
+
+lint: install  ## ruff
+	$(say) "ruff"
+	@$(bin)/ruff check $(checked)
+	@$(bin)/ruff format --check $(checked)
+
+typecheck: install  ## mypy, on the installed package
+	$(say) "mypy"
+	@cd $(outside) && $(bin)/mypy --config-file $(config) --cache-dir $(CURDIR)/.mypy_cache -p fastcascade
+
+test-gpu: install  ## the tests that need a GPU
+	@$(pytest) -m gpu $(CURDIR)/tests
+
+.PHONY: format
+format: $(VENV)/.dependencies  ## ruff's fixes and formatting
+	@$(bin)/ruff check --fix $(checked)
+	@$(bin)/ruff format $(checked)
+
+.PHONY: clean
+clean:  ## remove what make built, and .venv
+	rm -rf $(VENV) build dist demo fastcascade.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
