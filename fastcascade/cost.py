@@ -1,0 +1,92 @@
+"""Counting multiplies: a stage costs those of its convolutions, linear layers and matrix products."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["count_macs", "eval_mode"]
+
+# Operators that multiply nothing, or (normalisation, interpolation, pooling) too little to matter beside
+# the matrix products. Pointwise operators, reductions and views carry tags or schemas of their own.
+_FREE = frozenset(
+    """
+    _adaptive_avg_pool2d _log_softmax _native_batch_norm_legit_no_training _softmax _to_copy
+    _unsafe_view all amax amin any arange argmax avg_pool2d cat clone constant_pad_nd copy_
+    cudnn_batch_norm detach embedding empty empty_like fill_ full full_like gather index
+    index_select lift_fresh logsumexp max max_pool2d_with_indices mean min native_batch_norm
+    native_dropout native_group_norm native_layer_norm new_empty new_zeros ones ones_like
+    reflection_pad2d replication_pad2d roll scalar_tensor scatter slice_scatter sort stack sum topk
+    upsample_bilinear2d upsample_nearest2d zeros zeros_like
+    """.split()
+)
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Run a block with the modules in eval mode, then restore the mode of every submodule."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+class _MacCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+        self.uncounted: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2
+        elif not self._is_free(func):
+            self.uncounted.add(str(packet))
+        return out
+
+    @staticmethod
+    def _is_free(func: Any) -> bool:
+        name = func.overloadpacket.__name__
+        return func.namespace == "aten" and (
+            torch.Tag.pointwise in func.tags or func.is_view or name in _FREE or name.rstrip("_") in _FREE
+        )
+
+
+def count_macs(module: nn.Module, x: Tensor) -> tuple[Any, int]:
+    """Run a module once in eval mode and count its multiplies.
+
+    Args:
+        x: one instance, (1, …).
+
+    Returns:
+        (the module's output, multiplies per instance). An operator that cannot be counted contributes
+        nothing and warns; give ``Stage(macs=…)`` in that case.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 4, 4))[1]
+        3456
+    """
+    with eval_mode(module), torch.no_grad(), _MacCounter() as counter:
+        out = module(x)
+    if counter.uncounted:
+        warnings.warn(
+            f"{type(module).__name__} uses {', '.join(sorted(counter.uncounted))}, whose multiplies are not "
+            "counted; pass Stage(macs=...) if they matter",
+            stacklevel=2,
+        )
+    return out, counter.macs

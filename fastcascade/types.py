@@ -1,0 +1,211 @@
+"""Small value types that cross module borders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcascade.errors import InvalidArgument
+
+__all__ = [
+    "CascadeOutput",
+    "Evaluation",
+    "InputSpec",
+    "Normalize",
+    "OperatingPoint",
+    "OperatingPointLike",
+    "resolve_thresholds",
+]
+
+
+class CascadeOutput(NamedTuple):
+    """What a cascade answers for N instances, in input order.
+
+    Attributes:
+        probs: (N, C) float32, the combined probabilities at the exit where each instance stopped; NaN where
+            the instance is invalid at the last exit.
+        label: (N,) int64, the most probable class (lowest index on ties); −1 where invalid.
+        exit_stage: (N,) int64, the stage after which each instance stopped.
+        cost_macs: (N,) int64, multiplies spent: stages and selectors up to the exit.
+    """
+
+    probs: Tensor
+    label: Tensor
+    exit_stage: Tensor
+    cost_macs: Tensor
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Per-channel normalisation of uint8 images, x → (x/255 − mean)/std. Float input is left alone.
+
+    Example:
+        >>> Normalize((0.5,), (0.25,)).table()[0, [0, 255]]
+        tensor([-2.,  2.])
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
+        object.__setattr__(self, "std", tuple(float(s) for s in self.std))
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise InvalidArgument(
+                f"Normalize got mean {self.mean} and std {self.std}; "
+                "expected one mean and one positive std per channel"
+            )
+
+    def table(self) -> Tensor:
+        """(channels, 256) float32: the value of every pixel byte. Every backend reads pixels through it."""
+        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (self.mean, self.std))
+        return (torch.arange(256, dtype=torch.float32) / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the first stage reads: images of ``shape`` (C, H, W), uint8 through ``preprocess`` or float.
+
+    Example:
+        >>> spec = InputSpec((1, 2, 2), Normalize((0.5,), (0.5,)))
+        >>> spec.to_float(spec.nchw(np.full((3, 2, 2, 1), 255, np.uint8))).shape
+        torch.Size([3, 1, 2, 2])
+    """
+
+    shape: tuple[int, int, int]
+    preprocess: Normalize | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or not all(isinstance(s, int) and s > 0 for s in self.shape):
+            raise InvalidArgument(f"input_shape is {self.shape}; expected three positive integers (C, H, W)")
+        if self.preprocess is not None and len(self.preprocess.mean) != self.shape[0]:
+            raise InvalidArgument(
+                f"preprocess has {len(self.preprocess.mean)} channels, "
+                f"input_shape {self.shape} has {self.shape[0]}"
+            )
+
+    def nchw(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """Check a batch and view it as (N, C, H, W); nothing is copied.
+
+        Args:
+            x: floating (N, C, H, W) or (N, H, W, C), or uint8 images in either layout; NCHW if both fit.
+
+        Raises:
+            InvalidArgument: another dtype or shape, or uint8 images without ``preprocess``.
+        """
+        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        if not isinstance(x, Tensor):
+            raise InvalidArgument(f"got {type(x).__name__}; expected a tensor or array of images")
+        channels, height, width = self.shape
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise InvalidArgument(f"images have dtype {x.dtype}; expected uint8 or a floating dtype")
+        if x.dtype == torch.uint8 and self.preprocess is None:
+            raise InvalidArgument(
+                "got uint8 images, but the cascade has no preprocess; build it with "
+                "preprocess=fc.Normalize(mean, std) or pass normalised float images"
+            )
+        if x.ndim == 4 and tuple(x.shape[1:]) == self.shape:
+            return x
+        if x.ndim == 4 and tuple(x.shape[1:]) == (height, width, channels):
+            return x.permute(0, 3, 1, 2)
+        raise InvalidArgument(
+            f"got images of shape {tuple(x.shape)}; expected (N, {channels}, {height}, {width}) "
+            f"or (N, {height}, {width}, {channels})"
+        )
+
+    def to_float(self, x: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) → float32 through the preprocessing table; float input comes back as it is."""
+        if x.dtype != torch.uint8 or self.preprocess is None:
+            return x
+        table = self.preprocess.table().to(x.device)
+        return torch.stack([row[plane.long()] for row, plane in zip(table, x.unbind(1), strict=True)], 1)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Stop thresholds chosen on held-out data, with what was measured there.
+
+    Attributes:
+        thresholds: K−1 numbers; stop at k where the stop score is ≥ thresholds[k] (±inf allowed).
+        target: what was asked for, for example {"budget_macs": 5e6}.
+        accuracy: share of correct labels on the calibration data; None where they had no labels.
+        mean_macs: mean accumulated cost there, in MACs per instance.
+        exit_shares: share of instances stopping at each of the K exits there.
+        n: number of calibration instances.
+        risk: for max_risk targets, the share of labels there that differ from the last exit's.
+    """
+
+    name: str
+    thresholds: tuple[float, ...]
+    target: Mapping[str, Any]
+    accuracy: float | None
+    mean_macs: float
+    exit_shares: tuple[float, ...]
+    n: int
+    risk: float | None = None
+
+
+OperatingPointLike = str | OperatingPoint | Tensor | Sequence[float] | None
+"""How callers name stop thresholds: a stored name, a point, K−1 numbers, or None for the default."""
+
+
+def resolve_thresholds(
+    wanted: OperatingPointLike, stored: Mapping[str, OperatingPoint], default: Tensor | None, num_stages: int
+) -> Tensor:
+    """Turn an operating point into K−1 thresholds.
+
+    Args:
+        wanted: None means the stored point "default" if there is one, else ``default``.
+        default: (K−1,) the selector's own thresholds, None if it has none.
+
+    Returns:
+        (K−1,) float32 on the CPU.
+
+    Raises:
+        InvalidArgument: an unknown name, the wrong count, NaN, or no default.
+    """
+    if wanted is None:
+        wanted = "default" if "default" in stored else default
+        if wanted is None:
+            raise InvalidArgument(
+                "this selector has no default thresholds; run fc.calibrate, or pass operating_point=…"
+            )
+    if isinstance(wanted, str):
+        if wanted not in stored:
+            known = ", ".join(sorted(stored)) or "none stored"
+            raise InvalidArgument(f"unknown operating point {wanted!r}; known: {known}")
+        wanted = stored[wanted]
+    numbers = wanted.thresholds if isinstance(wanted, OperatingPoint) else wanted
+    thresholds = torch.as_tensor(numbers, dtype=torch.float32).detach().cpu()
+    if thresholds.shape != (num_stages - 1,) or bool(thresholds.isnan().any()):
+        raise InvalidArgument(
+            f"got thresholds {thresholds.tolist()}; expected {num_stages - 1} numbers "
+            f"(one per exit but the last; ±inf allowed, NaN not)"
+        )
+    return thresholds
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy and cost of a cascade on labelled data.
+
+    Attributes:
+        accuracy: share of correct labels; invalid instances count as wrong.
+        mean_macs: mean accumulated cost, in MACs per instance.
+        exit_shares: share of instances stopping at each exit, (K,).
+        exit_accuracy: accuracy among the instances stopping at each exit, (K,); NaN where none did.
+        n: number of instances.
+        n_invalid: number of instances with no valid answer.
+    """
+
+    accuracy: float
+    mean_macs: float
+    exit_shares: tuple[float, ...]
+    exit_accuracy: tuple[float, ...]
+    n: int
+    n_invalid: int

@@ -1,0 +1,27 @@
+"""What every test starts from: the same random numbers, one thread, and poison in uninitialised memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("fastcascade", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fastcascade")
+
+
+@pytest.fixture(autouse=True)
+def _clean_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seed, one thread, no forced backend; ``torch.empty`` and its kin hand out NaN and huge integers."""
+    monkeypatch.delenv("FASTCASCADE_BACKEND", raising=False)
+    monkeypatch.delenv("FASTCASCADE_ISA", raising=False)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # Deterministic mode is what poisons; warn_only, since some operations have no such kernel.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

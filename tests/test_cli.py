@@ -1,0 +1,267 @@
+"""The command line: data on standard output, remarks on standard error, statuses 0, 1 and 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+import fastcascade as fc
+from fastcascade import cli
+from fastcascade.backends import NAMES, load_backend
+from fastcascade.resnet import build_network
+
+COMMANDS = "train calibrate evaluate predict bench report inspect doctor download".split()
+N = 40
+
+
+class Finished(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Finished]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["fastcascade", *map(str, arguments)])
+        monkeypatch.setattr("warnings.showwarning", None)  # main sets it; pytest wants its own back
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Finished(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A saved cascade of two random networks with the operating points "default" and "never"."""
+    torch.manual_seed(3)
+    cascade = fc.Cascade(
+        [fc.Stage(build_network("resnet_cifar:8", 3), name=name) for name in ("small", "large")],
+        fc.MLPSelector(),
+        num_classes=3,
+        input_shape=(3, 8, 8),
+        preprocess=fc.Normalize((0.5,) * 3, (0.2,) * 3),
+        classes=("ant", "bee", "cat"),
+    )
+    for name, threshold in (("default", 0.0), ("never", float("inf"))):
+        cascade.operating_points[name] = fc.OperatingPoint(name, (threshold,), {}, 0.5, 1e5, (0.5, 0.5), 7)
+    cascade.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An npz file of labelled noise."""
+    rng = np.random.default_rng(5)
+    path = tmp_path / "images.npz"
+    np.savez(path, images=rng.integers(0, 256, (N, 8, 8, 3), np.uint8), labels=rng.integers(0, 3, N))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(run: Run, command: str) -> None:
+    done = run(command, "--help")
+    assert done.status == 0
+    assert f"Example: fastcascade {command}" in done.out
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    assert all(command in run("--help").out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fly"], ["predict"], ["predict", "m", "d", "--threads", "0"], ["evaluate", "m", "d", "--split", "x"]],
+)
+def test_a_malformed_command_line_ends_with_2(run: Run, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.status == 2
+    assert done.out == ""
+
+
+def test_a_library_error_is_one_message_and_status_1(run: Run, images: Path, tmp_path: Path) -> None:
+    done = run("predict", tmp_path / "nowhere", images)
+    assert done.status == 1
+    assert done.out == ""
+    assert done.err.startswith("error:")
+    assert "nowhere" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_names_from_outside_send_no_escapes(run: Run, model: Path) -> None:
+    done = run("predict", model, "no\x1b[31mthing")
+    assert done.status == 1
+    assert "no�[31mthing" in done.err
+
+
+def test_predict_to_standard_output(run: Run, model: Path, images: Path) -> None:
+    done = run("predict", model, images, "--operating-point", "never")
+    assert done.status == 0
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["id"] for row in rows] == [str(i) for i in range(N)]
+    assert {row["exit"] for row in rows} == {1}
+    expected = fc.load(model)(np.load(images)["images"], "never").label.tolist()
+    assert [row["label"] for row in rows] == expected
+    assert f"{N} images" in done.err
+    assert "0.0% / 100.0%" in done.err
+
+
+def test_predict_to_a_file_and_again(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "p.parquet"
+    done = run("predict", model, images, "-o", output, "--rows", "3:10")
+    assert (done.status, done.out) == (0, "")
+    assert parquet.read_table(output).column("id").to_pylist() == [str(i) for i in range(3, 10)]
+    refused = run("predict", model, images, "-o", output)
+    assert refused.status == 1
+    assert "exists" in refused.err
+    assert parquet.read_table(output).num_rows == 7
+    assert run("predict", model, images, "-o", output, "--overwrite").status == 0
+    assert parquet.read_table(output).num_rows == N
+
+
+def test_predict_counts_bad_images(run: Run, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"not an image")
+    done = run("predict", model, folder)
+    assert done.status == 0
+    assert [json.loads(line)["error"] is None for line in done.out.splitlines()] == [False, True]
+    assert "1 with an error" in done.err
+
+
+@pytest.mark.parametrize("rows", ["5", "9:3", "0:41", "a:b"])
+def test_bad_rows_are_refused(run: Run, model: Path, images: Path, rows: str) -> None:
+    done = run("predict", model, images, "--rows", rows)
+    assert done.status == 1
+    assert rows in done.err
+
+
+def test_evaluate_prints_every_operating_point(run: Run, model: Path, images: Path) -> None:
+    done = run("evaluate", model, images)
+    assert done.status == 0
+    loaded, data = fc.load(model), np.load(images)
+    for name in ("default", "never"):
+        result = fc.evaluate(loaded, (data["images"], data["labels"]), name)
+        (line,) = [line for line in done.out.splitlines() if f" {name} " in line]
+        assert f"{result.accuracy:.2%}" in line
+        assert f"{result.mean_macs:,.0f}" in line
+
+
+def test_evaluate_draws_the_curve(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
+    assert run("evaluate", model, images, "--curve", tmp_path / "curve.svg").status == 0
+    assert b"<svg" in (tmp_path / "curve.svg").read_bytes()
+
+
+def test_calibrate_stores_the_point(run: Run, model: Path, images: Path) -> None:
+    budget = fc.load(model).exit_macs[-1].item() * 0.7
+    done = run("calibrate", model, images, "--name", "half", "--budget-macs", budget)
+    assert done.status == 0, done.err
+    assert "half" in done.out
+    points = fc.load(model).operating_points
+    assert set(points) == {"default", "never", "half"}
+    assert points["half"].mean_macs <= budget
+
+
+def test_calibrate_that_cannot_be_met_changes_nothing(run: Run, model: Path, images: Path) -> None:
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    done = run("calibrate", model, images, "--budget-macs", 1)
+    assert done.status == 1
+    assert "cannot be met" in done.err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_inspect_shows_cascades_and_plans(run: Run, model: Path, tmp_path: Path) -> None:
+    fc.plan(fc.load(model)).save(tmp_path / "plan")
+    for directory in (model, tmp_path / "plan"):
+        done = run("inspect", directory)
+        assert done.status == 0, done.err
+        for text in ("stage 'small'", "stage 'large'", "conv 3×3 3→16", "ant, bee, cat", "never", "inf"):
+            assert text in done.out
+
+
+def test_predict_runs_a_plan(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
+    fc.plan(fc.load(model)).save(tmp_path / "plan")
+    assert run("predict", tmp_path / "plan", images).out == run("predict", model, images).out
+
+
+def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_torch(name: str) -> str:
+        if name in ("torch", "fastcascade"):
+            return "1.2.3"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli, "version", only_torch)
+    monkeypatch.setenv("FASTCASCADE_ISA", "portable")
+    done = run("doctor")
+    assert done.status == 0
+    for name in NAMES:
+        reason = load_backend(name).unavailable_reason()
+        assert any(name in line and (reason or "ready")[:20] in line for line in done.out.splitlines())
+    for package, use in cli.OPTIONAL.items():
+        assert any(package in line and "missing" in line and use in line for line in done.out.splitlines())
+    assert "FASTCASCADE_ISA=portable" in done.out
+
+
+def test_train_calibrates_and_saves(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 2
+    pixels = (labels * 200)[:, None, None, None] + rng.integers(0, 50, (96, 8, 8, 3))
+    np.savez(tmp_path / "d.npz", x_train=pixels.astype(np.uint8), y_train=labels)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        """
+        [cascade]
+        stages = ["resnet_cifar:8", "resnet_cifar:8"]
+        num_classes = 2
+        input_shape = [3, 8, 8]
+        mean = [0.5, 0.5, 0.5]
+        std = [0.2, 0.2, 0.2]
+        [splits]
+        train = [0, 64]
+        validation = [64, 80]
+        calibration = [80, 96]
+        [recipe]
+        pretrain_epochs = 1
+        joint_epochs = 1
+        batch_size = 32
+        crop_padding = 0
+        [operating_points.default]
+        budget = 1.5
+        """
+    )
+    done = run("train", config, tmp_path / "d.npz", "--out", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert "default" in done.out
+    assert "default" in fc.load(tmp_path / "run" / "model").operating_points
+
+
+@pytest.mark.slow
+def test_bench_and_report(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
+    done = run("bench", model, images, "--batch", 8, "--json")
+    assert done.status == 0, done.err
+    assert [batch["batch"] for batch in json.loads(done.out)["batches"]] == [8]
+    assert "small" in run("bench", model, images, "--batch", 8).out
+    done = run("report", model, images, "--out", tmp_path / "report", "--batch", 8)
+    assert done.status == 0, done.err
+    assert Path(done.out.strip()).read_text().startswith("<!")
