@@ -1,0 +1,162 @@
+"""Backends: each lowers a plan to a program that runs it its own way.
+
+A backend is a module of this package that is named in :data:`NAMES` and holds one object ``BACKEND`` with
+the methods of :class:`Backend`. Modules are imported when they are first asked about; an import that fails
+is an error and is not taken for an absent device, which the backend itself reports with a reason.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal, NamedTuple, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+
+from fastcascade.errors import BackendUnavailable, InvalidArgument
+from fastcascade.plan import Plan
+
+__all__ = [
+    "NAMES",
+    "Backend",
+    "ExitResults",
+    "KernelChoice",
+    "Precision",
+    "Program",
+    "StageReport",
+    "choose_backend",
+    "load_backend",
+]
+
+NAMES = ("triton", "cpu", "reference")
+"""Every backend, in the order in which "auto" tries them: the fastest first, "reference" last."""
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class ExitResults(NamedTuple):
+    """What a program writes, one row per instance in input order, on the program's device.
+
+    Attributes:
+        log_probs: (N, C) float32, combined log-probabilities at the exit; NaN rows where invalid there.
+        label: (N,) int64, −1 where invalid.
+        exit_stage: (N,) int64.
+    """
+
+    log_probs: Tensor
+    label: Tensor
+    exit_stage: Tensor
+
+
+class KernelChoice(NamedTuple):
+    """One line of a program's description: an operation and the kernel that runs it.
+
+    Example:
+        >>> KernelChoice("conv 3×3 16→16 on 32×32 + relu", "conv3x3_winograd_f32")._fields
+        ('operation', 'kernel')
+    """
+
+    operation: str
+    kernel: str
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """How a program runs one stage.
+
+    Attributes:
+        opaque_reason: why the stage runs through torch; None where it runs as operations.
+        kernels: one line per operation, the exit head included.
+        isa: instruction set or device architecture, "torch" where torch does the work.
+        weight_bytes: constant data of the stage as the program holds it.
+        arena_bytes: scratch memory for activations, per thread; 0 where the allocator is torch's.
+    """
+
+    name: str
+    opaque_reason: str | None
+    kernels: tuple[KernelChoice, ...]
+    isa: str
+    weight_bytes: int
+    arena_bytes: int
+
+
+class Program(Protocol):
+    """A lowered plan. Safe to call from several threads at once."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``run`` expects images and leaves results."""
+
+    def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
+        """Classify a batch.
+
+        Args:
+            x: (N, C, H, W) uint8 or float32 of the plan's input shape, N ≥ 1, any strides, on ``device``,
+                not requiring grad: the caller has checked all that.
+            thresholds: (K−1,) float32, contiguous, on the CPU, ±inf allowed, no NaN.
+        """
+
+    def describe(self) -> list[StageReport]:
+        """One report per stage, in order."""
+
+
+class Backend(Protocol):
+    """A way to run plans."""
+
+    @property
+    def name(self) -> str:
+        """The backend's entry in :data:`NAMES`."""
+
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run here at all (no device, no compiled kernels); None if it can."""
+
+    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
+        """Why this backend, though available, cannot run this plan so; None if it can."""
+
+    def lower(
+        self, plan: Plan, *, precision: Precision, device: torch.device, threads: int | None
+    ) -> Program:
+        """Lower a plan for which both reasons are None; ``threads`` None means torch's own number."""
+
+
+def load_backend(name: str) -> Backend:
+    """Import one backend.
+
+    Raises:
+        InvalidArgument: a name that is not in :data:`NAMES`.
+
+    Example:
+        >>> load_backend("reference").unavailable_reason() is None
+        True
+    """
+    if name not in NAMES:
+        raise InvalidArgument(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(NAMES)}")
+    return cast(Backend, import_module(f"{__name__}.{name}").BACKEND)
+
+
+def choose_backend(name: str, plan: Plan, *, precision: Precision, device: torch.device) -> Backend:
+    """The backend to lower with.
+
+    Args:
+        name: one of :data:`NAMES`, or "auto" for the environment's FASTCASCADE_BACKEND and, without that,
+            the first backend that has no reason against it. A named backend is never replaced by another.
+
+    Raises:
+        InvalidArgument: unknown backend or precision.
+        BackendUnavailable: the named backend, or every backend under "auto", has a reason; it is quoted.
+    """
+    if precision not in get_args(Precision):
+        raise InvalidArgument(f"unknown precision {precision!r}; expected one of {get_args(Precision)}")
+    name = os.environ.get("FASTCASCADE_BACKEND", "auto") if name == "auto" else name
+    reasons = []
+    for candidate in NAMES if name == "auto" else (name,):
+        backend = load_backend(candidate)
+        reason = backend.unavailable_reason() or backend.unsupported_reason(
+            plan, precision=precision, device=device
+        )
+        if reason is None:
+            return backend
+        reasons.append(f"backend {candidate!r} cannot run this plan at {precision} on {device}: {reason}")
+    raise BackendUnavailable("; ".join(reasons))

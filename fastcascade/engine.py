@@ -1,0 +1,224 @@
+"""The engine: a cascade compiled to a program, behind the cascade's own call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from io import StringIO
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastcascade import lower
+from fastcascade.backends import ExitResults, Precision, StageReport, choose_backend
+from fastcascade.cascade import Cascade
+from fastcascade.errors import FastCascadeError, InvalidArgument
+from fastcascade.plan import Plan
+from fastcascade.types import CascadeOutput, OperatingPointLike
+
+__all__ = ["CompiledCascade", "compile"]
+
+Output = Literal["cascade", "log_probs"]
+
+
+class Settings(NamedTuple):
+    """What :func:`compile` was asked for."""
+
+    backend: str
+    precision: Precision
+    device: torch.device
+    threads: int | None
+    output: Output
+
+
+def compile(
+    cascade: Cascade | Plan,
+    backend: str = "auto",
+    precision: Precision = "fp32",
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    output: Output = "cascade",
+) -> CompiledCascade:
+    """Compile a cascade, or a plan, for fast inference: a drop-in replacement for its forward pass.
+
+    Args:
+        cascade: a :class:`fastcascade.Cascade`, left unchanged, or a plan from :func:`fastcascade.load_plan`.
+        backend: "auto" for the fastest that can run it, or a name, which is never replaced by another.
+            The environment's FASTCASCADE_BACKEND stands in for "auto".
+        precision: of the stages' arithmetic; the exit decision is always fp32.
+        device: where images arrive and answers appear; the cascade's own by default, the CPU for a plan.
+        threads: CPU threads; torch's number by default.
+        output: "cascade" answers a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
+
+    Raises:
+        InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
+        BackendUnavailable: the backend cannot run here, or not this plan; the reason is quoted.
+
+    Example:
+        >>> import fastcascade as fc
+        >>> from fastcascade.resnet import resnet_cifar
+        >>> cascade = fc.Cascade([resnet_cifar(8), resnet_cifar(14)], fc.MLPSelector(), 10, (3, 32, 32))
+        >>> fast = compile(cascade, backend="reference")
+        >>> fast(torch.randn(4, 3, 32, 32)).probs.shape
+        torch.Size([4, 10])
+    """
+    if not isinstance(cascade, Cascade | Plan):
+        raise InvalidArgument(f"got {type(cascade).__name__}; expected a Cascade or a Plan")
+    if output not in get_args(Output):
+        raise InvalidArgument(f"unknown output {output!r}; expected one of {get_args(Output)}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InvalidArgument(f"threads is {threads!r}; expected a number from 1, or None for torch's")
+    if device is None:
+        device = cascade.device if isinstance(cascade, Cascade) else "cpu"
+    settings = Settings(backend, precision, _full_device(device), threads, output)
+    if isinstance(cascade, Plan):
+        return CompiledCascade(cascade, settings)
+    return CompiledCascade(lower.plan(cascade), settings, source=cascade)
+
+
+def _full_device(device: torch.device | str) -> torch.device:
+    """A device with its index, as tensors report it: "cuda" → cuda:0."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgument(f"unknown device {device!r}: {str(error).splitlines()[0]}") from error
+    try:
+        return torch.empty(0, device=wanted).device
+    except (AssertionError, RuntimeError):
+        return wanted  # torch cannot use it here; the backend says so
+
+
+class CompiledCascade(nn.Module):
+    """A program with the cascade's call and answers. It has no parameters and no gradients.
+
+    Operating points are those that the cascade had when it was compiled; :meth:`recompile` fetches new ones.
+
+    Attributes:
+        plan: what was compiled.
+        backend: name of the backend that runs it.
+        program: what that backend made of the plan.
+    """
+
+    def __init__(self, plan: Plan, settings: Settings, source: Cascade | None = None) -> None:
+        super().__init__()
+        # A closure, because a module held as an attribute would lend this one its weights and its mode.
+        self._lower_again: Callable[[], Plan] | None = None if source is None else partial(lower.plan, source)
+        self._settings = settings
+        self._build(plan)
+
+    def _build(self, plan: Plan) -> None:
+        name, precision, device, threads, _ = self._settings
+        backend = choose_backend(name, plan, precision=precision, device=device)
+        self.program = backend.lower(plan, precision=precision, device=device, threads=threads)
+        self._exit_macs = plan.exit_macs.to(device)
+        self.plan = plan
+        self.backend = backend.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where images must be, and answers appear."""
+        return self.program.device
+
+    def forward(
+        self, x: Tensor | np.ndarray[Any, Any], operating_point: OperatingPointLike = None
+    ) -> CascadeOutput | Tensor:
+        """Classify a batch.
+
+        Args:
+            x: (N, C, H, W) float, or uint8 images in NCHW or NHWC; any strides; N may be 0. Floats other
+                than float32 are converted.
+            operating_point: the name of a stored one, an :class:`fastcascade.OperatingPoint`, or K−1
+                thresholds; None means the one named "default" if stored, else the selector's default.
+
+        Returns:
+            a :class:`fastcascade.CascadeOutput` in input order, or log-probabilities (N, C) float32 for
+            ``output="log_probs"``.
+
+        Raises:
+            InvalidArgument: wrong shape, dtype, device or operating point, or an input that requires grad.
+        """
+        thresholds = self.plan.thresholds(operating_point)
+        images = self._images(x)
+        results = self.program.run(images, thresholds) if len(images) else self._no_results()
+        if self._settings.output == "log_probs":
+            return results.log_probs
+        cost = self._exit_macs[results.exit_stage]
+        return CascadeOutput(results.log_probs.exp(), results.label, results.exit_stage, cost)
+
+    def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """(N, C, H, W) uint8 or float32 on the program's device: everything that programs rely on."""
+        images = self.plan.input.nchw(x)
+        if images.requires_grad and torch.is_grad_enabled():
+            raise InvalidArgument(
+                "the images require grad, but a compiled cascade has no gradients; "
+                "differentiate the cascade itself (cascade.all_exits), or call this under torch.no_grad()"
+            )
+        if images.device != self.device:
+            raise InvalidArgument(
+                f"images are on {images.device}, the compiled cascade runs on {self.device}; "
+                "move the images, or compile with device=…"
+            )
+        if images.layout != torch.strided:
+            raise InvalidArgument(f"images have layout {images.layout}; expected a dense tensor")
+        return images.detach() if images.dtype == torch.uint8 else images.detach().float()
+
+    def _no_results(self) -> ExitResults:
+        return ExitResults(
+            torch.empty(0, self.plan.num_classes, device=self.device),
+            torch.empty(0, dtype=torch.int64, device=self.device),
+            torch.empty(0, dtype=torch.int64, device=self.device),
+        )
+
+    def recompile(self) -> None:
+        """Lower the cascade again, after its weights or operating points changed.
+
+        Raises:
+            InvalidArgument: this was compiled from a plan.
+        """
+        if self._lower_again is None:
+            raise InvalidArgument("compiled from a plan, which does not change; call fc.compile on a new one")
+        self._build(self._lower_again())
+
+    def describe(self) -> str:
+        """How each stage runs: operations, or why it is opaque; kernels, ISA, weights, scratch memory."""
+        _, precision, device, threads, _ = self._settings
+        head = (
+            f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
+        )
+        return "\n".join([head, *(_stage_text(report) for report in self.program.describe())])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledCascade:
+        """A program of its own over the same plan, which never changes."""
+        clone = CompiledCascade(self.plan, self._settings)
+        clone._lower_again = self._lower_again
+        memo[id(self)] = clone
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise FastCascadeError(
+            "a compiled cascade cannot be pickled; save its plan (compiled.plan.save(directory)) and run "
+            "fc.compile(fc.load_plan(directory)) where it is needed"
+        )
+
+    def extra_repr(self) -> str:
+        stages = ", ".join(repr(stage.name) for stage in self.plan.stages)
+        return f"backend={self.backend!r}, precision={self._settings.precision!r}, stages=[{stages}]"
+
+
+def _stage_text(report: StageReport) -> str:
+    """A heading and, below it, one row per different operation, with how often it occurs."""
+    form = f"opaque: {report.opaque_reason}" if report.opaque_reason else f"{len(report.kernels)} operations"
+    table = Table("×", "operation", "kernel", box=None, pad_edge=False)
+    for choice, count in Counter(report.kernels).items():
+        table.add_row(str(count), choice.operation, choice.kernel)
+    text = StringIO()
+    console = Console(file=text, width=110, color_system=None, markup=False, highlight=False, emoji=False)
+    console.print(table)
+    sizes = f"weights {report.weight_bytes / 1024:,.1f} KiB, scratch {report.arena_bytes / 1024:,.1f} KiB"
+    heading = f"\nstage {report.name!r}: {form}; {report.isa}; {sizes}"
+    return "\n".join([heading, *(line.rstrip() for line in text.getvalue().splitlines())])
