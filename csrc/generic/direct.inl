@@ -1,0 +1,102 @@
+// Direct convolution of any kernel, stride, dilation and grouping; also 1×1 convolutions and linear layers.
+
+// Where R neighbouring output pixels read and write.
+struct PixelRows {
+  const float* in[kTileRows];
+  int64_t out[kTileRows];  // offset of the pixel's first channel in the output
+};
+
+FC_INLINE V finish(V sum, const Epilogue& e, int64_t offset, V bias) {
+  V y = add(sum, bias);
+  const V low = broadcast(e.low), high = broadcast(e.high);
+  if (!e.residual) return clamp(y, low, high);
+  const V residual = load(e.residual + offset);
+  return e.residual_after_clamp ? add(clamp(y, low, high), residual) : clamp(add(y, residual), low, high);
+}
+
+template <int R, int B, size_t... I>
+FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
+                          int64_t channel, std::index_sequence<I...>) {
+  (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes,
+         finish(acc.v[I], c.epilogue, pixels.out[I / B] + channel + (I % B) * kLanes,
+                load(c.epilogue.bias + channel + (I % B) * kLanes))),
+   ...);
+}
+
+template <size_t... I>
+FC_INLINE void offset_rows(const float* (&rows)[sizeof...(I)], const float* const* origins, int64_t offset,
+                           std::index_sequence<I...>) {
+  ((rows[I] = origins[I] + offset), ...);
+}
+
+template <int R, int B>
+FC_KERNEL void direct_tile(const DirectConv& c, const PixelRows& pixels, int64_t in_channel, int64_t channel,
+                           const float* weights) {
+  Accumulators<R, B> acc;
+  clear<R, B>(acc, std::make_index_sequence<R * B>());
+  for (int64_t t = 0; t < c.taps; ++t) {
+    const float* rows[R];
+    offset_rows(rows, pixels.in, c.tap_offsets[t] + in_channel, std::make_index_sequence<R>());
+    weights = accumulate<R, B>(acc, rows, c.depth, weights);
+  }
+  store_tile<R, B>(c, acc, pixels, channel, std::make_index_sequence<R * B>());
+}
+
+using DirectTile = void (*)(const DirectConv&, const PixelRows&, int64_t, int64_t, const float*);
+
+template <int B, size_t... R>
+inline DirectTile direct_tile_of(int64_t rows, std::index_sequence<R...>) {
+  static constexpr DirectTile table[] = {direct_tile<R + 1, B>...};
+  return table[rows - 1];
+}
+
+inline DirectTile direct_tile_of(int64_t rows, int64_t blocks) {
+  constexpr std::make_index_sequence<kTileRows> counts;
+  return blocks == kPair ? direct_tile_of<kPair>(rows, counts) : direct_tile_of<1>(rows, counts);
+}
+
+// Steps through output pixels in order: instances, rows, columns.
+struct PixelCursor {
+  const DirectConv& c;
+  int64_t x, y, pixel;
+  const float* row_origin;    // of (y, 0)
+  const float* image_origin;  // of (0, 0)
+
+  PixelCursor(const DirectConv& conv, int64_t first) : c(conv), pixel(first) {
+    const int64_t per_image = c.height * c.width;
+    const int64_t image = first / per_image, rest = first % per_image;
+    y = rest / c.width;
+    x = rest % c.width;
+    image_origin = c.input + image * c.image_step;
+    row_origin = image_origin + y * c.row_step;
+  }
+
+  void take(PixelRows& pixels, int64_t r) {
+    pixels.in[r] = row_origin + x * c.pixel_step;
+    pixels.out[r] = pixel++ * c.pitch;
+    if (++x < c.width) return;
+    x = 0;
+    row_origin += c.row_step;
+    if (++y < c.height) return;
+    y = 0;
+    image_origin += c.image_step;
+    row_origin = image_origin;
+  }
+};
+
+static void conv_direct_f32(const DirectConv& c, Range pixels, Range blocks) {
+  int64_t width;  // blocks of this pass
+  for (int64_t block = blocks.begin; block < blocks.end; block += width) {
+    const int64_t group = block / c.blocks_per_group;
+    const int64_t left = std::min(blocks.end, (group + 1) * c.blocks_per_group) - block;
+    width = left >= kPair ? kPair : 1;
+    const float* weights = c.weights + block * kLanes * c.taps * c.depth;
+    PixelCursor cursor(c, pixels.begin);
+    for (int64_t p = pixels.begin; p < pixels.end; p += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, pixels.end - p);
+      PixelRows tile;
+      for (int64_t r = 0; r < rows; ++r) cursor.take(tile, r);
+      direct_tile_of(rows, width)(c, tile, group * c.group_channels, block * kLanes, weights);
+    }
+  }
+}

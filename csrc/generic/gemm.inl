@@ -1,0 +1,43 @@
+// The product kernel under every convolution: R rows of input times a panel of weights, B vectors wide.
+// Accumulators must stay in registers: every index below is a compile-time constant by way of an index
+// sequence, because GCC spills arrays that it only unrolls late.
+
+template <int R, int B>
+struct Accumulators {
+  V v[R * B];
+};
+
+template <int R, int B, size_t... I>
+FC_INLINE void clear(Accumulators<R, B>& acc, std::index_sequence<I...>) {
+  ((acc.v[I] = zero()), ...);
+}
+
+template <int R, int B, size_t... I>
+FC_INLINE void multiply_add(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t i, const V (&w)[B],
+                            std::index_sequence<I...>) {
+  ((acc.v[I] = fma(broadcast(rows[I / B][i]), w[I % B], acc.v[I])), ...);
+}
+
+template <int B, size_t... I>
+FC_INLINE void load_weights(V (&w)[B], const float* weights, std::index_sequence<I...>) {
+  ((w[I] = load(weights + I * kLanes)), ...);
+}
+
+// acc[r][b] += Σ_i rows[r][i] · weights[i][b]
+template <int R, int B>
+FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t depth,
+                                  const float* weights) {
+  FC_UNROLL(4)
+  for (int64_t i = 0; i < depth; ++i, weights += B * kLanes) {
+    V w[B];
+    load_weights<B>(w, weights, std::make_index_sequence<B>());
+    multiply_add<R, B>(acc, rows, i, w, std::make_index_sequence<R * B>());
+  }
+  return weights;
+}
+
+template <size_t... I>
+FC_INLINE void spread_rows(const float* (&rows)[sizeof...(I)], const float* first, int64_t step,
+                           std::index_sequence<I...>) {
+  ((rows[I] = first + static_cast<int64_t>(I) * step), ...);
+}

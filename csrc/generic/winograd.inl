@@ -1,0 +1,203 @@
+// Winograd F(4×4, 3×3) in fp32, blocked: a few tiles are transformed, multiplied and transformed back while
+// they stay in the nearest caches. Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
+//
+// A tile is 4×4 outputs and the 6×6 inputs around them. Scratch holds 37 slots of [tile][channel]. The
+// transformed input fills slots 1…36; product k overwrites slot k, which held input k−1 and is spent.
+
+struct Six {
+  V v0, v1, v2, v3, v4, v5;
+};
+struct Four {
+  V v0, v1, v2, v3;
+};
+
+// Bᵀ d for one line of six.
+FC_INLINE Six input_transform(const Six& d) {
+  const V minus4 = broadcast(-4.f), minus5 = broadcast(-5.f), plus4 = broadcast(4.f);
+  const V even = fma(minus4, d.v2, d.v4), odd = fma(minus4, d.v1, d.v3);
+  const V even2 = sub(d.v4, d.v2), half = sub(d.v3, d.v1), odd2 = add(half, half);
+  return {fma(plus4, d.v0, fma(minus5, d.v2, d.v4)),
+          add(even, odd),
+          sub(even, odd),
+          add(even2, odd2),
+          sub(even2, odd2),
+          fma(plus4, d.v1, fma(minus5, d.v3, d.v5))};
+}
+
+// Aᵀ m for one line of six.
+FC_INLINE Four output_transform(const Six& m) {
+  const V a = add(m.v1, m.v2), b = sub(m.v1, m.v2), c = add(m.v3, m.v4), d = sub(m.v3, m.v4);
+  return {add(add(m.v0, a), c), fma(broadcast(2.f), d, b), fma(broadcast(4.f), c, a),
+          add(fma(broadcast(8.f), d, b), m.v5)};
+}
+
+FC_INLINE Six load_six(const float* p, int64_t step) {
+  return {load(p), load(p + step), load(p + 2 * step), load(p + 3 * step), load(p + 4 * step), load(p + 5 * step)};
+}
+
+FC_INLINE void store_six(float* p, int64_t step, const Six& s) {
+  store(p, s.v0);
+  store(p + step, s.v1);
+  store(p + 2 * step, s.v2);
+  store(p + 3 * step, s.v3);
+  store(p + 4 * step, s.v4);
+  store(p + 5 * step, s.v5);
+}
+
+constexpr int64_t kRun = 8;  // tiles beside each other that share their overlapping columns
+
+// A run of tiles beside each other in one image.
+struct TileRun {
+  int64_t image, y, x;  // first output pixel
+  int64_t count;
+};
+
+FC_INLINE TileRun tile_run(const Winograd& c, int64_t tile, int64_t limit) {
+  const int64_t across = (c.width + 3) / 4, per_image = across * ((c.height + 3) / 4);
+  const int64_t rest = tile % per_image, column = rest % across;
+  return {tile / per_image, rest / across * 4, column * 4, std::min({limit, across - column, kRun})};
+}
+
+// Transforms one vector of channels of a run into v[k * slot + tile * in_pitch].
+FC_KERNEL void transform_input_run(const Winograd& c, const TileRun& run, int64_t channel, float* v, int64_t slot) {
+  alignas(64) float columns[(4 * kRun + 2) * 6 * kLanes];  // first transform, down the rows
+  const float* image = c.input + run.image * c.in_height * c.in_width * c.in_pitch + channel;
+  const int64_t top = run.y - c.pad_top, left = run.x - c.pad_left;
+  const float* rows[6];
+  for (int64_t i = 0; i < 6; ++i) {
+    const bool inside = top + i >= 0 && top + i < c.in_height;
+    rows[i] = inside ? image + (top + i) * c.in_width * c.in_pitch : c.zeros;
+  }
+  for (int64_t j = 0; j < 4 * run.count + 2; ++j) {
+    float* column = columns + j * 6 * kLanes;
+    const int64_t x = left + j, at = x * c.in_pitch;
+    if (x < 0 || x >= c.in_width) {
+      for (int64_t i = 0; i < 6; ++i) store(column + i * kLanes, zero());
+    } else {
+      store_six(column, kLanes,
+                input_transform({load(rows[0] + at), load(rows[1] + at), load(rows[2] + at), load(rows[3] + at),
+                                 load(rows[4] + at), load(rows[5] + at)}));
+    }
+  }
+  for (int64_t t = 0; t < run.count; ++t) {
+    const float* tile = columns + 4 * t * 6 * kLanes;
+    for (int64_t i = 0; i < 6; ++i)
+      store_six(v + i * 6 * slot + t * c.in_pitch, slot, input_transform(load_six(tile + i * kLanes, 6 * kLanes)));
+  }
+}
+
+static void transform_input(const Winograd& c, int64_t first, int64_t count, float* v, int64_t slot) {
+  for (int64_t t = 0; t < count;) {
+    const TileRun run = tile_run(c, first + t, count - t);
+    for (int64_t channel = 0; channel < c.in_pitch; channel += kLanes)
+      transform_input_run(c, run, channel, v + t * c.in_pitch + channel, slot);
+    t += run.count;
+  }
+}
+
+template <int R, int B, size_t... I>
+FC_INLINE void store_products(const Accumulators<R, B>& acc, float* m, int64_t pitch, std::index_sequence<I...>) {
+  (store(m + (I / B) * pitch + (I % B) * kLanes, acc.v[I]), ...);
+}
+
+// m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B vectors of channels.
+template <int R, int B>
+FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
+                                int64_t pitch) {
+  Accumulators<R, B> acc;
+  clear<R, B>(acc, std::make_index_sequence<R * B>());
+  const float* rows[R];
+  spread_rows(rows, v, in_pitch, std::make_index_sequence<R>());
+  accumulate<R, B>(acc, rows, depth, u);
+  store_products<R, B>(acc, m, pitch, std::make_index_sequence<R * B>());
+}
+
+using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t);
+
+template <int B, size_t... R>
+inline WinogradProduct winograd_product_of(int64_t rows, std::index_sequence<R...>) {
+  static constexpr WinogradProduct table[] = {winograd_product<R + 1, B>...};
+  return table[rows - 1];
+}
+
+static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
+  constexpr std::make_index_sequence<kTileRows> counts;
+  const int64_t plane = c.channels * c.pitch;
+  for (int64_t k = 0; k < 36; ++k) {
+    const float* v = c.scratch + (k + 1) * slot;
+    float* m = c.scratch + k * slot;
+    int64_t width;
+    for (int64_t block = blocks.begin; block < blocks.end; block += width) {
+      width = blocks.end - block >= kPair ? kPair : 1;
+      const float* u = c.weights + k * plane + block * kLanes * c.channels;
+      for (int64_t r = 0; r < tiles; r += kTileRows) {
+        const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
+        const auto product =
+            width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
+        product(v + r * c.in_pitch, c.in_pitch, c.channels, u, m + r * c.pitch + block * kLanes, c.pitch);
+      }
+    }
+  }
+}
+
+FC_INLINE void finish_row(const Epilogue& e, const Four& row, float* out, int64_t offset, int64_t pitch, V bias) {
+  store(out + offset, finish(row.v0, e, offset, bias));
+  store(out + offset + pitch, finish(row.v1, e, offset + pitch, bias));
+  store(out + offset + 2 * pitch, finish(row.v2, e, offset + 2 * pitch, bias));
+  store(out + offset + 3 * pitch, finish(row.v3, e, offset + 3 * pitch, bias));
+}
+
+// The same where the tile hangs over the right edge.
+FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, int64_t offset, int64_t pitch,
+                                V bias, int64_t columns) {
+  const V values[4] = {row.v0, row.v1, row.v2, row.v3};
+  for (int64_t x = 0; x < columns; ++x)
+    store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
+}
+
+// Transforms one vector of channels of one tile back and finishes its 4×4 outputs.
+FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t slot, int64_t offset, int64_t rows,
+                                     int64_t columns, const float* bias_at) {
+  const V bias = load(bias_at);
+  const int64_t line = 6 * slot;
+  const Four y0 = output_transform(load_six(m, line)), y1 = output_transform(load_six(m + slot, line)),
+             y2 = output_transform(load_six(m + 2 * slot, line)), y3 = output_transform(load_six(m + 3 * slot, line)),
+             y4 = output_transform(load_six(m + 4 * slot, line)), y5 = output_transform(load_six(m + 5 * slot, line));
+  const Four out[4] = {output_transform({y0.v0, y1.v0, y2.v0, y3.v0, y4.v0, y5.v0}),
+                       output_transform({y0.v1, y1.v1, y2.v1, y3.v1, y4.v1, y5.v1}),
+                       output_transform({y0.v2, y1.v2, y2.v2, y3.v2, y4.v2, y5.v2}),
+                       output_transform({y0.v3, y1.v3, y2.v3, y3.v3, y4.v3, y5.v3})};
+  const int64_t next = c.width * c.pitch;
+  if (rows == 4 && columns == 4) {
+    finish_row(c.epilogue, out[0], c.output, offset, c.pitch, bias);
+    finish_row(c.epilogue, out[1], c.output, offset + next, c.pitch, bias);
+    finish_row(c.epilogue, out[2], c.output, offset + 2 * next, c.pitch, bias);
+    finish_row(c.epilogue, out[3], c.output, offset + 3 * next, c.pitch, bias);
+    return;
+  }
+  for (int64_t y = 0; y < rows; ++y)
+    finish_short_row(c.epilogue, out[y], c.output, offset + y * next, c.pitch, bias, columns);
+}
+
+static void transform_output(const Winograd& c, int64_t first, int64_t count, Range blocks, int64_t slot) {
+  for (int64_t t = 0; t < count; ++t) {
+    const TileRun at = tile_run(c, first + t, 1);
+    const int64_t pixel = (at.image * c.height + at.y) * c.width + at.x;
+    const int64_t rows = std::min<int64_t>(4, c.height - at.y), columns = std::min<int64_t>(4, c.width - at.x);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const int64_t channel = block * kLanes;
+      transform_output_tile(c, c.scratch + t * c.pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
+                            c.epilogue.bias + channel);
+    }
+  }
+}
+
+static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range blocks) {
+  const int64_t slot = winograd_slot(c.tiles_at_once, c.in_pitch, c.pitch);
+  for (int64_t first = tiles.begin; first < tiles.end; first += c.tiles_at_once) {
+    const int64_t count = std::min(c.tiles_at_once, tiles.end - first);
+    transform_input(c, first, count, c.scratch + slot, slot);
+    multiply_slots(c, count, blocks, slot);
+    transform_output(c, first, count, blocks, slot);
+  }
+}

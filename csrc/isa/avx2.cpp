@@ -1,0 +1,47 @@
+// Kernels for x86-64 with AVX2 and FMA: eight lanes, sixteen registers.
+#include "region.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace fastcascade {
+namespace avx2 {
+
+using V = __m256;
+constexpr int kLanes = 8, kTileRows = 6, kPair = 2;
+
+FC_INLINE V zero() { return _mm256_setzero_ps(); }
+FC_INLINE V broadcast(float x) { return _mm256_set1_ps(x); }
+FC_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+FC_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+FC_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+FC_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+FC_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+FC_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+// Both instructions return their second operand where either is NaN, so x stays where it is NaN.
+FC_INLINE V clamp(V x, V low, V high) { return _mm256_min_ps(high, _mm256_max_ps(low, x)); }
+FC_INLINE V maximum(V a, V b) {
+  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+
+#include "../generic/all.inl"
+
+}  // namespace avx2
+
+const KernelTable avx2_kernels = avx2::make_table("avx2");
+
+}  // namespace fastcascade
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

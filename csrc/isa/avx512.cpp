@@ -1,0 +1,50 @@
+// Kernels for x86-64 with AVX-512 F: sixteen lanes, thirty-two registers.
+#include "region.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx2,fma,prefer-vector-width=512")
+// GCC 12 takes the undefined pass-through operand inside its own intrinsics for a mistake of the caller.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace fastcascade {
+namespace avx512 {
+
+using V = __m512;
+constexpr int kLanes = 16, kTileRows = 8, kPair = 2;
+
+FC_INLINE V zero() { return _mm512_setzero_ps(); }
+FC_INLINE V broadcast(float x) { return _mm512_set1_ps(x); }
+FC_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+FC_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+FC_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+FC_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+FC_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+FC_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+// Both instructions return their second operand where either is NaN, so x stays where it is NaN.
+FC_INLINE V clamp(V x, V low, V high) { return _mm512_min_ps(high, _mm512_max_ps(low, x)); }
+FC_INLINE V maximum(V a, V b) {
+  return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+
+#include "../generic/all.inl"
+
+}  // namespace avx512
+
+const KernelTable avx512_kernels = avx512::make_table("avx512");
+
+}  // namespace fastcascade
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

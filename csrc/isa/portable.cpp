@@ -1,0 +1,35 @@
+// Kernels for any CPU: four lanes through the compiler's vector extension, which is SSE2 or NEON.
+#include "region.h"
+
+namespace fastcascade {
+namespace portable {
+
+typedef float V __attribute__((vector_size(16)));
+constexpr int kLanes = 4, kTileRows = 6, kPair = 2;
+
+FC_INLINE V zero() { return V{0.f, 0.f, 0.f, 0.f}; }
+FC_INLINE V broadcast(float x) { return V{x, x, x, x}; }
+FC_INLINE V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+FC_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+FC_INLINE V add(V a, V b) { return a + b; }
+FC_INLINE V sub(V a, V b) { return a - b; }
+FC_INLINE V mul(V a, V b) { return a * b; }
+FC_INLINE V fma(V a, V b, V c) { return a * b + c; }
+// Comparisons with NaN are false, so x stays where it is NaN.
+FC_INLINE V clamp(V x, V low, V high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+FC_INLINE V maximum(V a, V b) { return (a != a) | (a > b) ? a : b; }
+
+#include "../generic/all.inl"
+
+}  // namespace portable
+
+const KernelTable portable_kernels = portable::make_table("portable");
+
+}  // namespace fastcascade

@@ -1,0 +1,283 @@
+// The Python face of the CPU engine, and the only file that knows Python: it checks every argument and turns
+// dictionaries into plain specifications. Whatever it or the files below refuse arrives as ValueError.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+#include <optional>
+#include <stdexcept>
+
+#include "executor.h"
+
+namespace py = pybind11;
+
+namespace fastcascade {
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style>;
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+template <class T>
+T get(const py::dict& d, const char* key) {
+  if (!d.contains(key)) fail(std::string("field '") + key + "' is missing");
+  try {
+    return d[key].cast<T>();
+  } catch (const py::cast_error&) {
+    fail(std::string("field '") + key + "' is " + py::repr(d[key]).cast<std::string>().substr(0, 80) +
+         ", which has the wrong type, length or range");
+  }
+}
+
+// A field that must be a contiguous float32 array; its shape is written to `shape` where given.
+std::vector<float> get_floats(const py::dict& d, const char* key, std::vector<int64_t>* shape = nullptr) {
+  if (!d.contains(key) || !FloatArray::check_(d[key]))
+    fail(std::string("field '") + key + "' must be a contiguous float32 array");
+  const auto array = d[key].cast<FloatArray>();
+  if (shape) shape->assign(array.shape(), array.shape() + array.ndim());
+  return {array.data(), array.data() + array.size()};
+}
+
+template <size_t N>
+void check_axes(const std::vector<int64_t>& shape, std::array<int64_t, 4>& out, const char* what) {
+  if (shape.size() != N)
+    fail(std::string(what) + " weight has " + std::to_string(shape.size()) + " axes, expected " + std::to_string(N));
+  std::copy(shape.begin(), shape.end(), out.begin());
+}
+
+void set_activation(OpSpec& op, const std::string& kind) {
+  if (kind != "none" && kind != "relu" && kind != "relu6")
+    fail("unknown activation '" + kind + "'; expected none, relu or relu6");
+  if (kind != "none") op.low = 0.f;
+  if (kind == "relu6") op.high = 6.f;
+}
+
+void read_conv2d(OpSpec& op, const py::dict& d) {
+  std::vector<int64_t> shape;
+  op.weight = get_floats(d, "weight", &shape);
+  check_axes<4>(shape, op.weight_shape, "conv2d");
+  op.bias = get_floats(d, "bias");
+  op.kernel = {shape[2], shape[3]};
+  op.stride = get<std::array<int64_t, 2>>(d, "stride");
+  op.padding = get<std::array<int64_t, 4>>(d, "padding");
+  op.dilation = get<std::array<int64_t, 2>>(d, "dilation");
+  op.groups = get<int64_t>(d, "groups");
+  op.residual = get<std::optional<int64_t>>(d, "residual").value_or(-1);
+}
+
+void read_pool(OpSpec& op, const py::dict& d) {
+  const auto kind = get<std::string>(d, "kind");
+  if (kind != "max" && kind != "average") fail("unknown pool '" + kind + "'; expected max or average");
+  op.is_max = kind == "max";
+  op.kernel = get<std::array<int64_t, 2>>(d, "kernel");
+  op.stride = get<std::array<int64_t, 2>>(d, "stride");
+  op.padding = get<std::array<int64_t, 4>>(d, "padding");
+  op.ceil_mode = get<bool>(d, "ceil_mode");
+  op.include_padding = get<bool>(d, "include_padding");
+}
+
+void read_linear(OpSpec& op, const py::dict& d) {
+  std::vector<int64_t> shape;
+  op.weight = get_floats(d, "weight", &shape);
+  check_axes<2>(shape, op.weight_shape, "linear");
+  op.weight_shape[2] = op.weight_shape[3] = 1;
+  op.bias = get_floats(d, "bias");
+}
+
+OpSpec read_op(const py::dict& d) {
+  static const std::map<std::string, OpKind> kinds = {
+      {"Conv2d", OpKind::conv2d},         {"Pool", OpKind::pool},   {"Linear", OpKind::linear},
+      {"Add", OpKind::add},               {"Slice", OpKind::slice}, {"Activation", OpKind::activation},
+      {"ScaleShift", OpKind::scale_shift}, {"Pad", OpKind::pad},     {"Concat", OpKind::concat},
+      {"Flatten", OpKind::flatten}};
+  const auto name = get<std::string>(d, "op");
+  const auto found = kinds.find(name);
+  if (found == kinds.end()) fail("unknown operation '" + name.substr(0, 80) + "'");
+  OpSpec op;
+  op.kind = found->second;
+  op.output = get<int64_t>(d, "output");
+  op.inputs = get<std::vector<int64_t>>(d, "inputs");
+  set_activation(op, d.contains("activation") ? get<std::string>(d, "activation") : "none");
+  switch (op.kind) {
+    case OpKind::conv2d: read_conv2d(op, d); break;
+    case OpKind::pool: read_pool(op, d); break;
+    case OpKind::linear: read_linear(op, d); break;
+    case OpKind::scale_shift:
+      op.weight = get_floats(d, "scale");
+      op.bias = get_floats(d, "shift");
+      break;
+    case OpKind::slice:
+      op.start = get<std::array<int64_t, 3>>(d, "start");
+      op.stop = get<std::array<int64_t, 3>>(d, "stop");
+      op.step = get<std::array<int64_t, 3>>(d, "step");
+      break;
+    case OpKind::pad:
+      op.before = get<std::array<int64_t, 3>>(d, "before");
+      op.after = get<std::array<int64_t, 3>>(d, "after");
+      op.value = get<float>(d, "value");
+      break;
+    default: break;
+  }
+  return op;
+}
+
+StageSpec read_stage(const py::dict& d) {
+  StageSpec stage;
+  stage.name = get<std::string>(d, "name");
+  const auto input = get<std::string>(d, "input");
+  if (input != "image" && input != "previous") fail("unknown input '" + input + "'; expected image or previous");
+  stage.reads_previous = input == "previous";
+  const auto shape = get<std::array<int64_t, 3>>(d, "shape");
+  stage.input = {shape[0], shape[1], shape[2]};
+  stage.features = get<int64_t>(d, "features");
+  stage.logits = get<int64_t>(d, "logits");
+  stage.keeps_features = get<bool>(d, "keeps_features");
+  for (const py::handle& op : get<py::list>(d, "ops")) stage.ops.push_back(read_op(op.cast<py::dict>()));
+  return stage;
+}
+
+Selector read_selector(const py::handle& item) {
+  Selector s;
+  if (item.is_none()) return s;
+  const auto d = item.cast<py::dict>();
+  static const std::map<std::string, Score> scores = {
+      {"stats", Score::mlp_stats},   {"topk", Score::mlp_topk}, {"probs", Score::mlp_probs},
+      {"max_prob", Score::max_prob}, {"margin", Score::margin}, {"entropy", Score::entropy}};
+  const auto kind = get<std::string>(d, "score");
+  const auto found = scores.find(kind);
+  if (found == scores.end()) fail("unknown selector '" + kind.substr(0, 80) + "'");
+  s.score = found->second;
+  if (!d.contains("w1")) return s;
+  s.mean = get_floats(d, "mean");
+  s.std = get_floats(d, "std");
+  s.w1 = get_floats(d, "w1");
+  s.b1 = get_floats(d, "b1");
+  s.w2 = get_floats(d, "w2");
+  s.b2 = get<float>(d, "b2");
+  s.features = static_cast<int64_t>(s.mean.size());
+  s.hidden = static_cast<int64_t>(s.b1.size());
+  return s;
+}
+
+class Cascade {
+ public:
+  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, bool combine_mean, int threads,
+          const std::string& isa, const std::string& kernel) {
+    if (classes < 1 || classes > (int64_t{1} << 20)) fail("classes is " + std::to_string(classes));
+    CascadeSpec spec;
+    for (const py::handle& stage : stages) spec.stages.push_back(read_stage(stage.cast<py::dict>()));
+    for (const py::handle& selector : selectors) spec.selectors.push_back(read_selector(selector));
+    spec.classes = classes;
+    spec.combine_mean = combine_mean;
+    spec.threads = threads;
+    spec.isa = isa;
+    spec.forced_kernel = kernel;
+    py::gil_scoped_release release;
+    executor_ = std::make_unique<Executor>(spec);
+  }
+
+  py::tuple run(const py::array& images, const std::optional<FloatArray>& table, const FloatArray& thresholds) const {
+    const Images input = check_images(images, 0, table);
+    if (thresholds.ndim() != 1 || thresholds.size() + 1 != static_cast<int64_t>(executor_->networks().size()))
+      fail("thresholds have " + std::to_string(thresholds.size()) + " numbers, expected one for every stage but "
+           "the last: " + std::to_string(executor_->networks().size() - 1));
+    for (int64_t i = 0; i < thresholds.size(); ++i)
+      if (std::isnan(thresholds.data()[i])) fail("a threshold is NaN; expected numbers or infinity");
+    FloatArray log_probs({input.count, executor_->classes()});
+    py::array_t<int64_t> label(input.count), exit_stage(input.count);
+    const Results results{log_probs.mutable_data(), label.mutable_data(), exit_stage.mutable_data()};
+    {
+      py::gil_scoped_release release;
+      executor_->run(input, thresholds.data(), results);
+    }
+    return py::make_tuple(log_probs, label, exit_stage);
+  }
+
+  py::tuple run_stage(int64_t stage, const py::array& rows, const std::optional<FloatArray>& table) const {
+    if (stage < 0 || stage >= static_cast<int64_t>(executor_->networks().size()))
+      fail("stage " + std::to_string(stage) + " does not exist");
+    const Images input = check_images(rows, static_cast<size_t>(stage), table);
+    FloatArray logits({input.count, executor_->classes()});
+    const Shape shape = executor_->features_shape(stage);
+    FloatArray features({input.count, shape.c, shape.h, shape.w});
+    float* features_out = shape.c ? features.mutable_data() : nullptr;
+    float* logits_out = logits.mutable_data();
+    {
+      py::gil_scoped_release release;
+      executor_->run_stage(stage, input, logits_out, features_out);
+    }
+    return py::make_tuple(logits, shape.c ? py::object(features) : py::none());
+  }
+
+  py::list describe() const {
+    py::list stages;
+    for (const Network& net : executor_->networks()) {
+      py::list kernels;
+      for (const Step& step : net.steps) kernels.append(py::make_tuple(step.operation, step.kernel));
+      py::dict stage;
+      stage["isa"] = executor_->kernels().isa;
+      stage["kernels"] = kernels;
+      stage["weight_bytes"] = net.weight_bytes;
+      stage["arena_bytes"] = (net.arena_floats + net.scratch_floats) * 4;
+      stage["tile"] = net.tile;
+      stages.append(stage);
+    }
+    return stages;
+  }
+
+  int64_t memory_bytes() const { return executor_->memory_bytes(); }
+
+ private:
+  std::unique_ptr<Executor> executor_;
+
+  Images check_images(const py::array& images, size_t stage, const std::optional<FloatArray>& table) const {
+    const Network& net = executor_->networks()[stage];
+    const Shape& shape = net.values[0].shape;
+    if (images.ndim() != 4 || images.shape(1) != shape.c || images.shape(2) != shape.h || images.shape(3) != shape.w)
+      fail("expected an array of shape (N, " + std::to_string(shape.c) + ", " + std::to_string(shape.h) + ", " +
+           std::to_string(shape.w) + "), got " + py::str(images.attr("shape")).cast<std::string>());
+    const bool bytes = py::isinstance<py::array_t<uint8_t>>(images);
+    if (!bytes && !py::isinstance<py::array_t<float>>(images))
+      fail("expected float32 or uint8, got " + py::str(images.dtype()).cast<std::string>());
+    if (bytes && (!table || table->ndim() != 2 || table->shape(0) != shape.c || table->shape(1) != 256))
+      fail("uint8 images need a table of shape (" + std::to_string(shape.c) + ", 256)");
+    Images input{images.data(), bytes, bytes ? table->data() : nullptr, images.shape(0), {}};
+    for (int axis = 0; axis < 4; ++axis) {
+      if (images.strides(axis) % images.itemsize()) fail("strides are not whole elements");
+      input.strides[axis] = images.strides(axis) / images.itemsize();
+    }
+    return input;
+  }
+};
+
+// (name, why it cannot run here or None), best first.
+py::list instruction_sets() {
+  py::list list;
+  for (const Isa& isa : isas()) {
+    const bool here = isa.table && isa.supported();
+    list.append(py::make_tuple(isa.name, here ? py::object(py::none())
+                                              : py::object(py::str(std::string("it needs ") + isa.needs))));
+  }
+  return list;
+}
+
+}  // namespace
+}  // namespace fastcascade
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastcascade;
+  m.doc() = "The CPU engine. Use it through fastcascade.backends.cpu.";
+  m.def("instruction_sets", &instruction_sets);
+  m.def("chosen_isa", [](const std::string& name) { return choose_isa(name).isa; }, py::arg("name") = "");
+  py::class_<Cascade>(m, "Cascade")
+      .def(py::init<const py::list&, const py::list&, int64_t, bool, int, const std::string&, const std::string&>(),
+           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(), py::arg("combine_mean") = false,
+           py::arg("threads") = 1, py::arg("isa") = "", py::arg("kernel") = "")
+      .def("run", &Cascade::run, py::arg("images"), py::arg("table"), py::arg("thresholds").noconvert())
+      .def("run_stage", &Cascade::run_stage, py::arg("stage"), py::arg("rows"), py::arg("table") = py::none())
+      .def("describe", &Cascade::describe)
+      .def("memory_bytes", &Cascade::memory_bytes);
+}

@@ -1,0 +1,83 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fastcascade {
+namespace {
+
+// Calls put(channel, offset) for every output channel of a group: where its weight goes in a panel of `depth`
+// rows that is laid out as block pairs.
+template <class Put>
+void for_each_lane(int64_t channels, int64_t depth, const KernelTable& kernels, Put put) {
+  const int64_t lanes = kernels.lanes, blocks = (channels + lanes - 1) / lanes;
+  for (int64_t first = 0; first < blocks;) {
+    const int64_t width = blocks - first >= kernels.pair ? kernels.pair : 1;
+    const int64_t end = std::min((first + width) * lanes, channels);
+    for (int64_t channel = first * lanes; channel < end; ++channel)
+      put(channel, first * lanes * depth + (channel - first * lanes), width * lanes);
+    first += width;
+  }
+}
+
+}  // namespace
+
+DenseWeights merge_groups(const OpSpec& op, int64_t lanes) {
+  const auto& w = op.weight_shape;
+  const int64_t per_group = w[0] / op.groups;
+  if (op.groups == 1) return {op.weight, 1, w[0], w[1], w[2], w[3]};
+  // The fewest neighbours whose outputs fill whole vectors; all of them where no such number divides.
+  int64_t merged = lanes / std::gcd(lanes, per_group);
+  if (op.groups % merged) merged = op.groups;
+  const int64_t in = w[1] * merged, area = w[2] * w[3];
+  DenseWeights dense{std::vector<float>(w[0] * in * area), op.groups / merged, w[0], in, w[2], w[3]};
+  for (int64_t o = 0; o < w[0]; ++o) {
+    const int64_t place = o / per_group % merged;
+    std::copy_n(&op.weight[o * w[1] * area], w[1] * area, &dense.weight[(o * in + place * w[1]) * area]);
+  }
+  return dense;
+}
+
+Buffer pack_direct(const DenseWeights& d, const KernelTable& kernels) {
+  const int64_t per_group = d.out / d.groups, rows = d.kh * d.kw * d.in;
+  Buffer packed(d.groups * round_up(per_group, kernels.lanes) * rows);
+  for (int64_t g = 0; g < d.groups; ++g) {
+    float* panel = packed.data() + g * per_group * rows;
+    for_each_lane(per_group, rows, kernels, [&](int64_t channel, int64_t at, int64_t step) {
+      const float* weight = &d.weight[(g * per_group + channel) * rows];
+      for (int64_t tap = 0; tap < d.kh * d.kw; ++tap)
+        for (int64_t i = 0; i < d.in; ++i) panel[at + (tap * d.in + i) * step] = weight[i * d.kh * d.kw + tap];
+    });
+  }
+  return packed;
+}
+
+Buffer pack_winograd(const DenseWeights& d, const KernelTable& kernels) {
+  static const double g[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
+                                 {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
+  const int64_t plane = d.in * round_up(d.out, kernels.lanes);
+  Buffer packed(36 * plane);
+  for_each_lane(d.out, d.in, kernels, [&](int64_t channel, int64_t at, int64_t step) {
+    for (int64_t i = 0; i < d.in; ++i) {
+      const float* w = &d.weight[(channel * d.in + i) * 9];
+      for (int r = 0; r < 6; ++r)
+        for (int c = 0; c < 6; ++c) {
+          double sum = 0;
+          for (int y = 0; y < 3; ++y)
+            for (int x = 0; x < 3; ++x) sum += g[r][y] * w[y * 3 + x] * g[c][x];
+          packed.data()[(r * 6 + c) * plane + at + i * step] = static_cast<float>(sum);
+        }
+    }
+  });
+  return packed;
+}
+
+Buffer pack_depthwise(const OpSpec& op, int64_t pitch) {
+  const int64_t area = op.kernel[0] * op.kernel[1];
+  Buffer packed(area * pitch);
+  for (int64_t c = 0; c < op.weight_shape[0]; ++c)
+    for (int64_t tap = 0; tap < area; ++tap) packed.data()[tap * pitch + c] = op.weight[c * area + tap];
+  return packed;
+}
+
+}  // namespace fastcascade

@@ -1,0 +1,30 @@
+// Weights rearranged for the kernels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "network.h"
+
+namespace fastcascade {
+
+// A convolution's weights as a dense convolution in `groups` groups, (out, in / groups, kh, kw), where each
+// group's outputs fill whole vectors: neighbouring groups are merged, with zeros between them.
+struct DenseWeights {
+  std::vector<float> weight;
+  int64_t groups, out, in, kh, kw;  // `in` per group
+};
+DenseWeights merge_groups(const OpSpec& op, int64_t lanes);
+
+// [block pair][tap][depth][pair's lanes]. The order is (ky, kx, channel), whether a tap is a pixel or a row of them.
+Buffer pack_direct(const DenseWeights& dense, const KernelTable& kernels);
+
+// [36][block pair][in][pair's lanes]: G w Gᵀ, computed in double.
+Buffer pack_winograd(const DenseWeights& dense, const KernelTable& kernels);
+
+// [tap][channels rounded up]
+Buffer pack_depthwise(const OpSpec& op, int64_t pitch);
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+}  // namespace fastcascade

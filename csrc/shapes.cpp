@@ -1,0 +1,183 @@
+#include "shapes.h"
+
+#include <stdexcept>
+
+namespace fastcascade {
+namespace {
+
+// Larger than any real network's, small enough that no product of the sizes below overflows 64 bits.
+constexpr int64_t kMaxSide = int64_t{1} << 16, kMaxChannels = int64_t{1} << 20, kMaxFloats = int64_t{1} << 31;
+constexpr size_t kMaxOps = 100000, kMaxInputs = 64;
+
+[[noreturn]] void fail(const std::string& where, const std::string& what) {
+  throw std::invalid_argument(where + ": " + what);
+}
+
+void check_range(const std::string& where, const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high)
+    fail(where, std::string(name) + " is " + std::to_string(value) + ", expected " + std::to_string(low) + " to " +
+                    std::to_string(high));
+}
+
+void check_shape(const std::string& where, const Shape& s) {
+  check_range(where, "channels", s.c, 1, kMaxChannels);
+  check_range(where, "height", s.h, 1, kMaxSide);
+  check_range(where, "width", s.w, 1, kMaxSide);
+  if (s.c * s.h * s.w > kMaxFloats) fail(where, "value " + s.text() + " is too large");
+}
+
+void check_count(const std::string& where, const char* name, size_t got, int64_t expected) {
+  if (static_cast<int64_t>(got) != expected)
+    fail(where, std::string(name) + " has " + std::to_string(got) + " numbers, expected " + std::to_string(expected));
+}
+
+void check_same(const std::string& where, const Shape& a, const Shape& b) {
+  if (!(a == b)) fail(where, "adds a value of shape " + b.text() + " to one of shape " + a.text());
+}
+
+void check_windows(const std::string& where, const OpSpec& op) {
+  for (int axis = 0; axis < 2; ++axis) {
+    check_range(where, "kernel", op.kernel[axis], 1, kMaxSide);
+    check_range(where, "stride", op.stride[axis], 1, kMaxSide);
+    check_range(where, "dilation", op.dilation[axis], 1, kMaxSide);
+  }
+  for (int64_t p : op.padding) check_range(where, "padding", p, 0, kMaxSide);
+}
+
+int64_t windows(const std::string& where, int64_t size, int64_t before, int64_t after, int64_t extent, int64_t stride,
+                bool ceil_mode) {
+  const int64_t room = size + before + after - extent;
+  if (room < 0)
+    fail(where, "a window of " + std::to_string(extent) + " does not fit a padded size of " +
+                    std::to_string(room + extent));
+  int64_t count = room / stride + 1;
+  // A window that ceil_mode adds must start inside the image or its leading padding.
+  if (ceil_mode && room % stride && count * stride < size + before) ++count;
+  return count;
+}
+
+Shape conv_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  check_windows(where, op);
+  const auto& w = op.weight_shape;
+  check_range(where, "output channels", w[0], 1, kMaxChannels);
+  check_range(where, "groups", op.groups, 1, in.c);
+  if (in.c % op.groups || w[0] % op.groups || w[1] != in.c / op.groups || w[2] != op.kernel[0] ||
+      w[3] != op.kernel[1])
+    fail(where, "weights of shape (" + std::to_string(w[0]) + ", " + std::to_string(w[1]) + ", " +
+                    std::to_string(w[2]) + ", " + std::to_string(w[3]) + ") do not fit an input of " + in.text() +
+                    " in " + std::to_string(op.groups) + " groups");
+  if (w[1] * w[2] * w[3] > kMaxFloats / w[0]) fail(where, "the weights are too large");
+  check_count(where, "weight", op.weight.size(), w[0] * w[1] * w[2] * w[3]);
+  check_count(where, "bias", op.bias.size(), w[0]);
+  const int64_t tall = (op.kernel[0] - 1) * op.dilation[0] + 1, wide = (op.kernel[1] - 1) * op.dilation[1] + 1;
+  return {w[0], windows(where, in.h, op.padding[0], op.padding[1], tall, op.stride[0], false),
+          windows(where, in.w, op.padding[2], op.padding[3], wide, op.stride[1], false)};
+}
+
+Shape pool_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  check_windows(where, op);
+  for (int axis = 0; axis < 2; ++axis)
+    if (2 * std::max(op.padding[2 * axis], op.padding[2 * axis + 1]) > op.kernel[axis])
+      fail(where, "padding is more than half of the window");
+  return {in.c, windows(where, in.h, op.padding[0], op.padding[1], op.kernel[0], op.stride[0], op.ceil_mode),
+          windows(where, in.w, op.padding[2], op.padding[3], op.kernel[1], op.stride[1], op.ceil_mode)};
+}
+
+Shape linear_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  const auto& w = op.weight_shape;
+  if (in.h != 1 || in.w != 1 || w[1] != in.c)
+    fail(where, "a linear layer of " + std::to_string(w[1]) + " inputs reads a value of shape " + in.text());
+  check_range(where, "outputs", w[0], 1, kMaxChannels);
+  if (w[0] > kMaxFloats / in.c) fail(where, "the weights are too large");
+  check_count(where, "weight", op.weight.size(), w[0] * in.c);
+  check_count(where, "bias", op.bias.size(), w[0]);
+  return {w[0], 1, 1};
+}
+
+Shape slice_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  const int64_t sizes[3] = {in.c, in.h, in.w};
+  int64_t out[3];
+  for (int axis = 0; axis < 3; ++axis) {
+    check_range(where, "slice start", op.start[axis], 0, sizes[axis] - 1);
+    check_range(where, "slice stop", op.stop[axis], op.start[axis] + 1, sizes[axis]);
+    check_range(where, "slice step", op.step[axis], 1, kMaxChannels);
+    out[axis] = (op.stop[axis] - op.start[axis] + op.step[axis] - 1) / op.step[axis];
+  }
+  return {out[0], out[1], out[2]};
+}
+
+Shape pad_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  for (int axis = 0; axis < 3; ++axis) {
+    check_range(where, "padding", op.before[axis], 0, kMaxChannels);
+    check_range(where, "padding", op.after[axis], 0, kMaxChannels);
+  }
+  return {in.c + op.before[0] + op.after[0], in.h + op.before[1] + op.after[1], in.w + op.before[2] + op.after[2]};
+}
+
+Shape concat_shape(const std::string& where, const OpSpec& op, const std::vector<Shape>& shapes) {
+  Shape out = shapes[op.inputs[0]];
+  for (size_t i = 1; i < op.inputs.size(); ++i) {
+    const Shape& next = shapes[op.inputs[i]];
+    if (next.h != out.h || next.w != out.w)
+      fail(where, "joins values of shapes " + out.text() + " and " + next.text());
+    out.c += next.c;
+    check_range(where, "channels", out.c, 1, kMaxChannels);
+  }
+  return out;
+}
+
+Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>& shapes) {
+  const Shape& in = shapes[op.inputs[0]];
+  switch (op.kind) {
+    case OpKind::conv2d: return conv_shape(where, op, in);
+    case OpKind::pool: return pool_shape(where, op, in);
+    case OpKind::linear: return linear_shape(where, op, in);
+    case OpKind::add: check_same(where, in, shapes[op.inputs[1]]); return in;
+    case OpKind::activation: return in;
+    case OpKind::scale_shift:
+      check_count(where, "scale", op.weight.size(), in.c);
+      check_count(where, "shift", op.bias.size(), in.c);
+      return in;
+    case OpKind::slice: return slice_shape(where, op, in);
+    case OpKind::pad: return pad_shape(where, op, in);
+    case OpKind::concat: return concat_shape(where, op, shapes);
+    case OpKind::flatten: return {in.c * in.h * in.w, 1, 1};
+  }
+  fail(where, "unknown operation");
+}
+
+}  // namespace
+
+std::vector<Shape> infer_shapes(const StageSpec& spec) {
+  const std::string stage = "stage '" + spec.name + "'";
+  if (spec.ops.size() > kMaxOps) fail(stage, "has too many operations");
+  check_shape(stage, spec.input);
+  const int64_t count = static_cast<int64_t>(spec.ops.size()) + 1;
+  std::vector<Shape> shapes(count);
+  std::vector<bool> known(count, false);
+  shapes[0] = spec.input;
+  known[0] = true;
+  for (size_t i = 0; i < spec.ops.size(); ++i) {
+    const OpSpec& op = spec.ops[i];
+    const std::string where = stage + ", operation " + std::to_string(i);
+    const size_t arity = op.kind == OpKind::add ? 2 : 1;
+    if (op.inputs.size() < arity || op.inputs.size() > kMaxInputs || (op.kind != OpKind::concat && op.inputs.size() != arity))
+      fail(where, "has " + std::to_string(op.inputs.size()) + " inputs");
+    std::vector<int64_t> reads = op.inputs;
+    if (op.residual >= 0) reads.push_back(op.residual);
+    for (int64_t v : reads)
+      if (v < 0 || v >= count || !known[v])
+        fail(where, "reads value " + std::to_string(v) + " before it is written");
+    if (op.output < 1 || op.output >= count || known[op.output])
+      fail(where, "writes value " + std::to_string(op.output) + ", which is taken or out of range");
+    shapes[op.output] = infer(where, op, shapes);
+    check_shape(where, shapes[op.output]);
+    if (op.residual >= 0) check_same(where, shapes[op.output], shapes[op.residual]);
+    known[op.output] = true;
+  }
+  for (int64_t v : {spec.features, spec.logits})
+    if (v < 0 || v >= count || !known[v]) fail(stage, "ends in value " + std::to_string(v) + ", which is not written");
+  return shapes;
+}
+
+}  // namespace fastcascade

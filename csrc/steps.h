@@ -1,0 +1,28 @@
+// Running one step of a network on a sub-tile of instances.
+#pragma once
+
+#include "network.h"
+
+namespace fastcascade {
+
+// One thread's part of a step that several threads run together.
+struct Share {
+  int64_t rank = 0, size = 1;
+};
+
+// Where a stage's input comes from: images of the batch, or the features of the stage before.
+struct Source {
+  const void* images = nullptr;
+  bool bytes = false;          // uint8 through `table`, else float32
+  const float* table = nullptr;  // [channels][256]
+  int64_t strides[4] = {};     // of (N, C, H, W), in elements
+  const float* features = nullptr;  // rows of features_floats
+  int64_t feature_floats = 0;
+  const int64_t* rows = nullptr;  // which images or feature rows, one per instance
+};
+
+// Runs a step for `instances` instances starting at `first` of the tile.
+void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch,
+              int64_t first, int64_t instances, Share share);
+
+}  // namespace fastcascade

@@ -1,0 +1,138 @@
+#include "threads.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fastcascade {
+namespace {
+
+constexpr int kSpins = 2000;  // a helper stays awake for some 50 µs after work, then sleeps
+
+struct Job {
+  const std::function<void(int)>* work;
+  int wanted;       // helpers still welcome
+  int next_rank = 1;
+  int running = 0;  // helpers inside work
+};
+
+class HelperPool {
+ public:
+  const pid_t owner = getpid();
+
+  void run(int threads, const std::function<void(int)>& work) {
+    Job job{&work, threads - 1};
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      jobs_.push_back(&job);
+      pending_.fetch_add(1);
+      while (idle_ + starting_ < job.wanted) start_helper();
+    }
+    wake_.notify_all();
+    std::exception_ptr error;
+    try {
+      work(0);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    withdraw(&job);
+    done_.wait(lock, [&] { return job.running == 0; });
+    lock.unlock();
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<Job*> jobs_;        // with helpers wanted
+  std::atomic<int> pending_{0};   // jobs_.size(), for spinning helpers
+  int idle_ = 0, starting_ = 0;
+
+  void start_helper() {
+    ++starting_;
+    std::thread([this] { help(); }).detach();
+  }
+
+  void withdraw(Job* job) {
+    const auto at = std::find(jobs_.begin(), jobs_.end(), job);
+    if (at == jobs_.end()) return;
+    jobs_.erase(at);
+    pending_.fetch_sub(1);
+  }
+
+  [[noreturn]] void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    --starting_;
+    for (;;) {
+      ++idle_;
+      if (jobs_.empty()) {
+        lock.unlock();
+        Backoff backoff;
+        while (pending_.load() == 0 && backoff.count() < kSpins) backoff.pause();
+        lock.lock();
+      }
+      wake_.wait(lock, [&] { return !jobs_.empty(); });
+      --idle_;
+      Job* job = jobs_.front();
+      const int rank = job->next_rank++;
+      ++job->running;
+      if (--job->wanted == 0) withdraw(job);
+      lock.unlock();
+      (*job->work)(rank);
+      lock.lock();
+      if (--job->running == 0) done_.notify_all();
+    }
+  }
+};
+
+// The pool of this process. A child after fork has none of its parent's threads, and their locks may be held
+// for ever, so it starts with a pool of its own and never touches the old one. Pools are never destroyed:
+// helpers may still be asleep in them when the process ends.
+HelperPool& pool() {
+  static std::atomic<HelperPool*> current{nullptr};
+  HelperPool* found = current.load();
+  if (found && found->owner == getpid()) return *found;
+  auto* fresh = new HelperPool;
+  if (current.compare_exchange_strong(found, fresh)) return *fresh;
+  delete fresh;
+  return *found;
+}
+
+}  // namespace
+
+void run_on_helpers(int threads, const std::function<void(int)>& work) {
+  if (threads <= 1) return work(0);
+  pool().run(threads, work);
+}
+
+void Backoff::pause() {
+  ++count_;
+  if (count_ % 64 == 0)
+    std::this_thread::yield();
+  else
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
+void Barrier::wait() {
+  if (size_ == 1) return;
+  const uint32_t round = round_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  Backoff backoff;
+  while (round_.load(std::memory_order_acquire) == round) backoff.pause();
+}
+
+}  // namespace fastcascade

@@ -1,0 +1,217 @@
+"""The CPU backend: a plan on the compiled engine, depth-first, in fp32.
+
+A plan whose stages and selectors are all known to the engine runs in one call of it. Where a stage is
+opaque, or a selector is a module of the user's, the program goes stage by stage over the active rows: known
+stages through the engine, the others through torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastcascade.backends import ExitResults, KernelChoice, Precision, StageReport
+from fastcascade.backends.reference import ReferenceProgram
+from fastcascade.errors import BackendUnavailable
+from fastcascade.plan import Activation, Conv2d, Op, Plan, SelectorPlan, StagePlan
+
+__all__ = ["BACKEND", "CpuProgram", "stage_spec"]
+
+
+def _engine() -> ModuleType:
+    from fastcascade import _C
+
+    return _C
+
+
+def _op(op: Op) -> dict[str, Any]:
+    """One operation as the engine reads it: its class, its fields, its weights as arrays."""
+    fields: dict[str, Any] = {n: v for n, v in vars(op).items() if n not in ("input", "other", "inputs")}
+    fields |= {name: value.numpy() for name, value in op.tensors.items()}
+    fields["inputs"] = op.reads[:1] if isinstance(op, Conv2d) else op.reads
+    fields["op"] = type(op).__name__
+    if isinstance(op, Activation):
+        fields["activation"] = fields.pop("kind")
+    return fields
+
+
+def stage_spec(stage: StagePlan, keeps_features: bool) -> dict[str, Any]:
+    """A stage as the engine reads it; ``keeps_features`` where the next stage reads its features."""
+    return {
+        "name": stage.name,
+        "input": stage.input,
+        "keeps_features": keeps_features,
+        "shape": _map_shape(stage.shapes[0]),
+        "ops": [_op(op) for op in stage.ops],
+        "features": stage.features,
+        "logits": stage.logits,
+    }
+
+
+def _feeds_next(plan: Plan, k: int) -> bool:
+    return k + 1 < len(plan.stages) and plan.stages[k + 1].input == "previous"
+
+
+def _map_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """A shape as the engine counts it: a vector is a map of one pixel."""
+    channels, height, width = (*shape, 1, 1)[:3]
+    return channels, height, width
+
+
+def _selector(selector: SelectorPlan | None) -> dict[str, Any] | None:
+    if selector is None:
+        return None
+    if selector.weights is None:
+        return {"score": selector.kind}
+    arrays = {name: value.numpy() for name, value in selector.weights._asdict().items()}
+    return {**arrays, "score": selector.features, "b2": float(selector.weights.b2)}
+
+
+class CpuProgram:
+    """A plan on the engine, every stage of it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, plan: Plan, threads: int, isa: str = "", kernel: str = "") -> None:
+        """Lower a plan.
+
+        Args:
+            isa: force an instruction set; "" for FASTCASCADE_ISA or the best one.
+            kernel: force "conv_direct_f32" or "conv3x3_winograd_f32" where either can run; "" for the
+                measured choice.
+        """
+        self.plan = plan
+        self._cascade = _engine().Cascade(
+            [stage_spec(stage, _feeds_next(plan, k)) for k, stage in enumerate(plan.stages)],
+            [_selector(stage.selector) for stage in plan.stages],
+            plan.num_classes,
+            combine_mean=plan.combine == "mean",
+            threads=threads,
+            isa=isa,
+            kernel=kernel,
+        )
+        self._table = _table(plan)
+
+    def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
+        """Classify a batch; see :meth:`fastcascade.backends.Program.run`."""
+        answers = self._cascade.run(x.numpy(), self._table, thresholds.numpy())
+        return ExitResults(*map(torch.from_numpy, answers))
+
+    def describe(self) -> list[StageReport]:
+        """One report per stage."""
+        reports = self._cascade.describe()
+        return [_report(stage, report) for stage, report in zip(self.plan.stages, reports, strict=True)]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Buffers of one call beyond weights, all threads together."""
+        return cast(int, self._cascade.memory_bytes())
+
+
+def _table(plan: Plan) -> NDArray[np.float32] | None:
+    return None if plan.input.preprocess is None else plan.input.preprocess.table().numpy()
+
+
+def _report(stage: StagePlan, report: dict[str, Any]) -> StageReport:
+    head = KernelChoice(f"exit head, {stage.selector or 'last'}", "exit_row_f32")
+    return StageReport(
+        name=stage.name,
+        opaque_reason=None,
+        kernels=(*(KernelChoice(*pair) for pair in report["kernels"]), head),
+        isa=report["isa"],
+        weight_bytes=report["weight_bytes"],
+        arena_bytes=report["arena_bytes"],
+    )
+
+
+class _EngineStage(nn.Module):
+    """One stage on the engine with an opaque stage's call: a batch → (features, logits)."""
+
+    def __init__(self, plan: Plan, k: int, threads: int) -> None:
+        super().__init__()
+        self.stage = plan.stages[k]
+        spec = {**stage_spec(self.stage, _feeds_next(plan, k)), "input": "image"}
+        self.engine = _engine().Cascade([spec], [None], plan.num_classes, threads=threads)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _EngineStage:
+        return self  # constant data, safe to share
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(len(x), *_map_shape(self.stage.shapes[0]))
+        logits, features = map(_tensor, self.engine.run_stage(0, rows.numpy()))
+        if features is None:
+            return x, logits
+        return features.reshape(len(x), *self.stage.shapes[self.stage.features]), logits
+
+
+def _tensor(array: NDArray[np.float32] | None) -> Any:
+    return None if array is None else torch.from_numpy(array)
+
+
+class MixedProgram(ReferenceProgram):
+    """A plan with stages or selectors that only torch can run: the reference's loop over the active rows."""
+
+    def __init__(self, plan: Plan, threads: int) -> None:
+        engines = [None if s.module else _EngineStage(plan, k, threads) for k, s in enumerate(plan.stages)]
+        stages = tuple(
+            stage if engine is None else replace(stage, ops=(), module=engine)
+            for stage, engine in zip(plan.stages, engines, strict=True)
+        )
+        super().__init__(replace(plan, stages=stages), torch.device("cpu"))
+        self._engines = engines
+
+    def describe(self) -> list[StageReport]:
+        """One report per stage."""
+        return [
+            report if engine is None else _report(engine.stage, engine.engine.describe()[0])
+            for report, engine in zip(super().describe(), self._engines, strict=True)
+        ]
+
+
+class CpuBackend:
+    """Runs plans on the compiled engine."""
+
+    name = "cpu"
+
+    def unavailable_reason(self) -> str | None:
+        """Why the engine cannot run here; None if it can."""
+        try:
+            engine = _engine()
+        except ImportError as error:
+            return (
+                f"the compiled engine cannot be loaded ({error}); reinstall fastcascade with a C++17 compiler"
+            )
+        try:
+            engine.chosen_isa()
+        except ValueError as error:
+            return f"FASTCASCADE_ISA cannot be obeyed: {error}"
+        return None
+
+    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
+        """Why the engine cannot run this plan so; None if it can."""
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        if precision != "fp32":
+            return f"it computes in fp32, not in {precision}"
+        return None
+
+    def lower(
+        self, plan: Plan, *, precision: Precision, device: torch.device, threads: int | None
+    ) -> CpuProgram | MixedProgram:
+        """Prepare a plan for which both reasons are None."""
+        threads = torch.get_num_threads() if threads is None else threads
+        opaque = any(s.module is not None or (s.selector and s.selector.module) for s in plan.stages)
+        try:
+            return MixedProgram(plan, threads) if opaque else CpuProgram(plan, threads)
+        except ValueError as error:
+            raise BackendUnavailable(f"backend 'cpu' refuses the plan: {error}") from error
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,52 @@
+"""Every test of the engine runs on every instruction set of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcascade import _C
+from fastcascade.backends.cpu import stage_spec
+from fastcascade.backends.reference import move_stage, run_stage
+from fastcascade.plan import Flatten, Op, StagePlan
+
+RunOps = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _reason(name: str) -> str | None:
+    return dict(_C.instruction_sets())[name]
+
+
+@pytest.fixture(params=[name for name, _ in _C.instruction_sets()])
+def isa(request: pytest.FixtureRequest) -> str:
+    """The name of an instruction set; skips those that this machine lacks."""
+    reason = _reason(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture
+def run_ops() -> RunOps:
+    """Run operations on a batch: (x, ops, isa, kernel, threads) → the last value twice, flattened: the
+    engine's float32 and the reference's float64."""
+
+    def run(
+        x: Tensor, ops: Sequence[Op], isa: str, kernel: str = "", threads: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        shapes = [tuple(x.shape[1:])]
+        ops = [*ops, Flatten(output=len(ops) + 1, input=len(ops))]
+        for op in ops:
+            shapes.append(op.output_shape(*(shapes[value] for value in op.reads)))
+        stage = StagePlan("s", "image", 0, 0, None, tuple(shapes), tuple(ops), 0, len(ops))
+        engine = _C.Cascade(
+            [stage_spec(stage, False)], [None], prod(shapes[-1]), threads=threads, isa=isa, kernel=kernel
+        )
+        got = torch.from_numpy(engine.run_stage(0, x.numpy())[0])
+        return got, run_stage(move_stage(stage, x.device, torch.float64), x.double())[1]
+
+    return run

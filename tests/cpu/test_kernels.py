@@ -1,0 +1,199 @@
+"""Every kernel on every instruction set against its float64 twin, at sizes that do not fit its vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastcascade.plan import (
+    Activation,
+    Add,
+    Concat,
+    Conv2d,
+    Flatten,
+    Linear,
+    Op,
+    Pad,
+    Pool,
+    ScaleShift,
+    Slice,
+)
+
+RunOps = Callable[..., tuple[Tensor, Tensor]]
+DIRECT, WINOGRAD = "conv_direct_f32", "conv3x3_winograd_f32"
+CHANNELS = [(1, 3), (3, 16), (15, 17), (16, 1), (17, 31), (31, 33), (33, 15), (63, 65), (65, 64), (64, 63)]
+IMAGES = [(1, 1), (5, 7), (31, 33)]
+# bf16 keeps 8 bits: its errors are some 4e-3 of the largest value.
+TOLERANCE = {DIRECT: 3e-6, WINOGRAD: 2e-5}
+
+
+def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Errors are measured against the largest value, and most values must not be zero."""
+    assert got.shape == expected.shape
+    if expected.numel() == 0:
+        return
+    assert (expected != 0).double().mean() > 0.2, "mostly zeros prove nothing"
+    error = ((got.double() - expected).abs().max() / expected.abs().max()).item()
+    assert error <= tolerance, f"error {error:.2e} of the largest value, allowed {tolerance:.0e}"
+
+
+def random_conv(
+    channels: int, out: int, kernel: tuple[int, int] = (3, 3), groups: int = 1, **fields: object
+) -> Conv2d:
+    """A convolution of value 0."""
+    weight = torch.randn(out, channels // groups, *kernel) / math.sqrt(channels * math.prod(kernel))
+    return Conv2d(output=1, input=0, weight=weight, bias=torch.randn(out), groups=groups, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", [DIRECT, WINOGRAD])
+@pytest.mark.parametrize("image", IMAGES)
+def test_conv3x3_at_odd_sizes(run_ops: RunOps, isa: str, kernel: str, image: tuple[int, int]) -> None:
+    for (channels, out), n in product(CHANNELS, [0, 1, 3]):
+        conv = random_conv(channels, out, padding=(1, 1, 1, 1))
+        got, expected = run_ops(torch.randn(n, channels, *image), [conv], isa, kernel)
+        assert_near(got, expected, TOLERANCE[kernel])
+
+
+@pytest.mark.parametrize("n", [15, 16, 17, 33])
+def test_batches_around_a_tile(run_ops: RunOps, isa: str, n: int) -> None:
+    conv = random_conv(16, 16, padding=(1, 1, 1, 1), activation="relu")
+    got, expected = run_ops(torch.randn(n, 16, 9, 9), [conv], isa)
+    assert_near(got, expected, TOLERANCE[WINOGRAD])
+
+
+@pytest.mark.parametrize(("stride", "image"), [((1, 1), (5, 7)), ((2, 2), (31, 33)), ((2, 1), (8, 8))])
+def test_direct_convolution_of_integers_is_exact(
+    run_ops: RunOps, isa: str, stride: tuple[int, int], image: tuple[int, int]
+) -> None:
+    for channels, out in CHANNELS:
+        conv = random_conv(channels, out, stride=stride, padding=(1, 1, 1, 1), activation="relu")
+        conv.weight.copy_(torch.randint(-4, 5, conv.weight.shape))
+        conv.bias.copy_(torch.randint(-50, 50, conv.bias.shape))
+        x = torch.randint(-8, 9, (2, channels, *image)).float()
+        got, expected = run_ops(x, [conv], isa, DIRECT)
+        assert (expected > 0).double().mean() > 0.2
+        assert torch.equal(got.double(), expected)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("kernel", [DIRECT, WINOGRAD])
+def test_residual_and_activation(run_ops: RunOps, isa: str, kernel: str, activation: str) -> None:
+    first = random_conv(17, 17, (1, 1))
+    conv = random_conv(17, 17, padding=(1, 1, 1, 1), activation=activation, residual=1)
+    conv.bias.add_(3.0)  # so that relu6 has something to cut
+    got, expected = run_ops(torch.randn(3, 17, 6, 5), [first, _moved(conv, 2)], isa, kernel)
+    assert_near(got, expected, TOLERANCE[kernel])
+
+
+@pytest.mark.parametrize("kernel", [DIRECT, WINOGRAD])
+def test_residual_after_the_activation(run_ops: RunOps, isa: str, kernel: str) -> None:
+    first = random_conv(17, 17, (1, 1))
+    conv = random_conv(17, 17, padding=(1, 1, 1, 1), activation="relu")
+    ops = [first, _moved(conv, 2), Add(output=3, input=1, other=2)]
+    got, expected = run_ops(torch.randn(3, 17, 6, 5), ops, isa, kernel)
+    assert_near(got, expected, TOLERANCE[kernel])
+
+
+def _moved(conv: Conv2d, output: int) -> Conv2d:
+    return Conv2d(**{**vars(conv), "output": output})
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Conv2d, Tensor]:
+    """Any convolution that fits an image of at most 12 × 12."""
+    sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
+    kernel, dilation = draw(sizes), draw(st.sampled_from([(1, 1), (2, 1), (2, 3)]))
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    height, width = (draw(st.integers(r, max(r, 12))) for r in reach)
+    groups, per_group = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    channels, out = groups * per_group, groups * draw(st.integers(1, 20))
+    conv = random_conv(
+        channels,
+        out,
+        kernel,
+        groups,
+        stride=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        padding=draw(st.tuples(*[st.integers(0, 3)] * 4)),
+        dilation=dilation,
+        activation=draw(st.sampled_from(["none", "relu6"])),
+    )
+    conv.bias.add_(1.0)
+    return conv, torch.randn(draw(st.integers(1, 3)), channels, height, width)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=convolutions())
+def test_any_convolution(run_ops: RunOps, isa: str, case: tuple[Conv2d, Tensor]) -> None:
+    conv, x = case
+    got, expected = run_ops(x, [conv], isa)
+    error = (got.double() - expected).abs().max().item()
+    assert error <= TOLERANCE[WINOGRAD] * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("channels", [16, 33])
+def test_depthwise_convolution(run_ops: RunOps, isa: str, channels: int) -> None:
+    conv = random_conv(channels, channels, groups=channels, stride=(2, 2), padding=(1, 1, 1, 1))
+    got, expected = run_ops(torch.randn(2, channels, 9, 10), [conv], isa)
+    assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+def _layers(channels: int) -> dict[str, list[Op]]:
+    vector = torch.randn(channels)
+    return {
+        "max pool": [Pool(1, 0, "max", (3, 3), (2, 2), (1, 1, 1, 1))],
+        "max pool, ceil": [Pool(1, 0, "max", (2, 3), (2, 2), (0, 0, 0, 1), ceil_mode=True)],
+        "average pool": [Pool(1, 0, "average", (3, 3), (2, 1), (1, 0, 1, 1))],
+        "average pool, ceil": [Pool(1, 0, "average", (3, 3), (2, 2), (1, 1, 1, 1), ceil_mode=True)],
+        "average pool, inside": [Pool(1, 0, "average", (3, 2), (2, 2), (1, 1, 1, 1), include_padding=False)],
+        "global pool and linear": [
+            Pool(1, 0, "average", (7, 6), (1, 1)),
+            Flatten(2, 1),
+            Linear(3, 2, torch.randn(10, channels), torch.randn(10), "relu"),
+        ],
+        "flatten and linear": [
+            Flatten(1, 0),
+            Linear(2, 1, torch.randn(9, channels * 42) / channels, torch.randn(9)),
+        ],
+        "activation": [Activation(1, 0, "relu")],
+        "scale and shift": [ScaleShift(1, 0, vector, vector.flip(0))],
+        "slice": [Slice(1, 0, (channels // 2, 1, 0), (channels, 7, 6), (1, 2, 3))],
+        "pad": [Pad(1, 0, (3, 0, 1), (channels, 2, 0), 0.5)],
+        "concat": [Slice(1, 0, (0, 0, 0), (1, 7, 6), (1, 1, 1)), Concat(2, (0, 1, 0))],
+        "add": [ScaleShift(1, 0, vector, vector.flip(0)), Add(2, 1, 0, "relu6")],
+    }
+
+
+@pytest.mark.parametrize("name", _layers(1))
+@pytest.mark.parametrize("channels", [1, 3, 16, 17, 33])
+def test_other_layers(run_ops: RunOps, isa: str, name: str, channels: int) -> None:
+    got, expected = run_ops(torch.randn(5, channels, 7, 6), _layers(channels)[name], isa)
+    assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+@pytest.mark.parametrize("position", range(9))
+def test_nan_passes_max_pool_and_relu(run_ops: RunOps, isa: str, position: int) -> None:
+    x = torch.randn(2, 17, 3, 3)
+    x[0, 5, position // 3, position % 3] = math.nan
+    ops = [Activation(1, 0, "relu"), Pool(2, 1, "max", (3, 3), (3, 3))]
+    got, expected = run_ops(x, ops, isa)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert got.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("kernel", [DIRECT, WINOGRAD])
+def test_nan_stays_in_its_instance(run_ops: RunOps, isa: str, kernel: str) -> None:
+    x = torch.randn(20, 16, 4, 4)
+    conv = random_conv(16, 16, padding=(1, 1, 1, 1), activation="relu")
+    clean, _ = run_ops(x, [conv], isa, kernel)
+    bad = torch.arange(20) % 3 == 1
+    x[bad] = math.nan
+    got, _ = run_ops(x, [conv], isa, kernel)
+    assert got[bad].isnan().all()
+    assert torch.equal(got[~bad], clean[~bad])
