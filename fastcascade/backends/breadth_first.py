@@ -1,0 +1,323 @@
+"""The schedule of the GPU backends: a stage over the whole active set, the exit head, compaction, the next.
+
+The number of active rows stays on the device. Own kernels read it there, so between two stages that run as
+own kernels the host waits for nothing. A stage that runs through torch needs the number once, to size its
+batch; :class:`TorchStage` says so in its report.
+
+Feature rows are kept as (rows, H, W, C) or (rows, F), contiguous: one row is one instance, and a view with
+the channels first is what torch calls channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastcascade.backends import ExitResults, KernelChoice, StageReport
+from fastcascade.backends.reference import move_stage, run_stage
+from fastcascade.errors import FastCascadeError
+from fastcascade.kernels.reference import ExitTables, MLPWeights, exit_step, exit_tables
+from fastcascade.plan import Plan, StagePlan
+from fastcascade.types import InputSpec
+
+__all__ = [
+    "Active",
+    "BreadthFirstProgram",
+    "ExitKernels",
+    "StageRunner",
+    "TorchStage",
+    "channels_first",
+    "channels_last",
+]
+
+MAX_ROWS = 65_536
+"""Larger batches run in parts: row counts stay small for the compaction kernels, and buffers bounded."""
+
+
+class ExitKernels(NamedTuple):
+    """The exit head and compaction of one backend; signatures as in ``kernels/triton``."""
+
+    name: str
+    new_keep: Callable[..., Any]
+    exit_head: Callable[..., None]
+    compact_index: Callable[..., None]
+    fill_holes: Callable[..., None]
+    gather_rows: Callable[..., None]
+
+
+@dataclass
+class Active:
+    """The instances that are still running.
+
+    Attributes:
+        index: (capacity,) int32 positions in the batch; the first ``count`` are active.
+        count: (1,) int32 on the device.
+        known: the count where the host knows it without asking the device.
+        features: (capacity, …) what the previous stage left, where the next one reads it.
+    """
+
+    index: Tensor
+    count: Tensor
+    known: int | None
+    features: Tensor | None = None
+
+
+class StageRunner(Protocol):
+    """One stage, lowered."""
+
+    def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
+        """Run the stage on the active rows.
+
+        Args:
+            images: (N, C, H, W) of the whole batch, uint8 or float32, any strides.
+            active: ``active.features`` is there if the stage reads the previous one.
+
+        Returns:
+            features (rows, …) channels last and logits (rows, classes), with at least ``count`` rows each.
+        """
+
+    def report(self) -> StageReport:
+        """For ``describe``, without the exit head."""
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(n, C, H, W) → contiguous (n, H, W, C), copied only if need be; (n, F) contiguous."""
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).contiguous()
+
+
+def channels_first(rows: Tensor) -> Tensor:
+    """The inverse view: (n, H, W, C) → (n, C, H, W)."""
+    return rows.permute(0, 3, 1, 2) if rows.ndim == 4 else rows
+
+
+class TorchStage:
+    """A stage through torch: gather the active rows into a bucket of exactly their number, run, answer.
+
+    Asks the device for the number of active rows, once per call, unless it is the first stage.
+    """
+
+    def __init__(
+        self,
+        stage: StagePlan,
+        reason: str,
+        spec: InputSpec,
+        kernels: ExitKernels,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.stage = move_stage(stage, device, dtype)
+        self.reason = reason
+        self.spec = spec
+        self.kernels = kernels
+        self.dtype = dtype
+
+    def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
+        """See :meth:`StageRunner.run`."""
+        if active.known is None:
+            active.known = int(active.count)  # the one wait of a stage that runs through torch
+        n = active.known
+        if n == 0:
+            empty = images.new_empty((0, self.spec.shape[0]), dtype=self.dtype)
+            return empty, empty
+        x = self._images(images, active, n) if self.stage.input == "image" else self._features(active, n)
+        features, logits = run_stage(self.stage, x)
+        rows = channels_last(features)
+        # Rows are compacted in place, which must not reach the caller's images.
+        shared = rows.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
+        return rows.clone() if shared else rows, logits.contiguous()
+
+    def _images(self, images: Tensor, active: Active, n: int) -> Tensor:
+        if n < len(images):
+            rows = channels_last(images)
+            bucket = rows.new_empty(n, *rows.shape[1:])
+            scratch = active.index.new_empty(n), torch.empty_like(active.count)
+            chunk = torch.zeros_like(active.count)
+            self.kernels.gather_rows(rows, active.index, active.count, chunk, bucket, *scratch)
+            images = channels_first(bucket)
+        return self.spec.to_float(images).to(self.dtype)
+
+    def _features(self, active: Active, n: int) -> Tensor:
+        channels = self.stage.shapes[0][0]  # rows of own kernels are padded
+        return channels_first(cast(Tensor, active.features)[:n, ..., :channels]).to(self.dtype)
+
+    def report(self) -> StageReport:
+        """Torch does the work; the reason says why, and that the host waits."""
+        tensors = [tensor for op in self.stage.ops for tensor in op.tensors.values()]
+        if self.stage.module is not None:
+            tensors = [*self.stage.module.parameters(), *self.stage.module.buffers()]
+        work = self.stage.ops or ("module",)
+        return StageReport(
+            name=self.stage.name,
+            opaque_reason=self.reason,
+            kernels=(
+                KernelChoice("count of active rows", "one readback, none at the first stage"),
+                *(KernelChoice(str(op), "torch") for op in work),
+            ),
+            isa="torch",
+            weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            arena_bytes=0,
+        )
+
+
+class BreadthFirstProgram:
+    """A plan lowered to one runner per stage, with one backend's exit head between them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        runners: list[StageRunner],
+        kernels: ExitKernels,
+        device: torch.device,
+    ) -> None:
+        self.plan = plan
+        self.runners = runners
+        self.kernels = kernels
+        self.device = device
+        moved = [move_stage(replace(s, ops=(), module=None), device, torch.float32) for s in plan.stages]
+        self.selectors = [stage.selector for stage in moved]
+
+    @torch.no_grad()
+    def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
+        """Classify a batch on the current stream; see :meth:`fastcascade.backends.Program.run`.
+
+        Raises:
+            FastCascadeError: the device ran out of memory, or a kernel failed.
+        """
+        limits = thresholds.to(self.device, non_blocking=True)
+        try:
+            parts = [self._run_part(part, limits) for part in x.split(MAX_ROWS)]
+        except torch.OutOfMemoryError as error:
+            raise FastCascadeError(
+                f"a batch of {len(x)} images does not fit into the memory of {self.device}; "
+                f"try batches of {max(min(len(x), MAX_ROWS) // 2, 1)}"
+            ) from error
+        if len(parts) == 1:
+            return parts[0]
+        return ExitResults(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _run_part(self, images: Tensor, thresholds: Tensor) -> ExitResults:
+        n = len(images)
+        tables = exit_tables(n, self.plan.num_classes, self.device)
+        active = Active(
+            index=torch.arange(n, dtype=torch.int32, device=self.device),
+            count=torch.full((1,), n, dtype=torch.int32, device=self.device),
+            known=n,
+        )
+        for k, runner in enumerate(self.runners):
+            if active.known == 0:
+                break
+            try:
+                active = self._step(k, runner, images, active, tables, thresholds)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise FastCascadeError(
+                    f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. If this is a "
+                    "CUDA error the process cannot use the device any more: restart it, and set "
+                    "CUDA_LAUNCH_BLOCKING=1 to see which kernel failed"
+                ) from error
+        return ExitResults(tables.log_probs, tables.label, tables.exit_stage)
+
+    def _step(
+        self,
+        k: int,
+        runner: StageRunner,
+        images: Tensor,
+        active: Active,
+        tables: ExitTables,
+        thresholds: Tensor,
+    ) -> Active:
+        """Run one stage and its exit head; returns the survivors."""
+        features, logits = runner.run(images, active)
+        if active.known == 0:
+            return active
+        keep = self._exit(k, tables, logits, active, thresholds)
+        if k + 1 == len(self.runners):
+            return active
+        survivors = torch.empty_like(active.count)
+        if self.plan.stages[k + 1].input == "previous":
+            # The rows may be the stage's own input, which nobody reads any more: changed in place.
+            self.kernels.fill_holes(features, active.index, active.count, keep, survivors)
+            return Active(active.index, survivors, None, features)
+        index = torch.empty_like(active.index)
+        self.kernels.compact_index(active.index, active.count, keep, index, survivors)
+        return Active(index, survivors, None)
+
+    def _exit(self, k: int, tables: ExitTables, logits: Tensor, active: Active, thresholds: Tensor) -> Any:
+        selector = self.selectors[k]
+        keep = self.kernels.new_keep(len(logits), self.plan.num_classes, self.device)
+        if selector is not None and selector.module is not None:
+            _exit_through_torch(
+                k, selector.module, self.plan.combine, tables, logits, active, thresholds, keep
+            )
+            return keep
+        self.kernels.exit_head(
+            tables,
+            logits,
+            active.index,
+            active.count,
+            k,
+            keep,
+            combine=self.plan.combine,
+            selector=None if selector is None else selector.features or selector.kind,
+            weights=None if selector is None else _contiguous(selector.weights),
+            threshold=None if selector is None else thresholds[k : k + 1],
+        )
+        return keep
+
+    def describe(self) -> list[StageReport]:
+        """One report per stage, the exit head and compaction included."""
+        reports = []
+        for k, runner in enumerate(self.runners):
+            report = runner.report()
+            reports.append(replace(report, kernels=(*report.kernels, *self._exit_choices(k))))
+        return reports
+
+    def _exit_choices(self, k: int) -> list[KernelChoice]:
+        selector = self.plan.stages[k].selector
+        if selector is None:
+            return [KernelChoice("exit head, last exit", f"{self.kernels.name} exit_head")]
+        opaque = selector.kind == "opaque"
+        move = "fill_holes" if self.plan.stages[k + 1].input == "previous" else "compact_index"
+        return [
+            KernelChoice(
+                f"exit head, selector {selector}",
+                "torch, one readback" if opaque else f"{self.kernels.name} exit_head",
+            ),
+            KernelChoice("compaction", f"{self.kernels.name} {move}"),
+        ]
+
+
+def _contiguous(weights: MLPWeights | None) -> MLPWeights | None:
+    return None if weights is None else MLPWeights(*(w.contiguous() for w in weights))
+
+
+def _exit_through_torch(
+    k: int,
+    module: nn.Module,
+    combine: str,
+    tables: ExitTables,
+    logits: Tensor,
+    active: Active,
+    thresholds: Tensor,
+    keep: Any,
+) -> None:
+    """The exit head with a selector module of the user's own, on exactly the active rows."""
+    n = active.known = int(active.count) if active.known is None else active.known
+    stays = exit_step(
+        tables,
+        logits[:n],
+        active.index[:n],
+        k,
+        combine=combine,
+        score=lambda log_probs, previous, _: cast(Tensor, module(k, log_probs, previous)),
+        threshold=thresholds[k].item(),
+    )
+    keep.flags[:n] = stays.to(keep.flags.dtype)
+    keep.counts.zero_()
+    block = torch.arange(n, device=stays.device) // keep.rows
+    keep.counts.index_add_(0, block, stays.to(keep.counts.dtype))

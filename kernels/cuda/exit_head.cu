@@ -1,0 +1,15 @@
+// Entry points of the exit head, one per type of logits.
+#include "exit_head.cuh"
+
+using namespace fastcascade;
+
+#define ENTRY(name, Scalar)                                                                            \
+  extern "C" __global__ void __launch_bounds__(256) name(const ExitArguments arguments, const Scalar* logits) { \
+    __shared__ int stays[kRows];                                                                       \
+    DeviceContext context;                                                                             \
+    exit_head(context, arguments, logits, stays);                                                      \
+  }
+
+ENTRY(exit_head_f32, float)
+ENTRY(exit_head_f16, Half)
+ENTRY(exit_head_bf16, BFloat16)

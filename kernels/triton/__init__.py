@@ -1,0 +1,1 @@
+"""Triton kernels: NVIDIA and AMD GPUs, and the CPU through Triton's interpreter."""

@@ -1,0 +1,423 @@
+"""The exit head in one launch: log-softmax, combination, features, selector, decision, retirement.
+
+Each program owns BLOCK_ROWS active rows and walks their classes in tiles of BLOCK_CLASSES, so any class
+count fits: once for the log-sum-exp, once for the selector, once to write. The second and third walks find
+the logits in L1 or L2. How many rows are active is read from device memory: programs beyond it return.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastcascade.kernels.reference import LOG_ODDS_LIMIT, ExitTables, MLPWeights
+
+__all__ = ["ExitTile", "Keep", "exit_head", "exit_tile", "new_keep"]
+
+LIMIT = tl.constexpr(LOG_ODDS_LIMIT)
+MLP_FEATURES = ("stats", "topk", "probs")
+SCORES = ("max_prob", "margin", "entropy")
+
+
+class ExitTile(NamedTuple):
+    """Constants that specialise the exit head for a class count."""
+
+    rows: int
+    classes: int
+
+
+class Keep(NamedTuple):
+    """What the exit head says about the active rows; the input of the compaction kernels.
+
+    ``flags`` (capacity,) int8, 1 where the row stays active; ``counts`` (blocks,) int32, how many do so in
+    each block of ``rows`` rows. Flags beyond the active rows are not written; all counts are.
+    """
+
+    flags: Tensor
+    counts: Tensor
+    rows: int
+
+
+def exit_tile(num_classes: int) -> ExitTile:
+    """Tile sizes that keep about 2,048 scores in a program's registers.
+
+    Example:
+        >>> exit_tile(10), exit_tile(1000)
+        (ExitTile(rows=64, classes=16), ExitTile(rows=16, classes=128))
+    """
+    classes = min(max(triton.next_power_of_2(num_classes), 16), 128)
+    return ExitTile(rows=min(max(2048 // classes, 16), 64), classes=classes)
+
+
+def new_keep(capacity: int, num_classes: int, device: torch.device | str) -> Keep:
+    """Uninitialised flags and counts for up to ``capacity`` active rows."""
+    rows = exit_tile(num_classes).rows
+    return Keep(
+        torch.empty(capacity, dtype=torch.int8, device=device),
+        torch.empty(triton.cdiv(capacity, rows), dtype=torch.int32, device=device),
+        rows,
+    )
+
+
+@triton.jit
+def _load_scores(logits, row_offset, live, column, CLASSES: tl.constexpr):
+    """(BLOCK_ROWS, BLOCK_CLASSES) f32 logits; −inf outside the live rows and real classes."""
+    mask = live[:, None] & (column < CLASSES)[None, :]
+    return tl.load(logits + row_offset[:, None] + column[None, :], mask=mask, other=float("-inf")).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _normaliser(logits, row_offset, live, BLOCK_CLASSES: tl.constexpr, CLASSES: tl.constexpr):
+    """Per row: the largest logit, the log of the sum of exp(logit − largest), and whether all are finite."""
+    largest = tl.full(row_offset.shape, float("-inf"), tl.float32)
+    total = tl.zeros(row_offset.shape, tl.float32)
+    bad = tl.zeros(row_offset.shape, tl.int32)
+    for start in tl.range(0, CLASSES, BLOCK_CLASSES):
+        column = start + tl.arange(0, BLOCK_CLASSES)
+        x = _load_scores(logits, row_offset, live, column, CLASSES)
+        real = live[:, None] & (column < CLASSES)[None, :]
+        finite = tl.abs(x) < float("inf")  # false for NaN too
+        bad += tl.sum((real & (finite == 0)).to(tl.int32), 1)
+        new = tl.maximum(largest, tl.max(x, 1))
+        shift = tl.where(new > float("-inf"), new, 0.0)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+        largest = new
+    return largest, tl.log(total), live & (bad == 0)
+
+
+@triton.jit
+def _combined(own, log_sum, origin, valid, log_visits, column, MEAN: tl.constexpr, CLASSES: tl.constexpr):
+    """(log q, the new log Σ p): own is log p of this stage; without MEAN both are own."""
+    if MEAN:
+        mask = valid[:, None] & (column < CLASSES)[None, :]
+        old = tl.load(log_sum + origin[:, None] * CLASSES + column[None, :], mask=mask, other=float("-inf"))
+        high = tl.maximum(old, own)
+        shift = tl.where(high > float("-inf"), high, 0.0)
+        new = shift + tl.log(tl.exp(old - shift) + tl.exp(own - shift))
+        return new - log_visits[:, None], new
+    else:
+        return own, own
+
+
+@triton.jit
+def _insert(top1, top2, top3, value):
+    """Insert into a falling triple; returns the triple and what fell out."""
+    first = tl.maximum(top1, value)
+    value = tl.minimum(top1, value)
+    second = tl.maximum(top2, value)
+    value = tl.minimum(top2, value)
+    third = tl.maximum(top3, value)
+    return first, second, third, tl.minimum(top3, value)
+
+
+@triton.jit
+def _exp_relative(value, base):
+    """exp(value − base) where value is above −inf, else 0 (also where both are −inf)."""
+    return tl.where(value > float("-inf"), tl.exp(value - base), 0.0)
+
+
+@triton.jit
+def _merge_tile(top1, top2, top3, rest, label, scores, column, TOP: tl.constexpr):
+    """Take one tile of log-probabilities into the running top three, the sum of the others, and the label.
+
+    ``rest`` is Σ exp(log q − top1) over all but the top TOP classes: it never contains what is compared with
+    it, so log-odds need no subtraction.
+    """
+    low = float("-inf")
+    best1 = tl.max(scores, 1)
+    at = tl.argmax(scores, 1)
+    label = tl.where(best1 > top1, tl.min(column) + at, label)  # a later tile wins only if strictly greater
+    scores = tl.where(column[None, :] == (tl.min(column) + at)[:, None], low, scores)
+    best2 = tl.full(best1.shape, low, tl.float32)
+    best3 = tl.full(best1.shape, low, tl.float32)
+    if TOP > 1:
+        best2 = tl.max(scores, 1)
+        at = tl.argmax(scores, 1)
+        scores = tl.where(column[None, :] == (tl.min(column) + at)[:, None], low, scores)
+    if TOP > 2:
+        best3 = tl.max(scores, 1)
+        at = tl.argmax(scores, 1)
+        scores = tl.where(column[None, :] == (tl.min(column) + at)[:, None], low, scores)
+
+    base = tl.maximum(top1, best1)
+    rest = rest * _exp_relative(top1, base) + tl.sum(_exp_relative(scores, base[:, None]), 1)
+    if TOP == 1:
+        rest += _exp_relative(tl.minimum(top1, best1), base)
+        return base, best2, best3, rest, label
+    elif TOP == 2:
+        # With two kept, the third place holds what fell out of the second.
+        top1, top2, out, _ = _insert(top1, top2, best3, best1)
+        rest += _exp_relative(out, base)
+        top1, top2, out, _ = _insert(top1, top2, best3, best2)
+        rest += _exp_relative(out, base)
+        return top1, top2, best3, rest, label
+    else:
+        top1, top2, top3, out = _insert(top1, top2, top3, best1)
+        rest += _exp_relative(out, base)
+        top1, top2, top3, out = _insert(top1, top2, top3, best2)
+        rest += _exp_relative(out, base)
+        top1, top2, top3, out = _insert(top1, top2, top3, best3)
+        rest += _exp_relative(out, base)
+        return top1, top2, top3, rest, label
+
+
+@triton.jit
+def _log_odds(lead, others):
+    """lead − log others, clamped; others = 0 gives the upper limit."""
+    odds = lead - tl.log(others)
+    return tl.minimum(tl.maximum(odds, -LIMIT), LIMIT)
+
+
+@triton.jit
+def _hidden_input(value, f, mean, std, w1, unit, HIDDEN: tl.constexpr, FEATURES: tl.constexpr):
+    """What feature f (BLOCK_ROWS,) adds to the hidden units (BLOCK_ROWS, BLOCK_HIDDEN)."""
+    weight = tl.load(w1 + unit * FEATURES + f, mask=unit < HIDDEN, other=0.0)
+    return ((value - tl.load(mean + f)) / tl.load(std + f))[:, None] * weight[None, :]
+
+
+@triton.jit
+def exit_rows(
+    logits, row_offset, live, origin,
+    log_sum, visits, previous_label, out_log_probs, out_label, out_stage,
+    threshold, mean, std, w1, b1, w2, b2, stage,
+    SELECTOR: tl.constexpr, MEAN: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """The exit head on a block of rows; returns which of them stop.
+
+    Args:
+        logits, row_offset (rows,): row r's logits start at logits + row_offset[r].
+        live (rows,): rows that exist; origin (rows,) int64: their positions in the batch.
+        log_sum … out_stage: the ExitTables.
+        threshold, mean … b2: device memory; the weights are not read for a confidence score.
+        SELECTOR: a built-in selector's name, or "last" where everything stops.
+    """
+    TOP: tl.constexpr = 3 if SELECTOR == "topk" else (2 if SELECTOR == "stats" or SELECTOR == "margin" else 1)
+    largest, log_total, valid = _normaliser(logits, row_offset, live, BLOCK_CLASSES, CLASSES)
+    log_visits = tl.zeros(largest.shape, tl.float32)
+    if MEAN:
+        count = tl.load(visits + origin, mask=live, other=0) + valid.to(tl.int32)
+        log_visits = tl.log(count.to(tl.float32))
+        tl.store(visits + origin, count, mask=live)
+
+    # Selector: one walk over the classes.
+    low = tl.full(largest.shape, float("-inf"), tl.float32)
+    top1, top2, top3 = low, low, low
+    own1, own2, own3 = low, low, low
+    rest = tl.zeros(largest.shape, tl.float32)
+    own_rest = tl.zeros(largest.shape, tl.float32)
+    label = tl.zeros(largest.shape, tl.int32)
+    own_label = tl.zeros(largest.shape, tl.int32)
+    entropy = tl.zeros(largest.shape, tl.float32)
+    unit = tl.arange(0, BLOCK_HIDDEN)
+    hidden = tl.zeros([largest.shape[0], BLOCK_HIDDEN], tl.float32)
+    for start in tl.range(0, CLASSES, BLOCK_CLASSES):
+        column = start + tl.arange(0, BLOCK_CLASSES)
+        own = (_load_scores(logits, row_offset, live, column, CLASSES) - largest[:, None]) - log_total[
+            :, None
+        ]
+        # A row that is invalid or beyond the active ones gets scores that nobody uses, but no NaN.
+        own = tl.where(valid[:, None], own, 0.0)
+        scores, _ = _combined(own, log_sum, origin, valid, log_visits, column, MEAN, CLASSES)
+        if MEAN:
+            own1, own2, own3, own_rest, own_label = _merge_tile(
+                own1, own2, own3, own_rest, own_label, own, column, 1
+            )
+        top1, top2, top3, rest, label = _merge_tile(top1, top2, top3, rest, label, scores, column, TOP)
+        if SELECTOR == "entropy" or SELECTOR == "stats":
+            entropy -= tl.sum(tl.where(scores > float("-inf"), tl.exp(scores) * scores, 0.0), 1)
+        if SELECTOR == "probs":
+            # Transposed so that the classes are the tile's first axis, as the product needs them.
+            real = column < CLASSES
+            centre = tl.load(mean + column, mask=real, other=0.0)
+            scale = tl.load(std + column, mask=real, other=1.0)
+            weight = tl.load(
+                w1 + unit[None, :] * FEATURES + column[:, None],
+                mask=real[:, None] & (unit < HIDDEN)[None, :],
+                other=0.0,
+            )
+            feature = (tl.exp(scores) - centre[None, :]) / scale[None, :]
+            hidden += tl.dot(feature, weight, input_precision="ieee")
+    if not MEAN:
+        own_label = label
+
+    stop = live
+    if SELECTOR != "last":
+        agreement = (own_label == tl.load(previous_label + origin, mask=live, other=-1)).to(tl.float32)
+        second = tl.exp(top2 - top1)
+        third = tl.exp(top3 - top1)
+        if SELECTOR == "max_prob":
+            score = _log_odds(tl.zeros(top1.shape, tl.float32), rest)
+        elif SELECTOR == "margin":
+            score = top1 - top2
+        elif SELECTOR == "entropy":
+            score = -entropy
+        else:
+            if SELECTOR == "stats":
+                odds1 = _log_odds(tl.zeros(top1.shape, tl.float32), second + rest)
+                odds2 = _log_odds(top2 - top1, 1.0 + rest)
+                hidden += _hidden_input(odds1, 0, mean, std, w1, unit, HIDDEN, FEATURES)
+                hidden += _hidden_input(odds2, 1, mean, std, w1, unit, HIDDEN, FEATURES)
+                hidden += _hidden_input(entropy, 2, mean, std, w1, unit, HIDDEN, FEATURES)
+                hidden += _hidden_input(agreement, 3, mean, std, w1, unit, HIDDEN, FEATURES)
+            elif SELECTOR == "topk":
+                odds1 = _log_odds(tl.zeros(top1.shape, tl.float32), second + third + rest)
+                odds2 = _log_odds(top2 - top1, 1.0 + third + rest)
+                odds3 = _log_odds(top3 - top1, 1.0 + second + rest)
+                hidden += _hidden_input(odds1, 0, mean, std, w1, unit, HIDDEN, FEATURES)
+                hidden += _hidden_input(odds2, 1, mean, std, w1, unit, HIDDEN, FEATURES)
+                hidden += _hidden_input(odds3, 2, mean, std, w1, unit, HIDDEN, FEATURES)
+                hidden += _hidden_input(agreement, 3, mean, std, w1, unit, HIDDEN, FEATURES)
+            hidden += tl.load(b1 + unit, mask=unit < HIDDEN, other=0.0)[None, :]
+            out_weight = tl.load(w2 + unit, mask=unit < HIDDEN, other=0.0)
+            score = tl.sum(tl.maximum(hidden, 0.0) * out_weight[None, :], 1) + tl.load(b2)
+        stop = valid & (score >= tl.load(threshold))
+
+    # Results of the rows that stop, state of all.
+    tl.store(previous_label + origin, tl.where(valid, own_label, -1), mask=live)
+    tl.store(out_label + origin, tl.where(valid, label, -1).to(tl.int64), mask=stop)
+    tl.store(out_stage + origin, tl.zeros(origin.shape, tl.int64) + stage, mask=stop)
+    for start in tl.range(0, CLASSES, BLOCK_CLASSES):
+        column = start + tl.arange(0, BLOCK_CLASSES)
+        own = (_load_scores(logits, row_offset, live, column, CLASSES) - largest[:, None]) - log_total[
+            :, None
+        ]
+        scores, new_sum = _combined(own, log_sum, origin, valid, log_visits, column, MEAN, CLASSES)
+        cell = origin[:, None] * CLASSES + column[None, :]
+        real = (column < CLASSES)[None, :]
+        if MEAN:
+            tl.store(log_sum + cell, new_sum, mask=valid[:, None] & real)
+        scores = tl.where(valid[:, None], scores, float("nan"))
+        tl.store(out_log_probs + cell, scores, mask=stop[:, None] & real)
+    return stop
+
+
+@triton.jit
+def exit_head_kernel(
+    logits, index, count,
+    log_sum, visits, previous_label, out_log_probs, out_label, out_stage,
+    threshold, mean, std, w1, b1, w2, b2, keep, block_counts, stage,
+    SELECTOR: tl.constexpr, MEAN: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    n = tl.load(count)
+    if block * BLOCK_ROWS >= n:
+        tl.store(block_counts + block, 0)
+        return
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = row < n
+    origin = tl.load(index + row, mask=live, other=0).to(tl.int64)
+    stop = exit_rows(
+        logits, row.to(tl.int64) * CLASSES, live, origin,
+        log_sum, visits, previous_label, out_log_probs, out_label, out_stage,
+        threshold, mean, std, w1, b1, w2, b2, stage,
+        SELECTOR, MEAN, CLASSES, FEATURES, HIDDEN, BLOCK_HIDDEN, BLOCK_CLASSES,
+    )  # fmt: skip
+    stays = (live & (stop == 0)).to(tl.int32)
+    tl.store(keep + row, stays.to(tl.int8), mask=live)
+    tl.store(block_counts + block, tl.sum(stays, 0))
+
+
+class SelectorArguments(NamedTuple):
+    """The seven weight pointers and three constants that the kernels take for a selector."""
+
+    pointers: tuple[Tensor, ...]
+    features: int
+    hidden: int
+    block_hidden: int
+
+
+def selector_arguments(weights: MLPWeights | None, placeholder: Tensor) -> SelectorArguments:
+    """Kernel arguments of a selector; a selector without weights gets a placeholder that is never read."""
+    if weights is None:
+        return SelectorArguments((placeholder,) * 6, features=4, hidden=1, block_hidden=16)
+    hidden, num_features = weights.w1.shape
+    return SelectorArguments(tuple(weights), num_features, hidden, max(triton.next_power_of_2(hidden), 16))
+
+
+def exit_head(
+    tables: ExitTables,
+    logits: Tensor,
+    index: Tensor,
+    count: Tensor,
+    stage: int,
+    keep: Keep,
+    *,
+    combine: str,
+    selector: str | None,
+    weights: MLPWeights | None = None,
+    threshold: Tensor | None = None,
+) -> None:
+    """The twin's exit head with the number of active rows on the device; nothing synchronises.
+
+    Args:
+        tables: as in the twin, float32; ``log_sum`` and ``visits`` are used for combine="mean" only.
+        logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
+        index: (capacity,) int32 positions in the batch; count: (1,) int32.
+        keep: written; see :class:`Keep`.
+        selector, weights: as in the twin; the weights are float32 on the device.
+        threshold: (1,) float32 on the device; None at the last exit.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that the kernel would misread.
+
+    Example:
+        keep = new_keep(len(logits), 10, logits.device)
+        exit_head(tables, logits, index, count, 0, keep, combine="last", selector="margin", threshold=t)
+    """
+    capacity, num_classes = logits.shape
+    _check(tables, logits, index, count, keep, selector, weights, threshold)
+    if capacity == 0:
+        return
+    tile = exit_tile(num_classes)
+    arguments = selector_arguments(weights, logits)
+    exit_head_kernel[(triton.cdiv(capacity, tile.rows),)](
+        logits, index, count, *tables, index if threshold is None else threshold, *arguments.pointers,
+        keep.flags, keep.counts, stage,
+        SELECTOR=selector or "last", MEAN=combine == "mean", CLASSES=num_classes,
+        FEATURES=arguments.features, HIDDEN=arguments.hidden, BLOCK_HIDDEN=arguments.block_hidden,
+        BLOCK_ROWS=tile.rows, BLOCK_CLASSES=tile.classes, num_warps=4,
+    )  # fmt: skip
+
+
+def _check(
+    tables: ExitTables,
+    logits: Tensor,
+    index: Tensor,
+    count: Tensor,
+    keep: Keep,
+    selector: str | None,
+    weights: MLPWeights | None,
+    threshold: Tensor | None,
+) -> None:
+    capacity, num_classes = logits.shape
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not logits.is_contiguous():
+        raise ValueError(
+            f"logits are {logits.dtype} with strides {logits.stride()}; "
+            "expected contiguous fp16, bf16 or fp32"
+        )
+    if tables.log_probs.shape[1:] != (num_classes,) or tables.log_probs.dtype != torch.float32:
+        raise ValueError(
+            f"tables hold {tuple(tables.log_probs.shape)} {tables.log_probs.dtype}; "
+            f"expected float32 with {num_classes} classes"
+        )
+    if index.dtype != torch.int32 or count.dtype != torch.int32 or len(index) < capacity:
+        raise ValueError(
+            f"index is {tuple(index.shape)} {index.dtype} and count {count.dtype}; "
+            f"expected int32 and at least {capacity} entries"
+        )
+    if keep.rows != exit_tile(num_classes).rows or len(keep.flags) < capacity:
+        raise ValueError(f"keep is not from new_keep({capacity}, {num_classes}, …)")
+    if selector is not None and selector not in MLP_FEATURES + SCORES:
+        raise ValueError(f"unknown selector {selector!r}; expected one of {MLP_FEATURES + SCORES} or None")
+    if (selector in MLP_FEATURES) != (weights is not None):
+        raise ValueError(f"selector {selector!r} and weights={weights is not None} do not go together")
+    if (selector is None) != (threshold is None):
+        raise ValueError("a threshold is needed at every exit but the last, and only there")

@@ -1,0 +1,253 @@
+"""Cascades of both shapes through the triton backend give what the reference backend gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcascade as fc
+from fastcascade.backends import ExitResults, Precision, load_backend
+from fastcascade.lower import plan
+from fastcascade.plan import Plan
+from fastcascade.resnet import BasicBlock, Head, ResNet, cut_into_segments
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+IMAGE = (3, 8, 8)
+CLASSES = 10
+NORMALIZE = fc.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+# fp16 keeps 11 bits; a few layers of them leave this much in a log-probability.
+TOLERANCE = {"fp32": 2e-4, "fp16": 5e-2}
+BAND = {"fp32": 2e-3, "fp16": 1e-1}
+
+
+def tiny_network(width: int, blocks: int, shortcut: str = "A") -> ResNet:
+    """A ResNet of ``blocks`` blocks whose second halves the image, with batch norms that do something."""
+    stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    rows: list[nn.Module] = [BasicBlock(width, width)]
+    rows += [BasicBlock(width, 2 * width, 2, shortcut)] if blocks > 1 else []
+    rows += [BasicBlock(2 * width, 2 * width) for _ in range(blocks - 2)]
+    network = ResNet(stem, rows, Head(2 * width if blocks > 1 else width, CLASSES))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(module, nn.Linear):
+            module.weight.data *= 8  # logits that differ, or every row would lie near every threshold
+    return network
+
+
+@torch.no_grad()
+def spread(cascade: fc.Cascade) -> fc.Cascade:
+    """Standardise an MLP selector's features and steepen it, or all scores would lie in one narrow band."""
+    selector = cascade.selector
+    if isinstance(selector, fc.MLPSelector):
+        logits = cascade.eval().all_logits(images(64))
+        judged = cascade.judge(logits)
+        for k in range(len(logits) - 1):
+            previous = torch.full((64,), -1) if k == 0 else logits[k - 1].argmax(1)
+            values = selector.stage_features(k, judged.log_probs[k], previous, logits[k].argmax(1))
+            selector.mean[k], selector.std[k] = values.mean(0), values.std(0).clamp_min(0.05)
+            selector.w2.data[k] *= 3
+    return cascade
+
+
+def independent(**options: object) -> fc.Cascade:
+    """Two networks that read the image."""
+    selector = options.pop("selector", None) or fc.MLPSelector()
+    stages = [tiny_network(16, 1), tiny_network(16, 3, "B")]
+    return spread(fc.Cascade(stages, selector, CLASSES, IMAGE, preprocess=NORMALIZE, **options))
+
+
+def multi_exit(**options: object) -> fc.Cascade:
+    """One backbone in three segments."""
+    segments = cut_into_segments(tiny_network(16, 4), after=[1, 3])
+    stages = [fc.Stage(m, e, "previous" if k else "image") for k, (m, e) in enumerate(segments)]
+    selector = options.pop("selector", None) or fc.MLPSelector()
+    return spread(fc.Cascade(stages, selector, CLASSES, IMAGE, preprocess=NORMALIZE, **options))
+
+
+def mixed(**options: object) -> fc.Cascade:
+    """A backbone in two segments, then a network that reads the image again."""
+    segments = cut_into_segments(tiny_network(16, 3), after=[1])
+    stages = [fc.Stage(m, e, "previous" if k else "image") for k, (m, e) in enumerate(segments)]
+    selector = options.pop("selector", None) or fc.MLPSelector()
+    return spread(fc.Cascade([*stages, tiny_network(32, 1)], selector, CLASSES, IMAGE, **options))
+
+
+class Comparison:
+    """A plan on the reference backend (CPU, fp32) and on the triton backend."""
+
+    def __init__(self, lowered: Plan, device: torch.device, precision: Precision = "fp32") -> None:
+        self.precision: Precision = precision
+        self.device = device
+        self.plan = lowered
+        self.reference = load_backend("reference").lower(
+            lowered, precision="fp32", device=torch.device("cpu"), threads=None
+        )
+        backend = load_backend("triton")
+        assert backend.unavailable_reason() is None
+        assert backend.unsupported_reason(lowered, precision=precision, device=device) is None
+        self.program = backend.lower(lowered, precision=precision, device=device, threads=None)
+
+    def run(self, x: Tensor, thresholds: Tensor) -> tuple[ExitResults, ExitResults]:
+        got = self.program.run(x.to(self.device), thresholds)
+        return ExitResults(*(t.cpu() for t in got)), self.reference.run(x, thresholds)
+
+    def forced(self, x: Tensor) -> list[ExitResults]:
+        """Every exit forced in turn; log-probabilities agree. Returns the reference's answers."""
+        answers = []
+        last = len(self.plan.stages) - 1
+        for k in range(last + 1):
+            thresholds = torch.full((last,), math.inf)
+            thresholds[k:] = -math.inf
+            got, want = self.run(x, thresholds)
+            assert torch.equal(got.exit_stage, want.exit_stage)
+            assert torch.equal(got.label == -1, want.label == -1)
+            atol = TOLERANCE[self.precision]
+            torch.testing.assert_close(got.log_probs, want.log_probs, atol=atol, rtol=atol, equal_nan=True)
+            answers.append(want)
+        return answers
+
+    def free(self, x: Tensor, thresholds: Tensor, scores: Tensor) -> None:
+        """Exits agree for every row whose scores keep clear of the thresholds; those are most rows."""
+        got, want = self.run(x, thresholds)
+        distance = (scores - thresholds[:, None]).abs().nan_to_num(math.inf)
+        reached = torch.arange(len(thresholds))[:, None] <= want.exit_stage
+        clear = (distance.masked_fill(~reached, math.inf) > BAND[self.precision]).all(0)
+        assert clear.float().mean() >= 0.8
+        assert torch.equal(got.exit_stage[clear], want.exit_stage[clear])
+        same = clear & (got.exit_stage == want.exit_stage)
+        atol = TOLERANCE[self.precision]
+        torch.testing.assert_close(
+            got.log_probs[same], want.log_probs[same], atol=atol, rtol=atol, equal_nan=True
+        )
+
+
+def images(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(n, *IMAGE) + 2 * torch.randn(n, IMAGE[0], 1, 1)  # they differ in colour, too
+    return (x * 60 + 128).clamp(0, 255).to(torch.uint8) if dtype == torch.uint8 else x
+
+
+def middle_thresholds(cascade: fc.Cascade, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds in the widest gap of the middle half of each stage's scores, and the scores."""
+    with torch.no_grad():
+        scores = cascade.eval().all_exits(x)[1]
+    quarter = len(x) // 4
+    ordered = scores.nan_to_num(0.0).sort(1).values[:, quarter : -quarter or None]
+    at = ordered.diff(dim=1).argmax(1, keepdim=True)
+    return ((ordered.gather(1, at) + ordered.gather(1, at + 1)) / 2)[:, 0], scores
+
+
+@pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@torch.no_grad()
+def test_every_shape_of_cascade(device: torch.device, shape, precision: Precision) -> None:
+    cascade = shape()
+    x = images(17)
+    comparison = Comparison(plan(cascade), device, precision)
+    comparison.forced(x)
+    comparison.free(x, *middle_thresholds(cascade, x))
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 63, 65])
+def test_batch_sizes(device: torch.device, n: int) -> None:
+    Comparison(plan(multi_exit()), device).forced(images(n))
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [fc.MLPSelector("topk"), fc.MLPSelector("probs", hidden=5), fc.ThresholdSelector("entropy")],
+    ids=["topk", "probs", "entropy"],
+)
+@pytest.mark.parametrize("combine", ["last", "mean"])
+def test_selectors_and_combinations(device: torch.device, selector: nn.Module, combine: str) -> None:
+    cascade = independent(selector=selector, combine=combine)
+    x = images(17)
+    comparison = Comparison(plan(cascade), device)
+    comparison.forced(x)
+    comparison.free(x, *middle_thresholds(cascade, x))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_byte_images_in_both_layouts(device: torch.device, layout: str) -> None:
+    x = images(9, torch.uint8)
+    if layout == "nhwc":
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    before = x.clone()
+    Comparison(plan(independent()), device).forced(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [independent, multi_exit])
+def test_a_broken_image_is_marked_and_leaks_nowhere(device: torch.device, shape) -> None:
+    x = images(17)
+    x[3, 1, 5, 5] = math.nan
+    comparison = Comparison(plan(shape()), device)
+    for answer in comparison.forced(x):
+        assert (answer.label == -1).nonzero().flatten().tolist() == [3]
+
+
+class OwnSelector(nn.Module):
+    """A selector that the library does not know: distance of the two best log-probabilities."""
+
+    def forward(self, k: int, log_probs: Tensor, previous_label: Tensor) -> Tensor:
+        best = log_probs.topk(2, 1).values
+        return best[:, 0] - best[:, 1] + 0.1 * (previous_label < 0)
+
+    def macs(self, k: int, num_classes: int) -> int:
+        return 0
+
+
+class Branching(nn.Module):
+    """A stage that no graph expresses."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x) if float(x.abs().sum()) >= 0 else self.network(-x)
+
+
+@pytest.mark.filterwarnings("ignore:Branching uses")
+def test_opaque_stage_and_selector_run_through_torch(device: torch.device) -> None:
+    stages = [tiny_network(16, 1), Branching(tiny_network(16, 2))]
+    cascade = fc.Cascade(stages, OwnSelector(), CLASSES, IMAGE)
+    x = images(17)
+    comparison = Comparison(plan(cascade), device)
+    comparison.forced(x)
+    comparison.free(x, *middle_thresholds(cascade, x))
+    reports = comparison.program.describe()
+    assert reports[1].opaque_reason is not None
+    assert any("readback" in choice.kernel for choice in reports[0].kernels)
+
+
+def test_large_batches_run_in_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcascade.backends.breadth_first.MAX_ROWS", 7)
+    Comparison(plan(independent()), device).forced(images(17))
+
+
+def test_out_of_memory_names_a_batch_size(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = Comparison(plan(independent()), device).program
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(program.runners[0], "run", exhausted)
+    with pytest.raises(fc.FastCascadeError, match="batches of 8"):
+        program.run(images(17).to(device), torch.zeros(1))
+
+
+def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> None:
+    backend = load_backend("triton")
+    lowered = plan(independent())
+    reason = backend.unsupported_reason(lowered, precision="int8", device=device)
+    assert reason is not None
+    assert "int8" in reason
+    assert backend.unsupported_reason(lowered, precision="fp32", device=torch.device("meta")) is not None

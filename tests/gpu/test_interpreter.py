@@ -1,0 +1,48 @@
+"""Runs the device tests under Triton's interpreter, where there is no GPU.
+
+The interpreter acts when kernels are decorated, so every file gets a process of its own with
+TRITON_INTERPRET=1; in this process triton is never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FILES = sorted(Path(__file__).with_name("device").glob("test_*.py"))
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here; tests/gpu/device runs on it"),
+]
+
+
+def interpret(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run one file of device tests in an interpreting process."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-p", "no:cacheprovider", *options],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_quick(file: Path) -> None:
+    run = interpret(file, "-m", "not slow")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_thorough(file: Path) -> None:
+    run = interpret(file, "-m", "slow")
+    nothing_marked = 5  # pytest's code for an empty selection
+    assert run.returncode in (0, nothing_marked), run.stdout[-4000:] + run.stderr[-2000:]
