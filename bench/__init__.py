@@ -1,0 +1,4 @@
+"""Benchmarks of this repository: the engine, its peers, and the targets that it is held to.
+
+Not installed with the package; run from a checkout as ``python -m bench.run`` or through ``make bench``.
+"""

@@ -1,0 +1,201 @@
+"""What is measured: the networks with their weights, the images, the batch sizes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fastcascade
+from bench.machine import CACHE, ROOT
+from fastcascade import Cascade, MLPSelector, OperatingPoint
+from fastcascade.data import load_data
+from fastcascade.resnet import ResNet, build_network
+
+__all__ = [
+    "BATCHES",
+    "INPUT_SHAPE",
+    "NETWORKS",
+    "NUM_CLASSES",
+    "Case",
+    "cascade_images",
+    "dense_network",
+    "load_model",
+    "model_file",
+    "model_gflop",
+    "noise",
+    "reference_exits",
+]
+
+NETWORKS = ("resnet_cifar:20", "resnet_cifar:56", "resnet_cifar:110", "resnet9:32")
+BATCHES = (1, 8, 64, 256)
+INPUT_SHAPE = (3, 32, 32)
+NUM_CLASSES = 10
+EXAMPLE_IMAGES = ROOT / "examples" / "cifar10" / "test-images.npz"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a batch size.
+
+    Attributes:
+        model: see :func:`load_model`.
+        threads: given to every engine.
+    """
+
+    model: str
+    batch: int
+    threads: int
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether instances may stop early."""
+        return self.model.startswith("cascade:")
+
+    @property
+    def key(self) -> str:
+        """Names the case in the results."""
+        return f"{self.model} batch {self.batch} threads {self.threads}"
+
+
+_LOGIT_SD = 3.0
+_SEED = 20
+
+
+def noise(n: int, seed: int = 0) -> np.ndarray:
+    """(n, 3, 32, 32) float32 standard normal: a stand-in for normalised images where only time matters."""
+    return np.random.default_rng(seed).standard_normal((n, *INPUT_SHAPE), dtype=np.float32)
+
+
+def dense_network(name: str) -> ResNet:
+    """A network in eval mode with random but lifelike weights, the same in every process.
+
+    Batch norms hold the statistics of noise images and gains around 1, so that folding them matters and
+    activations neither vanish nor explode; the head is scaled to logits of standard deviation 3, so that
+    an error of the arithmetic moves probabilities as it would in a trained network.
+    """
+    path = CACHE / f"{hashlib.sha256(f'{name} {_SEED}'.encode()).hexdigest()[:12]}.safetensors"
+    network = build_network(name, NUM_CLASSES)
+    if not path.exists():
+        _randomise(network)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(network.state_dict(), partial)
+        partial.rename(path)
+    network.load_state_dict(load_file(path))
+    return network.eval()
+
+
+@torch.no_grad()
+def _randomise(network: ResNet) -> None:
+    generator = torch.Generator().manual_seed(_SEED)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0, 0.1, generator=generator)
+            module.momentum = None  # a plain mean over the batches seen
+    images = torch.from_numpy(noise(256, _SEED))
+    network.train()(images)
+    logits: Tensor = network.eval()(images)
+    head = network.head[-1]
+    assert isinstance(head, nn.Linear)
+    head.bias.sub_(logits.mean(0))
+    scale = _LOGIT_SD / logits.std(0).mean()
+    head.weight.mul_(scale)
+    head.bias.mul_(scale)
+
+
+def model_gflop(model: str) -> float:
+    """GFLOP of one image through a single network: two operations for each multiply."""
+    return 2e-9 * load_model(model).dense_macs
+
+
+def cascade_images(model: str, batch: int) -> np.ndarray:
+    """At least 64 batches, or all 2,000, of the images that come with the example; noise for "random"."""
+    count = min(64 * batch, 2000)
+    if model.endswith(":random"):
+        return noise(count)
+    cascade = load_model(model)
+    images = load_data(EXAMPLE_IMAGES, classes=cascade.classes).take(range(count - count % batch)).images
+    answer: np.ndarray = cascade.images(np.array(images)).numpy()
+    return answer
+
+
+def model_file(network: nn.Module, suffix: str) -> Path:
+    """Where a converted form of this network is cached: named by the bits of its weights."""
+    digest = hashlib.sha256()
+    for key, tensor in network.state_dict().items():
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return CACHE / f"{digest.hexdigest()[:16]}{suffix}"
+
+
+def load_model(name: str) -> Cascade:
+    """A case's model, as a cascade in eval mode.
+
+    Args:
+        name: ``cascade:FOLDER`` for a saved cascade ("random" for one without training), ``last:FOLDER`` for
+            its last network alone, or a network's registry name. Single networks become cascades of one
+            stage.
+    """
+    kind, _, folder = name.partition(":")
+    if kind not in ("cascade", "last"):
+        return Cascade([dense_network(name)], None, NUM_CLASSES, INPUT_SHAPE).eval()
+    cascade = _random_cascade() if folder == "random" else fastcascade.load(folder).eval()
+    if kind == "cascade":
+        return cascade
+    last = cascade.stage(len(cascade.stages) - 1)
+    return Cascade([last.module], None, cascade.num_classes, cascade.input.shape).eval()
+
+
+@torch.no_grad()
+def _random_cascade() -> Cascade:
+    """ResNet-8, -20 and -56 with random weights.
+
+    70 % of noise images stop at the first exit and two thirds of the rest at the second.
+    """
+    networks = [dense_network(f"resnet_cifar:{depth}") for depth in (8, 20, 56)]
+    torch.manual_seed(_SEED)
+    cascade = Cascade(networks, MLPSelector(), NUM_CLASSES, INPUT_SHAPE)
+    scores = cascade.all_exits(torch.from_numpy(noise(128, _SEED)))[1]
+    first = float(scores[0].quantile(0.3))
+    thresholds = (first, float(scores[1][scores[0] < first].quantile(1 / 3)))
+    shares = (0.7, 0.2, 0.1)
+    mean_macs = float(cascade.exit_macs.float() @ torch.tensor(shares))
+    point = OperatingPoint("default", thresholds, {"exit_shares": shares}, None, mean_macs, shares, 128)
+    cascade.operating_points["default"] = point
+    return cascade.eval()
+
+
+@torch.no_grad()
+def reference_exits(model: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What torch's fp32 answers, for engines to be checked against.
+
+    Returns:
+        log-probabilities (N, C) at the exit, exits (N,), and (N,) the least distance between a stop score
+        and its threshold over the exits that the instance came to; inf for a single network.
+    """
+    cascade = load_model(model)
+    x = torch.from_numpy(images)
+    judged = cascade.judge(cascade.all_logits(x)) if len(cascade.stages) > 1 else None
+    if judged is None:
+        log_probs = cascade.stage(0).module(x).log_softmax(1)
+        return log_probs.numpy(), np.zeros(len(x), np.int64), np.full(len(x), np.inf)
+    thresholds = cascade.thresholds()
+    stop = torch.cat([judged.scores >= thresholds[:, None], torch.ones(1, len(x), dtype=torch.bool)])
+    exits = stop.int().argmax(0)
+    distance = (judged.scores - thresholds[:, None]).abs()
+    distance[torch.arange(len(distance))[:, None] > exits] = torch.inf
+    return (
+        judged.log_probs[exits, torch.arange(len(x))].numpy(),
+        exits.numpy(),
+        distance.min(0).values.numpy(),
+    )

@@ -1,0 +1,238 @@
+"""The protocol of every comparison: check, tune, then time in turns, with one process awake at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.cases import Case, reference_exits
+from bench.machine import CACHE, ROOT
+from bench.ratios import relative_spread
+
+__all__ = ["Engine", "Gate", "Timing", "Worker", "measure"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs in one worker process.
+
+    Attributes:
+        name: shown in tables.
+        kind: "fastcascade" or the name of a peer.
+        tolerance: largest difference of log-probabilities from torch's fp32 that still counts as the same
+            network.
+        environment: variables set for that process only, for example a forced instruction set.
+        threads: its own number, or None for the case's.
+        last_only: run only the last network of a cascade, on everything.
+    """
+
+    name: str
+    kind: str
+    tolerance: float = 2e-3
+    environment: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    last_only: bool = False
+
+    def model(self, case: Case) -> str:
+        """What this engine loads for a case."""
+        return case.model.replace("cascade:", "last:") if self.last_only else case.model
+
+
+class Worker:
+    """A process that holds one engine and is stopped (SIGSTOP) except while it answers.
+
+    A runtime's idle threads may spin; in a stopped process they cannot slow the engine being timed.
+
+    Args:
+        threads: unless the engine has a number of its own.
+        library: folder to import ``fastcascade`` from, if not where it is installed.
+
+    Attributes:
+        refused: why the engine could not load its model, or None.
+    """
+
+    def __init__(self, engine: Engine, threads: int, library: Path | None = None) -> None:
+        self.engine = engine
+        self.refused: str | None = None
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker", engine.kind, str(engine.threads or threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            cwd=CACHE,
+            env=os.environ | {"PYTHONPATH": _python_path(library)} | dict(engine.environment),
+            text=True,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def load(self, model: str) -> None:
+        """Load a model; failure is remembered in ``refused``."""
+        try:
+            self.ask("load", model=model)
+        except RuntimeError as error:
+            self.refused = str(error)
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Wake the process, send a command, wait for its answer, stop the process.
+
+        Raises:
+            RuntimeError: the worker reports an error or died; the message ends with its log's last lines.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
+        print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
+        self.process.send_signal(signal.SIGSTOP)
+        if "error" in answer:
+            self.log.seek(0)
+            tail = "".join(self.log.readlines()[-12:])
+            raise RuntimeError(f"{self.engine.name}, asked to {command}: {answer['error']}\n{tail}")
+        return answer
+
+
+def _python_path(library: Path | None) -> str:
+    """A path on which ``bench`` is found but not this checkout's ``fastcascade``, which is not built."""
+    folder = CACHE / "path"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "bench"
+    if not link.exists():
+        link.symlink_to(ROOT / "bench", target_is_directory=True)
+    return os.pathsep.join([*([] if library is None else [str(library)]), str(folder)])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether an engine computes what torch does.
+
+    Attributes:
+        max_error: of log-probabilities (clipped at −20), over rows that left at the same exit.
+        flips: share of rows that left at another exit, all of them closer to a threshold than the band.
+    """
+
+    max_error: float
+    flips: float
+
+
+def check(answers: Mapping[str, np.ndarray], model: str, images: np.ndarray, tolerance: float) -> Gate:
+    """Compare an engine's answers with torch's.
+
+    Raises:
+        RuntimeError: they differ by more than ``tolerance``, an exit differs where the stop score is further
+            than ten tolerances from its threshold, or more than 1 % of the exits differ.
+    """
+    expected, exits, margin = reference_exits(model, images)
+    own = torch.from_numpy(answers["log_probs"]).log_softmax(1).clamp(min=-20).numpy()
+    differing = answers["exits"] != exits
+    if differing.mean() > 0.01 or bool((differing & (margin > 10 * tolerance)).any()):
+        raise RuntimeError(
+            f"{int(differing.sum())} of {len(exits)} instances leave at another exit, the furthest at a "
+            f"distance of {margin[differing].max():.2g} from its threshold"
+        )
+    error = float(np.abs(own - expected.clip(-20))[~differing].max())
+    if not error <= tolerance:
+        raise RuntimeError(f"log-probabilities differ from torch's by {error:.2g}; allowed: {tolerance:.2g}")
+    return Gate(error, float(differing.mean()))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One engine on one case.
+
+    Attributes:
+        schedule: how it cut the batch.
+        seconds: per round, the median seconds per image.
+        gate: how far its answers were from torch's.
+        refused: why it was not timed, or None.
+    """
+
+    engine: str
+    schedule: str = ""
+    seconds: tuple[float, ...] = ()
+    gate: Gate | None = None
+    refused: str | None = None
+
+    @property
+    def images_per_s(self) -> float:
+        """Median over the rounds."""
+        return 1 / statistics.median(self.seconds)
+
+    def as_json(self, gflop: float | None) -> dict[str, Any]:
+        """Fields of the results file; ``gflop`` is that of one image."""
+        if self.refused is not None:
+            return {"engine": self.engine, "refused": self.refused}
+        facts = {
+            "engine": self.engine,
+            "schedule": self.schedule,
+            "images_per_s": self.images_per_s,
+            "spread": relative_spread(self.seconds),
+            "seconds_per_image": list(self.seconds),
+            "gate": None if self.gate is None else asdict(self.gate),
+        }
+        return facts if gflop is None else facts | {"gflops": gflop * self.images_per_s}
+
+
+def measure(
+    case: Case, workers: Sequence[Worker], images: np.ndarray, rounds: int, seconds: float, tuning: float
+) -> list[Timing]:
+    """Time every worker's engine on a case.
+
+    Args:
+        workers: with the case's model loaded.
+        images: (M, C, H, W) float32; cut into batches of the case's size.
+        rounds: every engine has one turn a round; the order is reversed every other round.
+        seconds: of one turn, at least; one pass over all batches is the unit.
+        tuning: seconds an engine may spend on finding its schedule.
+
+    Returns:
+        One :class:`Timing` per worker. One that fails or answers wrongly is refused, and says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "images.npy")
+        np.save(path, images)
+        ready: dict[str, tuple[Worker, str, Gate]] = {}
+        refused: dict[str, str] = {}
+        for worker in workers:
+            if worker.refused is not None:
+                refused[worker.engine.name] = worker.refused
+                continue
+            try:
+                worker.ask("images", path=str(path), batch=case.batch)
+                schedule = worker.ask("tune", seconds=tuning)["schedule"]
+                worker.ask("answer", path=str(Path(folder, "answers.npz")))
+                with np.load(Path(folder, "answers.npz")) as answers:
+                    gate = check(answers, worker.engine.model(case), images, worker.engine.tolerance)
+                ready[worker.engine.name] = (worker, schedule, gate)
+            except RuntimeError as error:
+                refused[worker.engine.name] = str(error)
+        turns: dict[str, list[float]] = {name: [] for name in ready}
+        for r in range(rounds):
+            for name in list(ready)[:: 1 if r % 2 == 0 else -1]:
+                passes = ready[name][0].ask("time", seconds=seconds)["seconds"]
+                turns[name].append(statistics.median(passes) / len(images))
+    timed = [Timing(name, ready[name][1], tuple(turns[name]), ready[name][2]) for name in ready]
+    return timed + [Timing(name, refused=reason) for name, reason in refused.items()]

@@ -1,0 +1,115 @@
+"""A benchmark on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from fastcascade.bench import Benchmark, Spread
+
+__all__ = ["bench_tables"]
+
+
+def bench_tables(measured: Benchmark) -> list[Table]:
+    """Tables for ``rich``'s console: stages, batch sizes, and where there are any, threads and what-ifs.
+
+    Names of stages may come from outside and are shown as plain text.
+    """
+    tables = [_stages(measured), _batches(measured)]
+    if measured.threads:
+        tables.append(_threads(measured))
+    if measured.what_if:
+        tables.append(_what_if(measured))
+    return tables
+
+
+def _new(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _stages(measured: Benchmark) -> Table:
+    ceilings = measured.ceilings
+    columns = "stage|images in|out|ms|exit µs/image|images/s|GFLOP/s|of ceiling|of bandwidth"
+    table = _new(
+        f"Each stage alone, {measured.backend} {measured.precision}, {measured.images:,} images",
+        columns.split("|"),
+        f"ceilings measured in this run: {ceilings.gflops:,.0f} GFLOP/s (matrix product), "
+        f"{ceilings.copy_gbs:.0f} GB/s (copy); packing {1e3 * measured.compile_s:.0f} ms, "
+        f"first call {measured.first_call_ms:.1f} ms",
+    )
+    for stage in measured.stages:
+        table.add_row(
+            _plain(stage.name),
+            f"{stage.images_in:,}",
+            f"{stage.images_out:,}",
+            f"{stage.ms:.1f}",
+            f"{1e3 * stage.exit_ms_per_image.median:.2f}",
+            f"{stage.images_per_s:,.0f}",
+            f"{stage.gflops:,.0f}",
+            f"{stage.gflops_share:.0%}",
+            f"{stage.bandwidth_share:.0%}",
+        )
+    return table
+
+
+def _batches(measured: Benchmark) -> Table:
+    columns = "batch|images/s|±|p50 ms|p95 ms|p99 ms|schedule efficiency|rest µs/image|dense images/s|η"
+    table = _new(
+        f"The cascade at {measured.mac_share:.0%} of the dense MACs",
+        columns.split("|"),
+        "rest: compaction, waiting, the call itself; η: realised saving over the MACs saved; "
+        + measured.energy_note,
+    )
+    for batch in measured.batches:
+        table.add_row(
+            str(batch.batch),
+            f"{batch.images_per_s.median:,.0f}",
+            _half_spread(batch.images_per_s),
+            *(f"{batch.latency_ms[name]:.3g}" for name in ("p50", "p95", "p99")),
+            f"{batch.schedule_efficiency.median:.3f}",
+            f"{1e3 * batch.rest_ms_per_image.median:.2f}",
+            f"{batch.dense_images_per_s.median:,.0f}",
+            "–" if batch.saving is None else f"{batch.saving:.2f}",
+        )
+    return table
+
+
+def _threads(measured: Benchmark) -> Table:
+    table = _new(
+        f"Threads, batch {measured.batches[-1].batch}", ("threads", "images/s", "±", "over the first")
+    )
+    first = next(iter(measured.threads.values())).median
+    for count, rate in measured.threads.items():
+        table.add_row(str(count), f"{rate.median:,.0f}", _half_spread(rate), f"{rate.median / first:.2f}×")
+    return table
+
+
+def _what_if(measured: Benchmark) -> Table:
+    now = measured.batches[-1].images_per_s.median
+    table = _new(
+        f"What if: predicted from the stages' times, batch {measured.batches[-1].batch}",
+        ("change", "images/s", "against now", "MACs/image", "exit shares"),
+    )
+    for row in measured.what_if:
+        table.add_row(
+            _plain(row.change),
+            f"{row.images_per_s:,.0f}",
+            f"{row.images_per_s / now:.2f}×",
+            f"{row.mean_macs:,.0f}",
+            " / ".join(f"{share:.0%}" for share in row.exit_shares),
+        )
+    return table
+
+
+def _half_spread(spread: Spread) -> str:
+    return f"{(spread.high - spread.low) / 2 / spread.median:.0%}"
+
+
+def _plain(name: str) -> str:
+    """A name without rich's markup and without control characters."""
+    return "".join(c if c.isprintable() else "�" for c in name).replace("[", "\\[")

@@ -1,0 +1,228 @@
+"""The microbenchmark: what it counts is right, its parts are what they claim, no timing is asserted."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import fastcascade as fc
+from fastcascade.backends import load_backend
+from fastcascade.bench import Benchmark, Spread, benchmark, stage_alone, stage_with_exit, without_stage
+from fastcascade.bench_tables import bench_tables
+from fastcascade.engine import CompiledCascade
+from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.lower import plan as lower_plan
+from fastcascade.machine import measure_energy
+from fastcascade.resnet import cut_into_segments, resnet_cifar
+
+SHAPE = (3, 8, 8)
+
+
+def small_network(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
+    )
+
+
+@pytest.fixture
+def cascade() -> fc.Cascade:
+    torch.manual_seed(0)
+    stages = [fc.Stage(small_network(width), name=f"w{width}") for width in (2, 4, 8)]
+    made = fc.Cascade(stages, fc.MLPSelector(), 4, SHAPE).eval()
+    with torch.no_grad():
+        scores = made.all_exits(torch.randn(64, *SHAPE))[1]
+    thresholds = tuple(scores.median(1).values.tolist())
+    point = fc.OperatingPoint("default", thresholds, {}, None, 0.0, (0.5, 0.25, 0.25), 64)
+    made.operating_points = {
+        "default": point,
+        "never": replace(point, name="never", thresholds=(math.inf,) * 2),
+    }
+    return made
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(48, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def measure(cascade: fc.Cascade, images: torch.Tensor, **settings: object) -> Benchmark:
+    arguments: dict[str, object] = {"batches": [1, 16], "rounds": 2, "seconds": 1e-4, "backend": "reference"}
+    return benchmark(cascade, (images, None), **(arguments | settings))  # type: ignore[arg-type]
+
+
+def test_counts_how_many_images_reach_each_stage(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images)
+    exits = cascade(images).exit_stage
+    assert [stage.images_in for stage in measured.stages] == [int((exits >= k).sum()) for k in range(3)]
+    assert [stage.images_out for stage in measured.stages] == [int((exits > k).sum()) for k in range(3)]
+    assert measured.mac_share == pytest.approx(cascade(images).cost_macs.double().mean() / cascade.dense_macs)
+
+
+def test_operating_point_decides_what_is_measured(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images, operating_point="never")
+    assert [stage.images_in for stage in measured.stages] == [48, 48, 48]
+    assert all(batch.saving is None for batch in measured.batches)  # more MACs than dense: η says nothing
+
+
+def test_rates_follow_from_times(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images)
+    for k, stage in enumerate(measured.stages):
+        assert stage.images_per_s == pytest.approx(1e3 / stage.ms_per_image.median)
+        assert stage.gflops == pytest.approx(2e-9 * cascade.stage_macs[k] * stage.images_per_s)
+        assert stage.gflops_share == pytest.approx(stage.gflops / measured.ceilings.gflops)
+        both = stage.ms_per_image.median + stage.exit_ms_per_image.median
+        assert stage.ms == pytest.approx(stage.images_in * both)
+    for batch in measured.batches:
+        assert batch.latency_ms["p50"] <= batch.latency_ms["p95"] <= batch.latency_ms["p99"]
+
+
+def test_schedule_efficiency_finds_a_schedule_that_wastes_a_fifth(
+    cascade: fc.Cascade, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Calls take invented times: a stage alone, also with its exit, 1 ms an image; the cascade 1.25 times what
+    # the stages need for the images that reach them.
+    def invented(call: partial[fc.CascadeOutput], device: torch.device) -> float:
+        stages = len(cast(CompiledCascade, call.func).plan.stages)
+        return 1.25e-3 * float((call().exit_stage + 1).sum()) if stages == 3 else 1e-3 * len(call.args[0])
+
+    monkeypatch.setattr("fastcascade.bench.seconds_of", invented)
+    batch = measure(cascade, images, batches=[16], seconds=1e9).batches[0]
+    visits = float((cascade(images).exit_stage + 1).sum()) / len(images)
+    assert visits > 1.2
+    assert batch.schedule_efficiency.median == pytest.approx(0.8)
+    assert batch.rest_ms_per_image.median == pytest.approx(0.25 * visits)
+    assert batch.images_per_s.median == pytest.approx(1e3 / (1.25 * visits))
+
+
+def test_parts_answer_as_the_stages_they_are(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    plan = lower_plan(cascade)
+    for k in range(3):
+        alone = fc.compile(stage_alone(plan, k), backend="reference")(images)
+        expected = cascade.stage(k).module(images).softmax(1)
+        torch.testing.assert_close(alone.probs, expected.detach())
+    paired = fc.compile(stage_with_exit(plan, 1), backend="reference")
+    assert (paired(images, [-math.inf]).exit_stage == 0).all()
+    assert (paired(images, [math.inf]).exit_stage == 1).all()
+
+
+def test_stages_of_a_backbone_are_timed_on_features_of_their_own_shape() -> None:
+    segments = cut_into_segments(resnet_cifar(8), after=[1, 2])
+    stages = [fc.Stage(m, e, input="previous" if k else "image") for k, (m, e) in enumerate(segments)]
+    plan = lower_plan(fc.Cascade(stages, fc.MLPSelector(), 10, (3, 32, 32)))
+    assert [stage_alone(plan, k).input.shape for k in range(3)] == [(3, 32, 32), (16, 32, 32), (32, 16, 16)]
+    measured = benchmark(plan, batches=[4], rounds=1, seconds=1e-4, backend="reference")
+    assert [row.change for row in measured.what_if] == ["without stage stage2"]
+
+
+def test_a_stage_that_reads_a_vector_is_refused() -> None:
+    first, second = nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), nn.Linear(6, 5)
+    stages = [fc.Stage(first, nn.Linear(6, 4)), fc.Stage(second, nn.Linear(5, 4), input="previous")]
+    plan = lower_plan(fc.Cascade(stages, fc.MLPSelector(), 4, SHAPE))
+    with pytest.raises(InvalidArgument, match=r"features of shape \(6,\)"):
+        stage_alone(plan, 1)
+
+
+def test_what_if_counts_what_the_changed_cascade_does(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    rows = {row.change: row for row in measure(cascade, images).what_if}
+    assert set(rows) == {"operating point never", "without stage w2", "without stage w4", "without stage w8"}
+    assert rows["operating point never"].exit_shares == (0, 0, 1)
+    assert rows["operating point never"].mean_macs == cascade.exit_macs[-1]
+
+    thresholds = cascade.thresholds()
+    changed = without_stage(lower_plan(cascade), 1)
+    assert changed is not None
+    out = fc.compile(changed, backend="reference")(images, thresholds[:1])
+    row = rows["without stage w4"]
+    assert row.exit_shares[1] == 0
+    assert row.exit_shares[0] == pytest.approx(float((out.exit_stage == 0).double().mean()))
+    assert row.mean_macs == pytest.approx(float(out.cost_macs.double().mean()))
+
+
+def test_threads_are_compared_where_the_backend_takes_them(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    reason = load_backend("cpu").unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"the cpu backend cannot run: {reason}")
+    measured = measure(cascade, images, backend="cpu", threads=[1, 2])
+    assert list(measured.threads) == [1, 2]
+    assert measured.machine["threads"] == "1"
+
+
+def test_leaves_torch_threads_as_they_were(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    before = torch.get_num_threads()
+    measure(cascade, images)
+    assert torch.get_num_threads() == before
+
+
+def test_json_and_tables_hold_what_was_measured(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images)
+    measured = replace(
+        measured, stages=(replace(measured.stages[0], name="[red]a\x1b[2J"), *measured.stages[1:])
+    )
+    facts = json.loads(json.dumps(measured.to_json()))
+    assert facts["stages"][0]["images_in"] == 48
+    assert {"p50", "p90", "p95", "p99"} == set(facts["batches"][0]["latency_ms"])
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    for table in bench_tables(measured):
+        console.print(table)
+    text = cast(io.StringIO, console.file).getvalue()
+    assert "[red]a�[2J" in text
+    assert "w8" in text
+    assert "operating point never" in text
+
+
+def test_energy_comes_from_zeus_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zeus.monitor", None)
+    assert measure_energy(lambda: None, 8) == (
+        None,
+        "energy was not measured: the package zeus is not installed",
+    )
+
+    calls = []
+
+    class Monitor:
+        def begin_window(self, name: str) -> None:
+            calls.clear()
+
+        def end_window(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(gpu_energy={}, cpu_energy={0: 0.002 * len(calls)})
+
+    monkeypatch.setattr("fastcascade.machine._ENERGY_SECONDS", 0.01)
+    monkeypatch.setitem(sys.modules, "zeus.monitor", SimpleNamespace(ZeusMonitor=Monitor))
+    energy, _ = measure_energy(lambda: calls.append(0), 8)
+    assert energy == pytest.approx(0.25)  # 2 mJ a call of 8 images
+
+
+def test_spread_of_one_value_and_of_many() -> None:
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"batches": [0, 64]}, "1 … 48"), ({"rounds": 0}, "rounds=0"), ({"seconds": 0.0}, "seconds=0")],
+)
+def test_bad_settings_are_refused(
+    cascade: fc.Cascade, images: torch.Tensor, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        measure(cascade, images, **settings)
+
+
+def test_no_images_are_refused(cascade: fc.Cascade) -> None:
+    with pytest.raises(DataError, match="0 images"):
+        measure(cascade, torch.empty(0, *SHAPE))
