@@ -1,0 +1,224 @@
+"""The selection study: which selector decides best, on the same stages and at the same accumulated cost.
+
+Reads the saved logits of the trained stages and rewrites the tables of docs/selection.md:
+
+    python examples/cifar10/study.py
+
+Every row repeats five times: the 5,000 held-out images are split at random into one half that fits the
+selector and one that finds the thresholds for each budget; accuracy is then measured on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fastcascade as fc
+from fastcascade.augment import uniforms
+from fastcascade.calibrate import find_thresholds
+from fastcascade.errors import CalibrationError
+from fastcascade.evaluate import Trace
+from fastcascade.objective import greedy_exit, objective_loss, rewards
+from fastcascade.refit import fit_selector, standardise_features
+from fastcascade.store import load_cascade
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent.parent / "docs" / "selection.md"
+BUDGETS = (0.2, 0.4, 0.6)
+SEEDS = range(5)
+ALPHA = 0.3
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose exits: a trained selector, or a confidence score."""
+
+    name: str
+    objective: str | None = None
+    baseline: str = "none"
+    features: str = "stats"
+    score: str | None = None
+
+    def selector(self) -> nn.Module:
+        return fc.ThresholdSelector(self.score) if self.score else fc.MLPSelector(self.features)
+
+
+OBJECTIVES = [
+    Method("REINFORCE, no baseline", "reinforce", "none"),
+    Method("REINFORCE, moving average", "reinforce", "moving_average"),
+    Method("REINFORCE, greedy rollout", "reinforce", "greedy"),
+    Method("exact expectation", "exact"),
+    Method("imitation", "imitation"),
+    Method("confidence: max_prob", score="max_prob"),
+    Method("confidence: margin", score="margin"),
+    Method("confidence: entropy", score="entropy"),
+]
+FEATURES = [
+    Method("stats (top two log-odds, entropy, agreement)", "exact", features="stats"),
+    Method("topk (top three log-odds, agreement)", "exact", features="topk"),
+    Method("probs (the paper's)", "exact", features="probs"),
+]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits (K, N, 10) and labels (N,) of the held-out and of the test images."""
+
+    held_out: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def load(cls, path: Path) -> Logits:
+        t = load_file(path)
+        return cls(
+            (
+                torch.cat([t["validation"], t["calibration"]], 1),
+                torch.cat([t["y_validation"], t["y_calibration"]]),
+            ),
+            (t["test"], t["y_test"]),
+        )
+
+
+def with_selector(trained: fc.Cascade, selector: nn.Module, combine: str) -> fc.Cascade:
+    """The trained stages under another selector."""
+    return fc.Cascade(list(trained.stages), selector, trained.num_classes, trained.input.shape, combine)
+
+
+def accuracies(trained: fc.Cascade, method: Method, combine: str, logits: Logits, seed: int) -> list[float]:
+    """Test accuracy at each budget, NaN where it cannot be met."""
+    torch.manual_seed(seed)
+    cascade = with_selector(trained, method.selector(), combine)
+    z, y = logits.held_out
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
+    first, second = order[: len(y) // 2], order[len(y) // 2 :]
+    if method.objective:
+        fit_selector(
+            cascade, z[:, first], y[first], method.objective, ALPHA, baseline=method.baseline, seed=seed
+        )
+    calibration = Trace.from_logits(cascade, z[:, second], y[second])
+    test = Trace.from_logits(cascade, *logits.test)
+    row = []
+    for share in BUDGETS:
+        try:
+            thresholds = find_thresholds(calibration, budget_macs=share * trained.dense_macs)
+            row.append(test.run(thresholds).accuracy)
+        except CalibrationError:
+            row.append(float("nan"))
+    return row
+
+
+def gradient_spread(
+    trained: fc.Cascade, method: Method, logits: Logits, batches: int = 300
+) -> tuple[float, float]:
+    """Norm of the mean and total standard deviation of the selector's gradient over batches of 64."""
+    torch.manual_seed(0)
+    cascade = with_selector(trained, fc.MLPSelector(), "mean")
+    z, y = logits.held_out
+    standardise_features(cascade, z)
+    fit_selector(cascade, z, y, "exact", ALPHA, steps=20)
+    shares = cascade.exit_macs.double() / cascade.dense_macs
+    parameters = list(cascade.selector.parameters())
+    rng = np.random.default_rng(0)
+    average = float(
+        reward_of(cascade, z, y, shares).gather(0, greedy_exit(cascade.judge(z).scores)[None]).mean()
+    )
+    gradients = []
+    for batch in range(batches):
+        index = rng.integers(0, len(y), 64)
+        rows = torch.from_numpy(index)
+        scores = cascade.judge(z[:, rows]).scores
+        reward = reward_of(cascade, z[:, rows], y[rows], shares)
+        greedy = reward.gather(0, greedy_exit(scores.detach())[None]).squeeze(0)
+        baseline = {"none": 0.0, "moving_average": average, "greedy": greedy}[method.baseline]
+        draws = torch.from_numpy(uniforms(1, batch, index, 1)[:, 0])
+        loss = objective_loss(method.objective, scores, reward, draws, baseline)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    stacked = torch.stack(gradients)
+    return float(stacked.mean(0).norm()), float(stacked.var(0).sum().sqrt())
+
+
+def reward_of(cascade: fc.Cascade, z: Tensor, y: Tensor, shares: Tensor) -> Tensor:
+    return rewards(cascade.judge(z).log_probs, y, shares, ALPHA).detach()
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [header, ["---"] * len(list(header)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def accuracy_table(trained: fc.Cascade, methods: list[Method], logits: Logits) -> str:
+    rows = []
+    for combine in ("last", "mean"):
+        for method in track(methods, f"combine={combine}"):
+            values = np.array([accuracies(trained, method, combine, logits, seed) for seed in SEEDS]) * 100
+            cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
+            rows.append([method.name, combine, *cells])
+    return table(["selector", "combine", *(f"≤ {b:.0%} of dense" for b in BUDGETS)], rows)
+
+
+def gradient_table(trained: fc.Cascade, logits: Logits) -> str:
+    rows = []
+    for method in OBJECTIVES:
+        if method.objective:
+            mean, spread = gradient_spread(trained, method, logits)
+            rows.append([method.name, f"{mean:.4f}", f"{spread:.4f}", f"{spread / mean:.1f}"])
+    return table(["estimator", "norm of the mean", "standard deviation", "ratio"], rows)
+
+
+def stage_table(trained: fc.Cascade, logits: Logits) -> str:
+    z, y = logits.test
+    rows = [
+        [f"{k}", f"{trained.stage_macs[k] / 1e6:.1f} M", f"{(z[k].argmax(1) == y).double().mean():.2%}"]
+        for k in range(len(z))
+    ]
+    mean = trained.judge(z).log_probs if trained.combine == "mean" else z.log_softmax(2)
+    rows.append(
+        [
+            "all, mean",
+            f"{int(trained.exit_macs[-1]) / 1e6:.1f} M",
+            f"{(mean[-1].argmax(1) == y).double().mean():.2%}",
+        ]
+    )
+    return table(["stage", "MACs", "test accuracy alone"], rows)
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """Put content between the markers <!-- name --> and <!-- /name -->."""
+    pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+    text, count = re.subn(pattern, lambda m: m[1] + content + m[2], text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{DOCUMENT} has {count} blocks named {name}; expected one")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--logits", type=Path, default=HERE / "logits.safetensors")
+    arguments = parser.parse_args()
+    trained, logits = load_cascade(arguments.model), Logits.load(arguments.logits)
+    blocks = {
+        "stages": stage_table(trained, logits),
+        "objectives": accuracy_table(trained, OBJECTIVES, logits),
+        "features": accuracy_table(trained, FEATURES, logits),
+        "gradients": gradient_table(trained, logits),
+    }
+    text = DOCUMENT.read_text()
+    for name, content in blocks.items():
+        text = replace_block(text, name, content)
+    DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
