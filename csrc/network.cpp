@@ -317,8 +317,10 @@ class Builder {
   int64_t sub_tile(const Step& step) const {
     int64_t floats = net_.values[step.output].floats;
     for (int64_t v : reads(step)) floats += net_.values[v].floats;
+    // Weights that stream past the cache are worth more room for the instances that share one reading.
+    const int64_t bytes = 4 * step.weights.size() > kSubTileBytes ? 2 * kSubTileBytes : kSubTileBytes;
     int64_t instances = 1;
-    while (2 * instances <= net_.tile && 2 * instances * floats * 4 <= kSubTileBytes) instances *= 2;
+    while (2 * instances <= net_.tile && 2 * instances * floats * 4 <= bytes) instances *= 2;
     return instances;
   }
 
@@ -327,7 +329,7 @@ class Builder {
     net_.segments.clear();
     for (size_t i = 0; i < net_.steps.size(); ++i) {
       const int64_t instances = sub_tile(net_.steps[i]);
-      if (net_.segments.empty() || instances >= 4 * net_.segments.back().instances) {
+      if (net_.segments.empty() || instances >= 2 * net_.segments.back().instances) {
         net_.segments.push_back({i, i + 1, instances});
       } else {
         net_.segments.back().end = i + 1;
