@@ -34,6 +34,7 @@ from fastcascade.store import load_cascade
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "selection.md"
 BUDGETS = (0.2, 0.4, 0.6)
+BUDGET_HEADS = tuple(f"≤ {share:.0%} of dense" for share in BUDGETS)
 SEEDS = range(5)
 ALPHA = 0.3
 
@@ -106,14 +107,25 @@ def accuracies(trained: fc.Cascade, method: Method, combine: str, logits: Logits
         )
     calibration = Trace.from_logits(cascade, z[:, second], y[second])
     test = Trace.from_logits(cascade, *logits.test)
+    return budget_accuracies(calibration, test, trained.dense_macs)
+
+
+def budget_accuracies(calibration: Trace, test: Trace, dense_macs: int) -> list[float]:
+    """Test accuracy at each budget with the thresholds that calibration finds, NaN where it cannot be met."""
     row = []
     for share in BUDGETS:
         try:
-            thresholds = find_thresholds(calibration, budget_macs=share * trained.dense_macs)
+            thresholds = find_thresholds(calibration, budget_macs=share * dense_macs)
             row.append(test.run(thresholds).accuracy)
         except CalibrationError:
             row.append(float("nan"))
     return row
+
+
+def mean_and_spread(rows: list[list[float]]) -> list[str]:
+    """One cell per budget: mean ± standard deviation over the repetitions, in per cent."""
+    values = 100 * np.array(rows)
+    return [f"{m:.2f} ± {s:.2f}" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
 
 
 def gradient_spread(
@@ -159,10 +171,9 @@ def accuracy_table(trained: fc.Cascade, methods: list[Method], logits: Logits) -
     rows = []
     for combine in ("last", "mean"):
         for method in track(methods, f"combine={combine}"):
-            values = np.array([accuracies(trained, method, combine, logits, seed) for seed in SEEDS]) * 100
-            cells = [f"{m:.2f} ± {s:.2f}" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
-            rows.append([method.name, combine, *cells])
-    return table(["selector", "combine", *(f"≤ {b:.0%} of dense" for b in BUDGETS)], rows)
+            repeated = [accuracies(trained, method, combine, logits, seed) for seed in SEEDS]
+            rows.append([method.name, combine, *mean_and_spread(repeated)])
+    return table(["selector", "combine", *BUDGET_HEADS], rows)
 
 
 def gradient_table(trained: fc.Cascade, logits: Logits) -> str:
@@ -191,6 +202,14 @@ def stage_table(trained: fc.Cascade, logits: Logits) -> str:
     return table(["stage", "MACs", "test accuracy alone"], rows)
 
 
+def rewrite_document(blocks: dict[str, str]) -> None:
+    """Put tables between their markers in docs/selection.md."""
+    text = DOCUMENT.read_text()
+    for name, content in blocks.items():
+        text = replace_block(text, name, content)
+    DOCUMENT.write_text(text)
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """Put content between the markers <!-- name --> and <!-- /name -->."""
     pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
@@ -208,16 +227,14 @@ def main() -> None:
     parser.add_argument("--logits", type=Path, default=HERE / "logits.safetensors")
     arguments = parser.parse_args()
     trained, logits = load_cascade(arguments.model), Logits.load(arguments.logits)
-    blocks = {
-        "stages": stage_table(trained, logits),
-        "objectives": accuracy_table(trained, OBJECTIVES, logits),
-        "features": accuracy_table(trained, FEATURES, logits),
-        "gradients": gradient_table(trained, logits),
-    }
-    text = DOCUMENT.read_text()
-    for name, content in blocks.items():
-        text = replace_block(text, name, content)
-    DOCUMENT.write_text(text)
+    rewrite_document(
+        {
+            "stages": stage_table(trained, logits),
+            "objectives": accuracy_table(trained, OBJECTIVES, logits),
+            "features": accuracy_table(trained, FEATURES, logits),
+            "gradients": gradient_table(trained, logits),
+        }
+    )
 
 
 if __name__ == "__main__":
