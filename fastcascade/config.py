@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcascade.calibrate import calibrate
 from fastcascade.cascade import Cascade
 from fastcascade.data import arrays, load_data
+from fastcascade.distributed import process_group, rank
 from fastcascade.errors import InvalidArgument
 from fastcascade.objective import Objective
 from fastcascade.resnet import build_network
@@ -117,6 +118,8 @@ def train_from_config(
 ) -> Cascade:
     """Train, calibrate and save as a config says; a run that was stopped goes on where it was.
 
+    Under torchrun every process calls this with the same arguments, and the first one writes.
+
     Args:
         source: images for :func:`fastcascade.data.load_data`; its training part is used.
         directory: receives ``checkpoint/`` while training and ``model/`` at the end.
@@ -139,19 +142,21 @@ def train_from_config(
     cascade = plan.build()
     cascade.classes = data.classes
     parts = {name: _part(images, labels, name, span) for name, span in plan.splits.items()}
-    fit(
-        cascade,
-        parts["train"],
-        parts["validation"],
-        objective=plan.objective,
-        alpha=plan.alpha,
-        checkpoint_dir=directory / "checkpoint",
-        recipe=Recipe(**plan.recipe),
-        progress=progress,
-    )
-    for name, target in plan.operating_points.items():
-        calibrate(cascade, parts["calibration"], name=name, **_absolute(target, cascade))
-    cascade.save(directory / "model", overwrite=overwrite)
+    with process_group():
+        fit(
+            cascade,
+            parts["train"],
+            parts["validation"],
+            objective=plan.objective,
+            alpha=plan.alpha,
+            checkpoint_dir=directory / "checkpoint",
+            recipe=Recipe(**plan.recipe),
+            progress=progress and rank() == 0,
+        )
+        for name, target in plan.operating_points.items():
+            calibrate(cascade, parts["calibration"], name=name, **_absolute(target, cascade))
+        if rank() == 0:
+            cascade.save(directory / "model", overwrite=overwrite)
     return cascade
 
 

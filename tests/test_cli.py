@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -223,7 +224,9 @@ def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.
     assert "FASTCASCADE_ISA=portable" in done.out
 
 
-def test_train_calibrates_and_saves(run: Run, tmp_path: Path) -> None:
+@pytest.fixture
+def training_arguments(tmp_path: Path) -> list[str]:
+    """``train`` on two classes of bright and dark noise, with a config of two small networks."""
     rng = np.random.default_rng(0)
     labels = np.arange(96) % 2
     pixels = (labels * 200)[:, None, None, None] + rng.integers(0, 50, (96, 8, 8, 3))
@@ -250,9 +253,21 @@ def test_train_calibrates_and_saves(run: Run, tmp_path: Path) -> None:
         budget = 1.5
         """
     )
-    done = run("train", config, tmp_path / "d.npz", "--out", tmp_path / "run")
+    return ["train", str(config), str(tmp_path / "d.npz"), "--out", str(tmp_path / "run")]
+
+
+def test_train_calibrates_and_saves(run: Run, training_arguments: list[str], tmp_path: Path) -> None:
+    done = run(*training_arguments)
     assert done.status == 0, done.err
     assert "default" in done.out
+    assert "default" in fc.load(tmp_path / "run" / "model").operating_points
+
+
+def test_train_under_torchrun_writes_one_model(training_arguments: list[str], tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "fastcascade", *training_arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "default" in fc.load(tmp_path / "run" / "model").operating_points
 
 
