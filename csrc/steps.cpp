@@ -54,15 +54,19 @@ void pad(const Step& step, const Value& in, const Value& out, const float* x, fl
   const auto& before = step.layout.before;
   const int64_t per_image = out.shape.h * out.shape.w;
   const float value = step.layout.value;
-  for (int64_t p = pixels.begin; p < pixels.end; ++p) {
+  // Where pixels keep their channels, the inside of a row moves as one.
+  const bool same_channels = in.shape.c == out.shape.c && in.pitch == out.pitch;
+  int64_t run;  // pixels
+  for (int64_t p = pixels.begin; p < pixels.end; p += run) {
     const int64_t image = p / per_image, row = p % per_image / out.shape.w - before[1],
                   column = p % out.shape.w - before[2];
     float* pixel = y + p * out.pitch;
     const bool inside = row >= 0 && row < in.shape.h && column >= 0 && column < in.shape.w;
-    if (!inside || in.shape.c < out.pitch) std::fill_n(pixel, out.pitch, value);
+    run = inside && same_channels ? std::min(in.shape.w - column, pixels.end - p) : 1;
+    if (!inside || (!same_channels && in.shape.c < out.pitch)) std::fill_n(pixel, out.pitch, value);
     if (!inside) continue;
     const float* from = x + image * in.floats + (row * in.shape.w + column) * in.pitch;
-    std::memcpy(pixel + before[0], from, static_cast<size_t>(in.shape.c) * sizeof(float));
+    std::copy_n(from, same_channels ? run * in.pitch : in.shape.c, pixel + before[0]);
   }
 }
 
@@ -74,7 +78,10 @@ void slice(const Step& step, const Value& in, const Value& out, const float* x, 
                   column = op.start[2] + p % out.shape.w * op.step[2];
     const float* from = x + image * in.floats + (row * in.shape.w + column) * in.pitch + op.start[0];
     float* pixel = y + p * out.pitch;
-    for (int64_t c = 0; c < out.shape.c; ++c) pixel[c] = from[c * op.step[0]];
+    if (op.step[0] == 1)
+      std::copy_n(from, out.shape.c, pixel);
+    else
+      for (int64_t c = 0; c < out.shape.c; ++c) pixel[c] = from[c * op.step[0]];
     std::fill(pixel + out.shape.c, pixel + out.pitch, 0.f);
   }
 }
