@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ COMBINATIONS = 1024
 CHOICES = 257
 """Thresholds considered per stage, evenly spaced in rank. More would only follow the noise of the sample."""
 
+_NS_PER_MS = 1_000_000
+
 SMALLEST_GAP = 1e-5
 """Relative distance of two neighbouring scores below which no threshold is put between them: two backends
 may round such scores to different sides."""
@@ -41,8 +43,10 @@ def calibrate(
     name: str = "default",
     *,
     budget_macs: float | None = None,
+    budget_ms: float | None = None,
     min_accuracy: float | None = None,
     max_risk: tuple[float, float] | None = None,
+    exit_ms: Sequence[float] | None = None,
 ) -> OperatingPoint:
     """Choose stop thresholds on held-out data and store them under a name. Give exactly one target.
 
@@ -51,10 +55,14 @@ def calibrate(
             (images, labels), or a :class:`Trace` of them. ``max_risk`` needs no labels.
         name: the key in ``cascade.operating_points``; a point of that name is replaced.
         budget_macs: highest accuracy at a mean cost of at most this, in MACs per instance.
+        budget_ms: the same in milliseconds per instance; needs ``exit_ms``.
         min_accuracy: lowest mean cost at an accuracy of at least this, between 0 and 1.
         max_risk: (eps, delta). With probability ≥ 1 − delta over the draw of ``held_out``, new instances of
             the same distribution get another label than the last exit's at a rate of at most eps. If nothing
             can be certified the thresholds are +∞: never stop early.
+        exit_ms: (K,) milliseconds per instance of stopping at each exit, earlier stages included, as
+            ``fc.bench.benchmark`` measures them. They replace MACs as the cost that is minimised or bounded;
+            ``mean_macs`` of the point is in MACs all the same.
 
     Returns:
         the :class:`OperatingPoint`, with accuracy, cost, exit shares and risk as measured on ``held_out``.
@@ -79,7 +87,9 @@ def calibrate(
         >>> point.mean_macs <= 2e7, cascade(held_out[0], operating_point="fast").label.shape
         (True, torch.Size([20]))
     """
-    target = _check_target(budget_macs, min_accuracy, max_risk)
+    target = _check_target(
+        budget_macs=budget_macs, budget_ms=budget_ms, min_accuracy=min_accuracy, max_risk=max_risk
+    )
     if not isinstance(name, str) or not name:
         raise InvalidArgument(f"the name of an operating point is {name!r}; expected a non-empty string")
     seen = held_out if isinstance(held_out, Trace) else trace(cascade, held_out)
@@ -88,6 +98,11 @@ def calibrate(
     _check_overlap(cascade, seen, refuse=max_risk is not None)
     if max_risk is not None:
         thresholds = certify(seen.disagrees, seen.exits, risk_path(cascade), *max_risk)
+    elif exit_ms is not None:
+        target["exit_ms"] = list(map(float, exit_ms))
+        thresholds = _find_by_time(seen, target["exit_ms"], budget_ms, min_accuracy)
+    elif budget_ms is not None:
+        raise InvalidArgument("budget_ms needs exit_ms, the measured milliseconds of stopping at each exit")
     else:
         thresholds = find_thresholds(seen, budget_macs=budget_macs, min_accuracy=min_accuracy)
     point = _measure(seen, thresholds, name, target)
@@ -113,44 +128,62 @@ def find_thresholds(
         CalibrationError: no thresholds serve the target.
         DataError: the trace has no labels.
     """
-    _check_target(budget_macs, min_accuracy, None)
-    search = _Search(seen, math.inf if budget_macs is None else budget_macs, min_accuracy)
+    _check_target(budget_macs=budget_macs, min_accuracy=min_accuracy)
+    return _find(seen, budget_macs, min_accuracy, "MACs")
+
+
+def _find(seen: Trace, budget: float | None, min_accuracy: float | None, unit: str) -> tuple[float, ...]:
+    search = _Search(seen, math.inf if budget is None else budget, min_accuracy)
     thresholds = search.run()
     if thresholds is not None:
         return thresholds
-    if budget_macs is not None:
+    if budget is not None:
         cheapest = seen.run([-math.inf] * (seen.num_exits - 1))
         raise CalibrationError(
-            f"budget_macs={budget_macs:,.0f} cannot be met: stopping everything at the first exit costs "
-            f"{cheapest.mean_macs:,.0f} MACs per instance, at accuracy {cheapest.accuracy:.4f}"
+            f"a budget of {budget:,.0f} {unit} cannot be met: stopping everything at the first exit costs "
+            f"{cheapest.mean_macs:,.0f} {unit} per instance, at accuracy {cheapest.accuracy:.4f}"
         )
     best = seen.run(_Search(seen, math.inf, None).run())
     raise CalibrationError(
         f"min_accuracy={min_accuracy} cannot be met on these {seen.n} instances: the most accurate "
-        f"thresholds found reach {best.accuracy:.4f}, at {best.mean_macs:,.0f} MACs per instance"
+        f"thresholds found reach {best.accuracy:.4f}, at {best.mean_macs:,.0f} {unit} per instance"
     )
 
 
+def _find_by_time(
+    seen: Trace, exit_ms: Sequence[float], budget_ms: float | None, min_accuracy: float | None
+) -> tuple[float, ...]:
+    """:func:`find_thresholds` with milliseconds for MACs."""
+    if len(exit_ms) != seen.num_exits or not all(0 < ms < math.inf for ms in exit_ms):
+        raise InvalidArgument(
+            f"exit_ms is {list(exit_ms)}; expected {seen.num_exits} positive numbers, one per exit"
+        )
+    # The search adds up whole numbers; a nanosecond is below any measured time's error.
+    timed = replace(seen, exit_macs=(np.array(exit_ms) * _NS_PER_MS).round().astype(np.int64))
+    budget = None if budget_ms is None else budget_ms * _NS_PER_MS
+    return _find(timed, budget, min_accuracy, "ns")
+
+
 def _check_target(
-    budget_macs: float | None, min_accuracy: float | None, max_risk: tuple[float, float] | None
+    *,
+    budget_macs: float | None = None,
+    budget_ms: float | None = None,
+    min_accuracy: float | None = None,
+    max_risk: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    given = {
-        key: value
-        for key, value in (
-            ("budget_macs", budget_macs),
-            ("min_accuracy", min_accuracy),
-            ("max_risk", max_risk),
-        )
-        if value is not None
+    every = {
+        "budget_macs": budget_macs,
+        "budget_ms": budget_ms,
+        "min_accuracy": min_accuracy,
+        "max_risk": max_risk,
     }
+    given = {key: value for key, value in every.items() if value is not None}
     if len(given) != 1:
-        raise InvalidArgument(
-            f"got the targets {given}; expected exactly one of budget_macs, min_accuracy, max_risk"
-        )
-    if budget_macs is not None and not budget_macs > 0:
-        raise InvalidArgument(
-            f"budget_macs is {budget_macs}; expected a positive number of MACs per instance"
-        )
+        raise InvalidArgument(f"got the targets {given}; expected exactly one of {', '.join(every)}")
+    for key in ("budget_macs", "budget_ms"):
+        if key in given and not given[key] > 0:
+            unit = key.removeprefix("budget_").replace("macs", "MACs")
+            raise InvalidArgument(f"{key} is {given[key]}; expected a positive number of {unit} per instance")
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise InvalidArgument(f"min_accuracy is {min_accuracy}; expected a share between 0 and 1")
     if max_risk is not None and not (len(max_risk) == 2 and all(0 < x < 1 for x in max_risk)):

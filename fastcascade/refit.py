@@ -57,6 +57,7 @@ def fit_selector(
     weight_decay: float = 0.01,
     baseline: Baseline = "moving_average",
     seed: int = 0,
+    cost_shares: Tensor | None = None,
 ) -> list[float]:
     """Fit the selector by full-batch Adam with the stages' answers fixed.
 
@@ -69,6 +70,7 @@ def fit_selector(
         alpha: price of one dense cost in nats.
         weight_decay: decoupled (AdamW); keeps the score smooth when held-out images are few.
         baseline: of "reinforce".
+        cost_shares: (K,) accumulated cost of each exit over the dense cost; in MACs if None.
 
     Returns:
         the greedy policy's mean reward before every step.
@@ -95,8 +97,9 @@ def fit_selector(
         standardise_features(cascade, logits)
     valid = logits.isfinite().all(2).all(0)
     logits, labels = logits[:, valid].detach(), labels.to(logits.device)[valid]
-    shares = cascade.exit_macs.double().to(logits.device) / cascade.dense_macs
-    reward = rewards(cascade.judge(logits).log_probs, labels, shares, alpha).detach()
+    shares = cascade.exit_macs.double() / cascade.dense_macs if cost_shares is None else cost_shares
+    judged = cascade.judge(logits)
+    reward = rewards(judged.log_probs, labels, shares.to(logits.device), alpha).detach()
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
     index = np.arange(len(labels))
     earned: list[float] = []

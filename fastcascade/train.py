@@ -135,6 +135,7 @@ class _Trainer:
         objective: Objective,
         alpha: float,
         recipe: Recipe,
+        cost_shares: Tensor,
     ) -> None:
         self.cascade = cascade
         self.images, self.labels = train
@@ -143,7 +144,7 @@ class _Trainer:
         self.alpha = alpha
         self.recipe = recipe
         self.device = cascade.device
-        self.cost_shares = cascade.exit_macs.double() / cascade.dense_macs
+        self.cost_shares = cost_shares
         self.bf16 = _bf16_pays(self.device) if recipe.autocast is None else recipe.autocast
         self.steps = max(1, len(self.images) // recipe.batch_size)
         self.average_reward = 0.0
@@ -379,6 +380,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     recipe: Recipe | None = None,
     progress: bool = True,
+    cost_shares: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Train a cascade in place.
 
@@ -397,6 +399,8 @@ def fit(
         checkpoint_dir: where to resume from and to write ``checkpoint.json`` and ``metrics.jsonl``.
         recipe: see :class:`Recipe`.
         progress: draw a bar on standard error.
+        cost_shares: (K,) what stopping at each exit costs over the dense cost, earlier stages included, for
+            example in measured time; MACs if None.
 
     Returns:
         one record per epoch: phase, epoch, loss, stage_accuracy and, in the joint phase, accuracy,
@@ -417,6 +421,7 @@ def fit(
         2
     """
     recipe = Recipe() if recipe is None else recipe
+    shares = _cost_shares(cascade, cost_shares)
     if train is None and not freeze_stages:
         raise InvalidArgument(
             "train is None; pass training data, or freeze_stages=True to fit the selector only"
@@ -430,23 +435,46 @@ def fit(
             fitted_on = _labelled(cascade, train, "train")
             _warn_if_already_learned(cascade, fitted_on)
             seen.append(image_hashes(fitted_on[0]))
-        _fit_selector(cascade, fitted_on, objective, alpha, recipe)
+        _fit_selector(cascade, fitted_on, objective, alpha, recipe, shares)
     else:
         training = _labelled(cascade, train, "train")
         seen.append(image_hashes(training[0]))
         with process_group():
-            trainer = _Trainer(cascade, training, held_out, objective, alpha, recipe)
-            settings = {"objective": objective, "alpha": alpha, "images": len(training[0]), **asdict(recipe)}
+            trainer = _Trainer(cascade, training, held_out, objective, alpha, recipe, shares)
+            settings = {
+                "objective": objective,
+                "alpha": alpha,
+                "images": len(training[0]),
+                "cost_shares": shares.tolist(),
+                **asdict(recipe),
+            }
             directory = None if checkpoint_dir is None else Path(checkpoint_dir)
             history = trainer.run(directory, settings, progress)
         if refit_selector:
-            _fit_selector(cascade, held_out, objective, alpha, recipe)
+            _fit_selector(cascade, held_out, objective, alpha, recipe, shares)
     cascade.seen_images = np.unique(np.concatenate([cascade.seen_images, *seen]))
     return history
 
 
+def _cost_shares(cascade: Cascade, given: Sequence[float] | None) -> Tensor:
+    """(K,) float64 cost of stopping at each exit over the dense cost."""
+    if given is None:
+        return cascade.exit_macs.double() / cascade.dense_macs
+    shares = torch.tensor(list(given), dtype=torch.float64)
+    if shares.shape != (len(cascade.stages),) or not bool((shares.isfinite() & (shares >= 0)).all()):
+        raise InvalidArgument(
+            f"cost_shares is {list(given)}; expected {len(cascade.stages)} numbers from 0, one per exit"
+        )
+    return shares
+
+
 def _fit_selector(
-    cascade: Cascade, data: tuple[Tensor, Tensor], objective: Objective, alpha: float, recipe: Recipe
+    cascade: Cascade,
+    data: tuple[Tensor, Tensor],
+    objective: Objective,
+    alpha: float,
+    recipe: Recipe,
+    cost_shares: Tensor,
 ) -> None:
     if cascade.selector is None:
         return
@@ -460,6 +488,7 @@ def _fit_selector(
         learning_rate=recipe.selector_learning_rate,
         baseline=recipe.baseline,
         seed=recipe.seed,
+        cost_shares=cost_shares,
     )
 
 

@@ -133,6 +133,23 @@ def test_a_shared_threshold_is_strictly_worse() -> None:
     assert max(e.accuracy for e in (t.run([x, x]) for x in levels) if e.mean_macs <= budget) == 0.5
 
 
+def test_milliseconds_may_be_the_cost() -> None:
+    """With exit 1 as dear as exit 2 in time, the cheapest way to be always right changes."""
+    cascade, t = flat_cascade(), opposed_trace()
+    t.labels[1, :50] = 1  # exit 1 answers the easy half wrong, exits 0 and 2 do not
+    by_macs = fc.calibrate(cascade, t, min_accuracy=1.0)
+    by_time = fc.calibrate(cascade, t, min_accuracy=1.0, exit_ms=(0.1, 0.9, 0.9))
+    assert by_macs.exit_shares == (0.5, 0.5, 0.0)
+    assert by_time.accuracy == 1.0
+    assert by_time.mean_macs in ((10 + 40) / 2, (10 + 90) / 2)  # equally slow, so either will do
+    half = fc.calibrate(cascade, t, budget_ms=0.5, exit_ms=(0.1, 0.9, 0.9))
+    assert half.accuracy == 1.0
+    assert half.target == {"budget_ms": 0.5, "exit_ms": [0.1, 0.9, 0.9]}
+    assert fc.calibrate(cascade, t, budget_ms=0.1, exit_ms=(0.1, 0.9, 0.9)).exit_shares == (1.0, 0.0, 0.0)
+    with pytest.raises(CalibrationError, match="costs 100,000 ns"):
+        fc.calibrate(cascade, t, budget_ms=0.05, exit_ms=(0.1, 0.9, 0.9))
+
+
 def test_thresholds_lie_midway_between_scores() -> None:
     """So that another backend's rounding moves nothing: here the answer is 5 and anything below −4."""
     first, second = find_thresholds(opposed_trace(), min_accuracy=1.0)
@@ -203,6 +220,10 @@ def test_a_failed_calibration_stores_nothing() -> None:
         ({"budget_macs": 0}, "positive"),
         ({"budget_macs": math.nan}, "positive"),
         ({"min_accuracy": 93}, "between 0 and 1"),
+        ({"budget_ms": 0.3}, "needs exit_ms"),
+        ({"budget_ms": -1, "exit_ms": (1, 2, 3)}, "positive number of ms"),
+        ({"budget_ms": 1, "exit_ms": (1, 2)}, "3 positive numbers"),
+        ({"min_accuracy": 0.1, "exit_ms": (1, 0, 3)}, "3 positive numbers"),
         ({"max_risk": (0.01, 0.0)}, "between 0 and 1"),
         ({"max_risk": (1.5, 0.1)}, "between 0 and 1"),
         ({"max_risk": (0.1,)}, r"\(eps, delta\)"),

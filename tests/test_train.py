@@ -144,6 +144,17 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):
     assert metrics.read_text() == (whole / "metrics.jsonl").read_text()
 
 
+def test_the_selector_minds_the_costs_that_it_is_given():
+    """Dear late exits are avoided, free ones are not."""
+    shares = []
+    for late in (0.0, 100.0):
+        c = cascade()
+        fc.fit(c, None, data(256, 2), freeze_stages=True, cost_shares=[0.0, late])
+        shares.append(fc.evaluate(c, data(256, 2)).exit_shares[0])
+    assert shares[1] == 1.0
+    assert shares[0] < 1.0
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     arguments = {"checkpoint_dir": tmp_path, "progress": False}
     fc.fit(cascade(), data(128, 1), data(64, 2), recipe=recipe(pretrain_epochs=1), **arguments)
@@ -174,6 +185,11 @@ def test_two_processes_equal_two_micro_batches(tmp_path, objective):
     [
         (lambda: fc.fit(cascade(), None, data(8, 1)), InvalidArgument, "freeze_stages=True"),
         (lambda: fc.fit(cascade(), data(8, 1), None), InvalidArgument, "val is None"),
+        (
+            lambda: fc.fit(cascade(), data(8, 1), data(8, 1), cost_shares=[1.0]),
+            InvalidArgument,
+            "one per exit",
+        ),
         (
             lambda: fc.fit(cascade(), data(8, 1), (data(8, 1)[0], torch.full((8,), 3))),
             (InvalidArgument, DataError),
