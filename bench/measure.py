@@ -153,10 +153,12 @@ def check(answers: Mapping[str, np.ndarray], expected: Reference, tolerance: flo
     """Compare an engine's ``log_probs`` (or logits) and ``exits`` with torch's.
 
     Raises:
-        RuntimeError: they differ by more than ``tolerance``, an exit differs where the stop score is further
-            than ten tolerances from its threshold, or more than 1 % of the exits differ.
+        RuntimeError: rows are missing, they differ by more than ``tolerance``, an exit differs where the stop
+            score is further than ten tolerances from its threshold, or more than 1 % of the exits differ.
     """
     exits, margin = expected.exits, expected.margin
+    if len(answers["log_probs"]) != len(exits):
+        raise RuntimeError(f"{len(answers['log_probs'])} answers for {len(exits)} images")
     own = torch.from_numpy(answers["log_probs"]).log_softmax(1).clamp(min=-20).numpy()
     differing = answers["exits"] != exits
     if differing.mean() > 0.01 or bool((differing & (margin > 10 * tolerance)).any()):

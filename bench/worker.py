@@ -106,7 +106,7 @@ class Ours(Subject):
     def __init__(self, model: str, threads: int) -> None:
         import fastcascade as fc
 
-        self.engine = fc.compile(load_model(model), backend="cpu", threads=threads)
+        self.engine = fc.compile(load_model(model), backend="auto", threads=threads)
         self.stops_early = len(self.engine.plan.stages) > 1
 
     def run(self, x: np.ndarray) -> Any:

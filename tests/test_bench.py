@@ -25,7 +25,7 @@ from fastcascade.bench_tables import bench_tables
 from fastcascade.engine import CompiledCascade
 from fastcascade.errors import DataError, FastCascadeError, InvalidArgument
 from fastcascade.lower import plan as lower_plan
-from fastcascade.machine import measure_energy
+from fastcascade.machine import Ceilings, measure_ceilings, measure_energy
 from fastcascade.resnet import cut_into_segments, resnet_cifar
 
 SHAPE = (3, 8, 8)
@@ -39,6 +39,12 @@ def small_network(width: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(width, 4),
     )
+
+
+@pytest.fixture(autouse=True)
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcascade.bench.measure_ceilings", lambda device: Ceilings(100.0, 10.0))
+    monkeypatch.setattr("fastcascade.bench._PROBE_SECONDS", 1e-4)
 
 
 @pytest.fixture
@@ -293,6 +299,12 @@ def test_energy_comes_from_zeus_or_says_why_not(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "zeus.monitor", SimpleNamespace(ZeusMonitor=Monitor))
     energy, _ = measure_energy(lambda: calls.append(0), 8)
     assert energy == pytest.approx(0.25)  # 2 mJ a call of 8 images
+
+
+def test_ceilings_are_measured() -> None:
+    ceilings = measure_ceilings(torch.device("cpu"))
+    assert ceilings.gflops > 0.1
+    assert ceilings.copy_gbs > 0.01
 
 
 def test_spread_of_one_value_and_of_many() -> None:
