@@ -114,7 +114,7 @@ bench: $(VENV)/.peers  ## measure against other runtimes and show every target, 
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
 
 bench-suite: $(VENV)/.peers  ## pytest-benchmark over kernels, stages, cascades and peers
-	@$(bench_folder) && $(bin)/pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)
+	@$(bench_folder) && $(bin)/python -m pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)
 
 bench-compare: install  ## two commits in one run, for example make bench-compare A=main B=HEAD
 	@test -n "$(A)" -a -n "$(B)" || { echo "name two commits: make bench-compare A=main B=HEAD"; exit 1; }

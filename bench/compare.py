@@ -8,7 +8,6 @@ at most one run of twenty.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case, cascade_images, noise
-from bench.machine import CACHE, ROOT
+from bench.machine import CACHE, ROOT, THREADS
 from bench.measure import Engine, Timing, Worker, measure
 from bench.ratios import ratios_together
 from bench.worker import OURS
@@ -100,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("a", help="a commit, branch or tag")
     parser.add_argument("b", help="another one")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.2, help="of one turn")
     arguments = parser.parse_args()

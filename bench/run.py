@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from bench.cases import BATCHES, NETWORKS, Case, cascade_images, noise
 from bench.engines import OURS, engines_for, left_out
-from bench.machine import ROOT, ceilings, machine, machine_slug
+from bench.machine import ROOT, THREADS, ceilings, machine, machine_slug
 from bench.measure import Engine, Worker, measure
 from bench.targets import target_table
 
@@ -136,7 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help='only cases whose name contains one of these, or "facts"')
     parser.add_argument("--everything", action="store_true", help="all peers, networks, batch sizes: an hour")
     parser.add_argument("--engines", nargs="*", help="measure only the engines of these names")
-    parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--cascade", type=Path, default=CASCADE, help="folder of the saved cascade")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.1, help="of one engine's turn in a round")

@@ -194,6 +194,12 @@ class Commands:
         passes = _times(lambda: [subject.run(x) for x in batches], seconds)
         return {"seconds": [t / sum(map(len, batches)) for t in passes]}
 
+    def again(self) -> dict[str, Any]:
+        """One batch."""
+        assert self.subject is not None
+        self.subject.run(self.batches[0])
+        return {}
+
     def fact(self, name: str, **arguments: Any) -> dict[str, Any]:
         """What no comparison shows about our engine; see :mod:`bench.facts`."""
         from bench import facts  # needs today's fastcascade; the rest runs with older ones
