@@ -109,9 +109,12 @@ $(VENV)/.peers: $(VENV)/.installed
 # The benchmarks measure the installed wheel, too; only bench/ itself comes from this checkout.
 bench_folder := mkdir -p $(outside) && ln -sfn $(CURDIR)/bench $(outside)/bench && cd $(outside)
 
-.PHONY: bench bench-suite bench-compare
+.PHONY: bench bench-docs bench-suite bench-compare
 bench: $(VENV)/.peers  ## measure against other runtimes and show every target, in ten minutes
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
+
+bench-docs: install  ## write the tables of docs/performance.md from the newest results
+	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
 
 bench-suite: $(VENV)/.peers  ## pytest-benchmark over kernels, stages, cascades and peers
 	@$(bench_folder) && $(bin)/python -m pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)

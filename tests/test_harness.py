@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: fastcascade itself stays the installed one
 
-from bench import targets
+from bench import tables, targets
 from bench.cases import Case, Reference, noise
 from bench.engines import OURS, engines_for, left_out
 from bench.measure import Engine, Timing, Worker, check, measure
@@ -163,6 +164,46 @@ def test_training_targets_are_read_from_the_example(tmp_path: Path, monkeypatch:
     rows = target_rows({"cases": {}, "facts": {}})
     assert find(rows, "last network alone, accuracy").verdict == "pass"
     assert find(rows, 'operating point "fast"').verdict == "+0.00 points, +5.0% of the MACs"
+
+
+def full_results() -> dict[str, Any]:
+    refused = {"engine": "OpenVINO", "refused": "package openvino is not installed\nmore"}
+    engines = {
+        "fastcascade": timing(300),
+        "ncnn": timing(100),
+        "OpenVINO bf16": timing(450),
+        "OpenVINO": refused,
+    }
+    entry = {
+        "engines": {name: row | {"engine": name} for name, row in engines.items()},
+        "ceilings": {"threads": 2.0, "fp32_avx2_gflops": 100.0},
+        "when": "2026-01-01",
+    }
+    for row in entry["engines"].values():  # type: ignore[attr-defined]
+        row.setdefault("gate", {"max_error": 1e-5, "flips": 0.0})
+        if row["gate"] is None:
+            row["gate"] = {"max_error": 1e-5, "flips": 0.0}
+    machine = {
+        "cpu": "Some CPU",
+        "threads": 2,
+        "flags": ["avx2"],
+        "platform": "Linux",
+        "packages": {"torch": "2"},
+    }
+    return {"machine": machine, "cases": {"resnet_cifar:20 batch 256 threads 2": entry}, "facts": {}}
+
+
+def test_the_document_gets_its_tables_and_nothing_else_changes() -> None:
+    text = tables.DOCUMENT.read_text()
+    names = set(re.findall(r"<!-- table: (\S+) -->", text))
+    assert names == set(tables.TABLES)
+    written = tables.write_tables(text, full_results())
+    assert "| resnet_cifar:20, batch 256 | fastcascade | 300 |" in written
+    assert "refused: package openvino is not installed |" in written
+    assert "| resnet_cifar:20, batch 256 | OpenVINO bf16 | 1.50× |" in written
+    assert tables.write_tables(written, full_results()) == written
+    kept = re.compile(r"(<!-- table: \S+ -->).*?<!-- end -->", re.DOTALL)
+    assert kept.sub(r"\1", written) == kept.sub(r"\1", text)
 
 
 def test_every_peer_is_measured_or_named_as_left_out() -> None:
