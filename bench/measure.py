@@ -26,7 +26,7 @@ from bench.ratios import relative_spread
 
 __all__ = ["Engine", "Gate", "Timing", "Worker", "check", "measure"]
 
-_PATIENCE_S = 240
+_PATIENCE_S = 600
 """An engine that takes longer over one command is ended and refused."""
 
 

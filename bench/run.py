@@ -86,7 +86,10 @@ def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> d
 
     def ask(name: str, **arguments: Any) -> dict[str, Any]:
         with Worker(Engine(OURS, OURS), threads) as worker:
-            return worker.ask("fact", name=name, **arguments)
+            try:
+                return worker.ask("fact", name=name, **arguments)
+            except RuntimeError as error:
+                return {"refused": str(error)}
 
     schedule = {"batches": EFFICIENCY_BATCHES, "rounds": rounds, "seconds": seconds}
     return {

@@ -104,7 +104,7 @@ def slower_table(results: Results) -> str:
 def stages_table(results: Results) -> str:
     """The cascade's stages alone."""
     facts = results["facts"].get("schedule")
-    if facts is None:
+    if facts is None or "refused" in facts:
         return "Not measured yet."
     rows = (
         (
@@ -124,7 +124,7 @@ def stages_table(results: Results) -> str:
 def time_table(results: Results) -> str:
     """Where the cascade's time goes by batch size."""
     facts = results["facts"].get("schedule")
-    if facts is None:
+    if facts is None or "refused" in facts:
         return "Not measured yet."
     parts = ("stages", "exits", "compaction", "idle")
     rows = (

@@ -122,13 +122,20 @@ def _cascade_speeds(results: Results) -> Iterator[Speed]:
             yield Speed(f"cascade, batch {batch}: eager, last network on everything", case, (LAST,), 20.0)
 
 
+def _unknown(work: str, wanted: str, fact: Results | None) -> Row:
+    """A target of which nothing is known, because it was not measured or that failed."""
+    if fact is None:
+        return Row(work, wanted)
+    return Row(work, wanted, verdict=f"refused: {fact['refused'].splitlines()[0]}")
+
+
 def _schedule_rows(facts: Results | None) -> Iterator[Row]:
     for batch, wanted in ((256, 0.95), (64, 0.95), (8, 0.9)):
         work, beside = f"cascade, batch {batch}: schedule efficiency", "its stages alone"
-        found = next((b for b in (facts or {"batches": ()})["batches"] if b["batch"] == batch), None)
-        if found is None:
-            yield Row(work, f"≥ {wanted:.2f}")
+        if facts is None or "refused" in facts:
+            yield _unknown(work, f"≥ {wanted:.2f}", facts)
             continue
+        found = next(b for b in facts["batches"] if b["batch"] == batch)
         value = found["schedule_efficiency"]
         measured = f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
         verdict = "pass" if value["median"] >= wanted else f"{value['median'] - wanted:+.3f}"
@@ -141,8 +148,8 @@ def _error_rows(facts: Results) -> Iterator[Row]:
     for model in (*(f"resnet_cifar:{depth}" for depth in (20, 56, 110)), "cascade"):
         for kernel, wanted in (("direct", 2.0), ("winograd", 6.0)):
             work = f"{model}: largest logit error, {kernel} kernels"
-            if model not in facts:
-                yield Row(work, f"≤ {wanted:g}×")
+            if "stages" not in facts.get(model, ()):
+                yield _unknown(work, f"≤ {wanted:g}×", facts.get(model))
                 continue
             stages = facts[model]["stages"]
             ours, torch = (max(stage[name] for stage in stages) for name in (kernel, "torch"))
@@ -158,8 +165,8 @@ def _error_rows(facts: Results) -> Iterator[Row]:
 def _memory_rows(facts: Results) -> Iterator[Row]:
     for model in (*(f"resnet_cifar:{depth}" for depth in (20, 56, 110)), "cascade"):
         work = f"{model}: memory of a thread beyond weights"
-        if model not in facts:
-            yield Row(work, "≤ 8 MiB")
+        if "buffers_per_thread" not in facts.get(model, ()):
+            yield _unknown(work, "≤ 8 MiB", facts.get(model))
             continue
         fact = facts[model]
         used = max(fact["buffers_per_thread"], fact["grown_per_thread"]) / MIB

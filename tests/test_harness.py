@@ -6,16 +6,22 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+
+import fastcascade as fc
+from fastcascade.testing import balanced_thresholds
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: fastcascade itself stays the installed one
 
 from bench import tables, targets
 from bench.cases import Case, Reference, noise
 from bench.engines import OURS, engines_for, left_out
+from bench.handmade import PeerCascade
 from bench.measure import Engine, Timing, Worker, check, measure
 from bench.peers import PEERS, Schedule, make_peer
 from bench.targets import TRAINING, Row, target_rows
@@ -129,10 +135,17 @@ def test_every_target_is_shown_when_nothing_was_measured(monkeypatch: pytest.Mon
         assert word in text
 
 
+def test_a_fact_that_could_not_be_measured_says_why() -> None:
+    failed = {"refused": "it broke\ntraceback"}
+    facts = {"schedule": failed, "errors": {"cascade": failed}, "memory": {"cascade": failed}}
+    rows = target_rows({"cases": {}, "facts": facts})
+    assert sum(row.verdict == "refused: it broke" for row in rows) == 3 + 2 + 1
+
+
 def test_few_batches_prove_no_efficiency() -> None:
     batch = {"batch": 256, "schedule_efficiency": {"median": 0.99, "low": 0.98, "high": 1.0}}
     for count, verdict in ((64, "pass"), (63, "only 63 of 64 different batches")):
-        facts = {"schedule": {"batches": [batch | {"batches": count}]}}
+        facts = {"schedule": {"batches": [batch | {"batches": count, "batch": b} for b in (8, 64, 256)]}}
         row = find(target_rows({"cases": {}, "facts": facts}), "cascade, batch 256: schedule efficiency")
         assert row.verdict == verdict
 
@@ -217,8 +230,6 @@ def test_every_peer_is_measured_or_named_as_left_out() -> None:
 @pytest.mark.parametrize("name", ["eager", "eager channels_last"])
 @pytest.mark.parametrize("schedule", [Schedule(1, 5), Schedule(2, 2), Schedule(2, 2, padded=False)])
 def test_cutting_a_batch_changes_no_answer(name: str, schedule: Schedule) -> None:
-    from torch import nn
-
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     peer = make_peer(name)
     peer.build(network, (3, 32, 32), 2)
@@ -226,6 +237,27 @@ def test_cutting_a_batch_changes_no_answer(name: str, schedule: Schedule) -> Non
     whole = peer.run(x, Schedule(1, 5))
     np.testing.assert_allclose(peer.run(x, schedule), whole, atol=1e-5)
     assert whole.shape == (5, 4)
+
+
+@pytest.mark.parametrize("combine", ["last", "mean"])
+def test_the_hand_written_cascade_answers_as_the_cascade(combine: Literal["last", "mean"]) -> None:
+    torch.manual_seed(0)
+    networks = [
+        nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
+        )
+        for width in (2, 4, 8)
+    ]
+    cascade = fc.Cascade(networks, fc.MLPSelector(), 5, (3, 8, 8), combine=combine).eval()
+    x = torch.randn(60, 3, 8, 8)
+    thresholds = balanced_thresholds(cascade, x)
+    expected = cascade(x, thresholds)
+    assert len(expected.exit_stage.unique()) == 3
+    by_hand = PeerCascade("eager", cascade, thresholds.numpy(), 2)
+    schedules = (Schedule(1, 1 << 20, padded=False), Schedule(2, 4), Schedule(2, 4, padded=False))
+    log_probs, exits = by_hand.run(x.numpy(), schedules)
+    np.testing.assert_array_equal(exits, expected.exit_stage.numpy())
+    np.testing.assert_allclose(log_probs, expected.probs.log().numpy(), atol=1e-4)
 
 
 @pytest.mark.slow
