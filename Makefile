@@ -110,7 +110,7 @@ $(VENV)/.peers: $(VENV)/.installed
 bench_folder := mkdir -p $(outside) && ln -sfn $(CURDIR)/bench $(outside)/bench && cd $(outside)
 
 .PHONY: bench bench-docs bench-suite bench-compare
-bench: $(VENV)/.peers  ## measure against other runtimes and show every target, in ten minutes
+bench: $(VENV)/.peers  ## measure against other runtimes and show every target
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
 
 bench-docs: install  ## write the tables of docs/performance.md from the newest results

@@ -1,6 +1,6 @@
 """The standard set: every case, every engine, one results file per machine, one table of targets.
 
-``make bench`` runs it; it takes at most ten minutes on two quiet cores. ``--only`` measures part of it and
+``make bench`` runs it; it is sized for ten minutes on two quiet cores. ``--only`` measures part of it and
 keeps the rest of the results file as it was; ``--everything`` adds what no target asks about.
 """
 
@@ -136,7 +136,7 @@ def load_results(path: Path) -> dict[str, Any]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help='only cases whose name contains one of these, or "facts"')
-    parser.add_argument("--everything", action="store_true", help="all peers, networks, batch sizes: an hour")
+    parser.add_argument("--everything", action="store_true", help="all peers, networks and batch sizes")
     parser.add_argument("--engines", nargs="*", help="measure only the engines of these names")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--cascade", type=Path, default=CASCADE, help="folder of the saved cascade")
