@@ -28,8 +28,8 @@ __all__ = ["PEERS", "Peer", "Schedule", "make_peer"]
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LARGE_BATCH = 64
 """From here on micro-batches below 4 are not tried: they lost everywhere, and trying costs minutes."""
-BF16_TOLERANCE = 2.0
-"""8 bits of mantissa moved ResNet-20's log-probabilities by 0.3, and deeper networks add to that."""
+BF16_TOLERANCE = 4.0
+"""8 bits of mantissa moved ResNet-20's log-probabilities by 0.7, and deeper networks add to that."""
 Forward = Callable[[np.ndarray], np.ndarray]
 """(n, C, H, W) float32 → logits (n, classes) float32."""
 
