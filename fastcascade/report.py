@@ -293,7 +293,7 @@ def _draw_flow(axes: Axes, measured: Benchmark, evaluation: Evaluation | None) -
     axes.bar(names, wrong, bottom=right, color=_RED if evaluation is not None else _BLUE, label=label)
     axes.bar(names, going_on, bottom=stopped, color=_GREY, label="go on")
     axes.set(ylabel="images")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # "best" warns on a slow machine
 
 
 def _draw_time(axes: Axes, measured: Benchmark) -> None:
@@ -337,7 +337,7 @@ def _draw_roofline(axes: Axes, measured: Benchmark) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is axes.yaxis else (1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mapping[int, float]]) -> None:
@@ -357,4 +357,4 @@ def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mappin
     sizes = [b.batch for b in measured.batches]
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
