@@ -28,7 +28,7 @@ KERNELS = ["conv_direct_f32", "conv3x3_winograd_f32"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_convolution(shape: tuple[int, ...], kernel: str, benchmark: Any, timed: Any) -> None:
     inputs, outputs, side, size, stride = shape
     benchmark.group = "convolution {}→{} on {}×{}, {}×{}/{}".format(
