@@ -97,6 +97,32 @@ typecheck: install  ## mypy, on the installed package
 test-gpu: install  ## the tests that need a GPU
 	@$(pytest) -m gpu $(CURDIR)/tests
 
+##### Benchmarks
+
+# One by one: a peer without a build for this machine must not keep the others out.
+$(VENV)/.peers: $(VENV)/.installed
+	$(say) "installing the runtimes to measure against"
+	@$(bin)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("fastcascade") if "\"peers\"" in r), sep="\n")' | \
+		while read -r peer; do $(pip) install -c constraints.txt "$$peer" || echo "cannot install $$peer: it will be shown as refused"; done
+	@touch $@
+
+# The benchmarks measure the installed wheel, too; only bench/ itself comes from this checkout.
+bench_folder := mkdir -p $(outside) && ln -sfn $(CURDIR)/bench $(outside)/bench && cd $(outside)
+
+.PHONY: bench bench-docs bench-suite bench-compare
+bench: $(VENV)/.peers  ## measure against other runtimes and show every target
+	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
+
+bench-docs: install  ## write the tables of docs/performance.md from the newest results
+	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
+
+bench-suite: $(VENV)/.peers  ## pytest-benchmark over kernels, stages, cascades and peers
+	@$(bench_folder) && $(bin)/python -m pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)
+
+bench-compare: install  ## two commits in one run, for example make bench-compare A=main B=HEAD
+	@test -n "$(A)" -a -n "$(B)" || { echo "name two commits: make bench-compare A=main B=HEAD"; exit 1; }
+	@$(bench_folder) && $(bin)/python -m bench.compare "$(A)" "$(B)" $(ARGS)
+
 .PHONY: format
 format: $(VENV)/.dependencies  ## ruff's fixes and formatting
 	@$(bin)/ruff check --fix $(checked)

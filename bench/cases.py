@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +24,17 @@ __all__ = [
     "NETWORKS",
     "NUM_CLASSES",
     "Case",
+    "Reference",
     "cascade_images",
     "dense_network",
     "load_model",
     "model_file",
-    "model_gflop",
     "noise",
     "reference_exits",
 ]
 
-NETWORKS = ("resnet_cifar:20", "resnet_cifar:56", "resnet_cifar:110", "resnet9:32")
-BATCHES = (1, 8, 64, 256)
+NETWORKS = ("resnet_cifar:20", "resnet_cifar:56", "resnet_cifar:110")
+BATCHES = (256, 8, 1)
 INPUT_SHAPE = (3, 32, 32)
 NUM_CLASSES = 10
 EXAMPLE_IMAGES = ROOT / "examples" / "cifar10" / "test-images.npz"
@@ -113,11 +114,6 @@ def _randomise(network: ResNet) -> None:
     head.bias.mul_(scale)
 
 
-def model_gflop(model: str) -> float:
-    """GFLOP of one image through a single network: two operations for each multiply."""
-    return 2e-9 * load_model(model).dense_macs
-
-
 def cascade_images(model: str, batch: int) -> np.ndarray:
     """At least 64 batches, or all 2,000, of the images that come with the example; noise for "random"."""
     count = min(64 * batch, 2000)
@@ -175,27 +171,41 @@ def _random_cascade() -> Cascade:
     return cascade.eval()
 
 
-@torch.no_grad()
-def reference_exits(model: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class Reference(NamedTuple):
     """What torch's fp32 answers, for engines to be checked against.
 
-    Returns:
-        log-probabilities (N, C) at the exit, exits (N,), and (N,) the least distance between a stop score
-        and its threshold over the exits that the instance came to; inf for a single network.
+    Attributes:
+        log_probs: (N, C) at the exit.
+        exits: (N,) where each instance stops.
+        margin: (N,) the least distance between a stop score and its threshold over the exits that the
+            instance came to; inf for a single network.
+        gflop: of one image in the mean: two operations for each multiply.
     """
+
+    log_probs: np.ndarray
+    exits: np.ndarray
+    margin: np.ndarray
+    gflop: float
+
+
+@torch.no_grad()
+def reference_exits(model: str, images: np.ndarray) -> Reference:
+    """What torch's fp32 answers for images (N, C, H, W) float32."""
     cascade = load_model(model)
     x = torch.from_numpy(images)
-    judged = cascade.judge(cascade.all_logits(x)) if len(cascade.stages) > 1 else None
-    if judged is None:
-        log_probs = cascade.stage(0).module(x).log_softmax(1)
-        return log_probs.numpy(), np.zeros(len(x), np.int64), np.full(len(x), np.inf)
+    if len(cascade.stages) == 1:
+        log_probs = cascade.stage(0).module(x).log_softmax(1).numpy()
+        gflop = 2e-9 * cascade.dense_macs
+        return Reference(log_probs, np.zeros(len(x), np.int64), np.full(len(x), np.inf), gflop)
+    judged = cascade.judge(cascade.all_logits(x))
     thresholds = cascade.thresholds()
     stop = torch.cat([judged.scores >= thresholds[:, None], torch.ones(1, len(x), dtype=torch.bool)])
     exits = stop.int().argmax(0)
     distance = (judged.scores - thresholds[:, None]).abs()
     distance[torch.arange(len(distance))[:, None] > exits] = torch.inf
-    return (
+    return Reference(
         judged.log_probs[exits, torch.arange(len(x))].numpy(),
         exits.numpy(),
         distance.min(0).values.numpy(),
+        2e-9 * float(cascade.exit_macs[exits].double().mean()),
     )

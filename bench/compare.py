@@ -1,6 +1,6 @@
 """Two commits against each other in one run: built in worktrees, timed in turns ABBA, ratios with intervals.
 
-``python -m bench.compare A B``. Both are measured by this checkout's harness, so only the library differs.
+``make bench-compare A=… B=…``. Both are measured by this checkout's harness, so only the library differs.
 The intervals hold for all cases together (Bonferroni), so that a commit beside itself shows a difference in
 at most one run of twenty.
 """
@@ -8,7 +8,6 @@ at most one run of twenty.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -18,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case, cascade_images, noise
-from bench.machine import CACHE, ROOT
+from bench.machine import CACHE, ROOT, THREADS
 from bench.measure import Engine, Timing, Worker, measure
-from bench.ratios import ratio
+from bench.ratios import ratios_together
 from bench.worker import OURS
 
 __all__ = ["build", "main"]
@@ -33,6 +32,8 @@ _IMAGES = 512
 def build(revision: str) -> Path:
     """Check a commit out beside this one and install it into a folder of its own; cached by commit.
 
+    The worktree is removed when it is built; the installed packages stay in ``.benchmarks``.
+
     Returns:
         the folder to import ``fastcascade`` from.
 
@@ -44,10 +45,12 @@ def build(revision: str) -> Path:
     site = folder / "site"
     if not (folder / "built").exists():
         tree = folder / "tree"
-        if not tree.exists():
-            _output("git", "worktree", "add", "--detach", str(tree), commit)
+        _output("git", "worktree", "add", "--force", "--detach", str(tree), commit)
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*install, "--upgrade", "--target", site, tree], check=True)
+        try:
+            subprocess.run([*install, "--upgrade", "--target", site, tree], check=True)
+        finally:
+            _output("git", "worktree", "remove", "--force", str(tree))
         (folder / "built").touch()
     return site
 
@@ -84,8 +87,8 @@ def comparison_table(results: list[tuple[Case, list[Timing]]]) -> Table:
     table = Table("case")
     for column in ("A, images/s", "B, images/s", "B over A", ""):
         table.add_column(column, justify="right")
-    for case, (a, b) in results:
-        value = ratio(b.seconds, a.seconds, confidence=1 - 0.05 / len(results))
+    values = ratios_together([(b.seconds, a.seconds) for _, (a, b) in results])
+    for (case, (a, b)), value in zip(results, values, strict=True):
         verdict = "noise" if value.is_noise else "B is faster" if value.value > 1 else "B is slower"
         table.add_row(case.key, f"{a.images_per_s:,.0f}", f"{b.images_per_s:,.0f}", f"{value:.3f}", verdict)
     return table
@@ -96,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("a", help="a commit, branch or tag")
     parser.add_argument("b", help="another one")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.2, help="of one turn")
     arguments = parser.parse_args()

@@ -25,14 +25,14 @@ class PeerCascade:
 
     Args:
         peer: name of the runtime.
-        cascade: every stage must read the image; combine="last".
+        cascade: every stage must read the image.
         thresholds: (K−1,) stop thresholds.
     """
 
     def __init__(self, peer: str, cascade: Cascade, thresholds: np.ndarray, threads: int) -> None:
-        independent = all(cascade.stage(k).input == "image" for k in _indices(cascade))
-        if cascade.combine != "last" or not independent:
-            raise ValueError("the hand-written cascade is for independent networks with combine='last'")
+        if any(cascade.stage(k).input != "image" for k in _indices(cascade)):
+            raise ValueError("the hand-written cascade is for networks that all read the image")
+        self.combine = cascade.combine
         self.peers: list[Peer] = []
         for k in _indices(cascade):
             self.peers.append(make_peer(peer))
@@ -45,17 +45,20 @@ class PeerCascade:
         log_probs = np.empty((len(x), 0), np.float32)
         exits = np.zeros(len(x), np.int64)
         active, images = np.arange(len(x)), x
-        label = np.full(len(x), -1)
+        label, total = np.full(len(x), -1), np.full((len(x), 1), -np.inf, np.float32)
         for k, (peer, schedule) in enumerate(zip(self.peers, schedules, strict=True)):
             own = _log_softmax(peer.run(images, schedule))
             if k == 0:
                 log_probs = np.empty_like(own)
+            previous, label = label, own.argmax(1)
+            if self.combine == "mean":
+                total = np.logaddexp(total, own)
+                own = total - np.float32(np.log(k + 1))
             log_probs[active], exits[active] = own, k
             if k == len(self.scores):
                 break
-            previous, label = label, own.argmax(1)
             keep = self.scores[k](own, label == previous) < self.thresholds[k]
-            active, label = active[keep], label[keep]
+            active, label, total = active[keep], label[keep], total[keep]
             if len(active) == 0:
                 break
             images = x[active]

@@ -12,11 +12,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CACHE", "ROOT", "ceilings", "machine", "machine_slug"]
+__all__ = ["CACHE", "ROOT", "THREADS", "ceilings", "machine", "machine_slug"]
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".benchmarks"
 """Exported models and compiled helpers; safe to delete."""
+
+THREADS = min(2, len(os.sched_getaffinity(0)))
+"""What the targets are set for."""
 
 _PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "openvino", "ncnn", "pnnx", "fastcascade")
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")

@@ -9,8 +9,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,11 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.cases import Case, reference_exits
+from bench.cases import Case, Reference, reference_exits
 from bench.machine import CACHE, ROOT
 from bench.ratios import relative_spread
 
-__all__ = ["Engine", "Gate", "Timing", "Worker", "measure"]
+__all__ = ["Engine", "Gate", "Timing", "Worker", "check", "measure"]
+
+_PATIENCE_S = 600
+"""An engine that takes longer over one command is ended and refused."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,16 @@ class Worker:
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        watchdog = threading.Timer(_PATIENCE_S, self.process.kill)
+        watchdog.start()
         self.process.send_signal(signal.SIGCONT)
-        print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
+        line = ""
+        with suppress(BrokenPipeError):
+            print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        watchdog.cancel()
+        ended = f"its process ended, or was ended after {_PATIENCE_S} s without an answer"
+        answer: dict[str, Any] = json.loads(line) if line else {"error": ended}
         self.process.send_signal(signal.SIGSTOP)
         if "error" in answer:
             self.log.seek(0)
@@ -138,14 +149,16 @@ class Gate:
     flips: float
 
 
-def check(answers: Mapping[str, np.ndarray], model: str, images: np.ndarray, tolerance: float) -> Gate:
-    """Compare an engine's answers with torch's.
+def check(answers: Mapping[str, np.ndarray], expected: Reference, tolerance: float) -> Gate:
+    """Compare an engine's ``log_probs`` (or logits) and ``exits`` with torch's.
 
     Raises:
-        RuntimeError: they differ by more than ``tolerance``, an exit differs where the stop score is further
-            than ten tolerances from its threshold, or more than 1 % of the exits differ.
+        RuntimeError: rows are missing, they differ by more than ``tolerance``, an exit differs where the stop
+            score is further than ten tolerances from its threshold, or more than 1 % of the exits differ.
     """
-    expected, exits, margin = reference_exits(model, images)
+    exits, margin = expected.exits, expected.margin
+    if len(answers["log_probs"]) != len(exits):
+        raise RuntimeError(f"{len(answers['log_probs'])} answers for {len(exits)} images")
     own = torch.from_numpy(answers["log_probs"]).log_softmax(1).clamp(min=-20).numpy()
     differing = answers["exits"] != exits
     if differing.mean() > 0.01 or bool((differing & (margin > 10 * tolerance)).any()):
@@ -153,7 +166,7 @@ def check(answers: Mapping[str, np.ndarray], model: str, images: np.ndarray, tol
             f"{int(differing.sum())} of {len(exits)} instances leave at another exit, the furthest at a "
             f"distance of {margin[differing].max():.2g} from its threshold"
         )
-    error = float(np.abs(own - expected.clip(-20))[~differing].max())
+    error = float(np.abs(own - expected.log_probs.clip(-20))[~differing].max())
     if not error <= tolerance:
         raise RuntimeError(f"log-probabilities differ from torch's by {error:.2g}; allowed: {tolerance:.2g}")
     return Gate(error, float(differing.mean()))
@@ -167,6 +180,7 @@ class Timing:
         schedule: how it cut the batch.
         seconds: per round, the median seconds per image.
         gate: how far its answers were from torch's.
+        gflop: of one image in the mean.
         refused: why it was not timed, or None.
     """
 
@@ -174,6 +188,7 @@ class Timing:
     schedule: str = ""
     seconds: tuple[float, ...] = ()
     gate: Gate | None = None
+    gflop: float = 0.0
     refused: str | None = None
 
     @property
@@ -181,19 +196,19 @@ class Timing:
         """Median over the rounds."""
         return 1 / statistics.median(self.seconds)
 
-    def as_json(self, gflop: float | None) -> dict[str, Any]:
-        """Fields of the results file; ``gflop`` is that of one image."""
+    def as_json(self) -> dict[str, Any]:
+        """Fields of the results file."""
         if self.refused is not None:
             return {"engine": self.engine, "refused": self.refused}
-        facts = {
+        return {
             "engine": self.engine,
             "schedule": self.schedule,
             "images_per_s": self.images_per_s,
             "spread": relative_spread(self.seconds),
             "seconds_per_image": list(self.seconds),
+            "gflops": self.gflop * self.images_per_s,
             "gate": None if self.gate is None else asdict(self.gate),
         }
-        return facts if gflop is None else facts | {"gflops": gflop * self.images_per_s}
 
 
 def measure(
@@ -205,7 +220,7 @@ def measure(
         workers: with the case's model loaded.
         images: (M, C, H, W) float32; cut into batches of the case's size.
         rounds: every engine has one turn a round; the order is reversed every other round.
-        seconds: of one turn, at least; one pass over all batches is the unit.
+        seconds: of one turn, at least.
         tuning: seconds an engine may spend on finding its schedule.
 
     Returns:
@@ -214,25 +229,41 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images.npy")
         np.save(path, images)
-        ready: dict[str, tuple[Worker, str, Gate]] = {}
-        refused: dict[str, str] = {}
+        expected: dict[str, Reference] = {}
+        timed: dict[Worker, Timing] = {}
+        refused = []
         for worker in workers:
-            if worker.refused is not None:
-                refused[worker.engine.name] = worker.refused
-                continue
+            model = worker.engine.model(case)
+            if model not in expected:
+                expected[model] = reference_exits(model, images)
             try:
-                worker.ask("images", path=str(path), batch=case.batch)
-                schedule = worker.ask("tune", seconds=tuning)["schedule"]
-                worker.ask("answer", path=str(Path(folder, "answers.npz")))
-                with np.load(Path(folder, "answers.npz")) as answers:
-                    gate = check(answers, worker.engine.model(case), images, worker.engine.tolerance)
-                ready[worker.engine.name] = (worker, schedule, gate)
+                timed[worker] = _prepare(worker, path, case.batch, expected[model], tuning)
             except RuntimeError as error:
-                refused[worker.engine.name] = str(error)
-        turns: dict[str, list[float]] = {name: [] for name in ready}
+                refused.append(Timing(worker.engine.name, refused=str(error)))
         for r in range(rounds):
-            for name in list(ready)[:: 1 if r % 2 == 0 else -1]:
-                passes = ready[name][0].ask("time", seconds=seconds)["seconds"]
-                turns[name].append(statistics.median(passes) / len(images))
-    timed = [Timing(name, ready[name][1], tuple(turns[name]), ready[name][2]) for name in ready]
-    return timed + [Timing(name, refused=reason) for name, reason in refused.items()]
+            for worker in list(timed)[:: 1 if r % 2 == 0 else -1]:
+                try:
+                    passes = worker.ask("time", seconds=seconds)["seconds"]
+                except RuntimeError as error:
+                    refused.append(Timing(timed.pop(worker).engine, refused=str(error)))
+                    continue
+                turns = (*timed[worker].seconds, statistics.median(passes))
+                timed[worker] = replace(timed[worker], seconds=turns)
+    return [*timed.values(), *refused]
+
+
+def _prepare(worker: Worker, images: Path, batch: int, expected: Reference, tuning: float) -> Timing:
+    """Tune an engine and hold it to torch's answers.
+
+    Raises:
+        RuntimeError: it did not load, fails, or answers wrongly.
+    """
+    if worker.refused is not None:
+        raise RuntimeError(worker.refused)
+    answers = images.with_name("answers.npz")
+    worker.ask("images", path=str(images), batch=batch)
+    schedule = worker.ask("tune", seconds=tuning)["schedule"]
+    worker.ask("answer", path=str(answers))
+    with np.load(answers) as arrays:
+        gate = check(arrays, expected, worker.engine.tolerance)
+    return Timing(worker.engine.name, schedule, gate=gate, gflop=expected.gflop)

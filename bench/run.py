@@ -1,14 +1,13 @@
 """The standard set: every case, every engine, one results file per machine, one table of targets.
 
-``python -m bench.run`` takes at most ten minutes on two cores; ``--only`` measures part of it and keeps the
-rest of the results file as it was.
+``make bench`` runs it; it is sized for ten minutes on two quiet cores. ``--only`` measures part of it and
+keeps the rest of the results file as it was; ``--everything`` adds what no target asks about.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,24 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from bench.cases import BATCHES, NETWORKS, Case, cascade_images, model_gflop, noise
-from bench.engines import engines_for
-from bench.machine import ROOT, ceilings, machine, machine_slug
-from bench.measure import Worker, measure
+from bench.cases import BATCHES, NETWORKS, Case, cascade_images, noise
+from bench.engines import OURS, engines_for, left_out
+from bench.machine import ROOT, THREADS, ceilings, machine, machine_slug
+from bench.measure import Engine, Worker, measure
 from bench.targets import target_table
 
-__all__ = ["main", "measure_cases"]
+__all__ = ["main", "measure_cases", "measure_facts"]
 
 CASCADE = ROOT / "examples" / "cifar10" / "model"
-CASCADE_BATCHES = (8, 64, 256)
+EFFICIENCY_BATCHES = (8, 64, 256)
 
 
-def standard_cases(threads: int, cascade: Path) -> list[Case]:
-    """Dense networks at every batch size, then the cascade."""
-    dense = [Case(network, batch, threads) for network in NETWORKS for batch in BATCHES]
-    return dense + [Case(f"cascade:{cascade}", batch, threads) for batch in CASCADE_BATCHES]
+def standard_cases(threads: int, cascade: Path, everything: bool) -> list[Case]:
+    """The cascade, then dense networks, at the batch sizes that targets name."""
+    networks = (*NETWORKS, "resnet9:32") if everything else NETWORKS
+    batches = (*BATCHES, 64) if everything else BATCHES
+    cascades = [Case(f"cascade:{cascade}", batch, threads) for batch in batches if everything or batch > 1]
+    return cascades + [Case(network, batch, threads) for network in networks for batch in batches]
 
 
 def measure_cases(
@@ -47,54 +49,76 @@ def measure_cases(
         each case with its entry of the results file, as soon as it is measured.
     """
     for model, group in groupby(cases, key=lambda case: case.model):
-        gflop = None if model.startswith("cascade:") else model_gflop(model)
-        workers: dict[str, Worker] = {}
+        sizes = list(group)
+        engines = {case: _engines(case, everyone, names) for case in sizes}
         with ExitStack() as stack:
-            for case in group:
-                engines = engines_for(case, everyone)
-                if names is not None:
-                    engines = [engine for engine in engines if engine.name in names]
-                for engine in engines:
-                    if engine.name not in workers:
-                        workers[engine.name] = stack.enter_context(Worker(engine, case.threads))
-                        workers[engine.name].load(engine.model(case))
+            workers = {}
+            for engine in {engine.name: engine for case in sizes for engine in engines[case]}.values():
+                workers[engine.name] = stack.enter_context(Worker(engine, sizes[0].threads))
+            for worker in workers.values():  # after all have been started, so that they import side by side
+                worker.load(worker.engine.model(sizes[0]))
+            for case in sizes:
                 start, peak = time.perf_counter(), ceilings(case.threads)
-                images = cascade_images(case.model, case.batch) if case.is_cascade else noise(case.batch)
-                present = [workers[engine.name] for engine in engines]
+                images = cascade_images(model, case.batch) if case.is_cascade else noise(case.batch)
+                present = [workers[engine.name] for engine in engines[case]]
                 timings = measure(case, present, images, rounds, seconds, tuning)
-                yield (
-                    case,
-                    {
-                        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                        "batch": case.batch,
-                        "threads": case.threads,
-                        "images": len(images),
-                        "gflop_per_image": gflop,
-                        "ceilings": peak,
-                        "engines": {timing.engine: timing.as_json(gflop) for timing in timings},
-                        "took_s": time.perf_counter() - start,
-                    },
-                )
+                entry = {
+                    "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    "batch": case.batch,
+                    "threads": case.threads,
+                    "images": len(images),
+                    "rounds": rounds,
+                    "ceilings": peak,
+                    "engines": {timing.engine: timing.as_json() for timing in timings},
+                    "left_out": left_out(case, everyone),
+                    "took_s": time.perf_counter() - start,
+                }
+                yield case, entry
+
+
+def _engines(case: Case, everyone: bool, names: list[str] | None) -> list[Engine]:
+    return [e for e in engines_for(case, everyone) if names is None or e.name in names]
+
+
+def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """What the targets ask about our engine alone, each in a process of its own; see :mod:`bench.facts`."""
+    models = {network: network for network in NETWORKS} | {"cascade": f"cascade:{cascade}"}
+
+    def ask(name: str, **arguments: Any) -> dict[str, Any]:
+        with Worker(Engine(OURS, OURS), threads) as worker:
+            try:
+                return worker.ask("fact", name=name, **arguments)
+            except RuntimeError as error:
+                return {"refused": str(error)}
+
+    schedule = {"batches": EFFICIENCY_BATCHES, "rounds": rounds, "seconds": seconds}
+    return {
+        "schedule": ask("schedule", model=models["cascade"], **schedule),
+        "memory": {name: ask("memory", model=model, batches=BATCHES) for name, model in models.items()},
+        "errors": {name: ask("errors", model=model) for name, model in models.items()},
+    }
 
 
 def results_table(entry: dict[str, Any], title: str) -> Table:
     """One case: every engine with its spread, its schedule and its distance from the ceiling."""
     peak = max(value for key, value in entry["ceilings"].items() if key.startswith("fp32"))
     table = Table(title=f"{title} · fp32 ceiling {peak:.0f} GFLOP/s", title_justify="left")
+    if entry["left_out"]:
+        table.caption = f"not in this set: {', '.join(entry['left_out'])}"
     for column in ("engine", "images/s", "±", "GFLOP/s", "of ceiling", "error", "schedule"):
         table.add_column(column, justify="left" if column in ("engine", "schedule") else "right")
     rows = sorted(entry["engines"].values(), key=lambda row: -row.get("images_per_s", 0))
     for row in rows:
         if "refused" in row:
-            table.add_row(row["engine"], "–", "", "", "", "", "refused")
+            reason = row["refused"].splitlines()[0]
+            table.add_row(row["engine"], "–", "", "", "", "", f"[yellow]refused: {escape(reason)}")
             continue
-        gflops = row.get("gflops")
         table.add_row(
             row["engine"],
             f"{row['images_per_s']:,.0f}",
             f"{row['spread'] / 2:.0%}",
-            "" if gflops is None else f"{gflops:,.0f}",
-            "" if gflops is None else f"{gflops / peak:.0%}",
+            f"{row['gflops']:,.0f}",
+            f"{row['gflops'] / peak:.0%}",
             f"{row['gate']['max_error']:.0e}",
             row["schedule"],
         )
@@ -102,48 +126,49 @@ def results_table(entry: dict[str, Any], title: str) -> Table:
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """The results file, or an empty one of this machine."""
+    """The results file, or an empty one."""
+    results: dict[str, Any] = {"cases": {}, "facts": {}}
     if path.exists():
-        results: dict[str, Any] = json.loads(path.read_text())
-        return results
-    return {"machine": machine(), "cases": {}}
+        results |= json.loads(path.read_text())
+    return results
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", help='only cases whose name contains one of these, or "facts"')
+    parser.add_argument("--everything", action="store_true", help="all peers, networks and batch sizes")
+    parser.add_argument("--engines", nargs="*", help="measure only the engines of these names")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--cascade", type=Path, default=CASCADE, help="folder of the saved cascade")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of one engine's turn in a round")
+    parser.add_argument("--tuning", type=float, default=0.6, help="seconds to find a schedule in")
+    parser.add_argument("--output", type=Path, help="results file; bench/results/<machine>.json by default")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure, write the results after every case, show the tables."""
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="measure only cases whose name contains one of these")
-    parser.add_argument("--everyone", action="store_true", help="the slow peers on every network too")
-    parser.add_argument("--engines", nargs="*", help="measure only the engines of these names")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--cascade", type=Path, default=CASCADE, help="folder of the saved cascade")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one engine's turn in a round")
-    parser.add_argument("--tuning", type=float, default=1.0, help="seconds to find a schedule in")
-    parser.add_argument("--output", type=Path, help="results file; bench/results/<machine>.json by default")
-    arguments = parser.parse_args()
+    arguments, start, console = _arguments(), time.perf_counter(), Console()
     path = arguments.output or ROOT / "bench" / "results" / f"{machine_slug(machine())}.json"
-    results, console = load_results(path), Console()
-    results["machine"] = machine()
-    cases = standard_cases(arguments.threads, arguments.cascade)
-    if arguments.only is not None:
-        cases = [case for case in cases if any(part in case.key for part in arguments.only)]
-    for case, entry in measure_cases(
-        cases,
-        arguments.everyone,
-        arguments.engines,
-        arguments.rounds,
-        arguments.seconds,
-        arguments.tuning,
-    ):
+    results = load_results(path) | {"machine": machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def wanted(name: str) -> bool:
+        return arguments.only is None or any(part in name for part in arguments.only)
+
+    cascade = arguments.cascade.resolve()
+    cases = [c for c in standard_cases(arguments.threads, cascade, arguments.everything) if wanted(c.key)]
+    settings = (arguments.rounds, arguments.seconds, arguments.tuning)
+    for case, entry in measure_cases(cases, arguments.everything, arguments.engines, *settings):
         results["cases"][case.key] = entry
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
         console.print(results_table(entry, case.key))
-        for row in entry["engines"].values():
-            if "refused" in row:
-                console.print(f"[yellow]{row['refused']}", highlight=False)
+    if wanted("facts"):
+        results["facts"] = measure_facts(cascade, arguments.threads, arguments.rounds, arguments.seconds)
+        path.write_text(json.dumps(results, indent=1) + "\n")
     console.print(target_table(results))
+    console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes; results: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

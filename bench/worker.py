@@ -28,7 +28,13 @@ Batches = list[np.ndarray]
 
 
 class Subject(ABC):
-    """Something that answers for a batch, with a schedule chosen for the batch size in use."""
+    """Something that answers for a batch, with a schedule chosen for the batch size in use.
+
+    Attributes:
+        stops_early: whether the time of a batch depends on the images in it.
+    """
+
+    stops_early = False
 
     @abstractmethod
     def run(self, x: np.ndarray) -> Any:
@@ -67,6 +73,8 @@ class PeerNetwork(Subject):
 class PeerCascadeSubject(Subject):
     """A hand-written cascade over a peer."""
 
+    stops_early = True
+
     def __init__(self, peer: str, cascade: str, threads: int) -> None:
         model = load_model(cascade)
         self.cascade = PeerCascade(peer, model, model.thresholds().numpy(), threads)
@@ -99,6 +107,7 @@ class Ours(Subject):
         import fastcascade as fc
 
         self.engine = fc.compile(load_model(model), backend="auto", threads=threads)
+        self.stops_early = len(self.engine.plan.stages) > 1
 
     def run(self, x: np.ndarray) -> Any:
         return self.engine(x)
@@ -174,11 +183,29 @@ class Commands:
         return {}
 
     def time(self, seconds: float) -> dict[str, Any]:
-        """Seconds per pass over all batches, for about this long after one warm-up batch."""
+        """Seconds per image of each pass, for about this long after one warm-up batch.
+
+        A pass goes over all batches where instances may stop early, otherwise over one: they cost the same.
+        """
         subject = self.subject
         assert subject is not None
-        subject.run(self.batches[0])
-        return {"seconds": _times(lambda: [subject.run(x) for x in self.batches], seconds)}
+        batches = self.batches if subject.stops_early else self.batches[:1]
+        subject.run(batches[0])
+        passes = _times(lambda: [subject.run(x) for x in batches], seconds)
+        return {"seconds": [t / sum(map(len, batches)) for t in passes]}
+
+    def again(self) -> dict[str, Any]:
+        """One batch."""
+        assert self.subject is not None
+        self.subject.run(self.batches[0])
+        return {}
+
+    def fact(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """What no comparison shows about our engine; see :mod:`bench.facts`."""
+        from bench import facts  # needs today's fastcascade; the rest runs with older ones
+
+        answer: dict[str, Any] = getattr(facts, name)(threads=self.threads, **arguments)
+        return answer
 
 
 def main() -> None:

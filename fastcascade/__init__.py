@@ -1,5 +1,6 @@
 """Cascades of image classifiers with learned early exit, run in batches at the speed their FLOPs promise."""
 
+from fastcascade.bench import benchmark
 from fastcascade.calibrate import calibrate
 from fastcascade.cascade import Cascade, Stage
 from fastcascade.engine import compile
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "Stage",
     "ThresholdSelector",
+    "benchmark",
     "calibrate",
     "compile",
     "evaluate",

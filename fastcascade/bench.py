@@ -11,29 +11,32 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fastcascade.backends import Precision
+from fastcascade.bench_parts import stage_alone, stage_with_exit, without_stage
+from fastcascade.bench_results import BatchTiming, Benchmark, Spread, StageTiming, WhatIf
 from fastcascade.cascade import Cascade
+from fastcascade.cost import eval_mode
 from fastcascade.data import Data
 from fastcascade.data import batches as data_batches
 from fastcascade.engine import CompiledCascade, compile
-from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.errors import BackendUnavailable, DataError, FastCascadeError, InvalidArgument
 from fastcascade.lower import plan as lower_plan
 from fastcascade.machine import (
     Ceilings,
+    clocks_of,
     describe_machine,
     measure_ceilings,
     measure_energy,
-    seconds_of,
     torch_threads,
 )
-from fastcascade.plan import Plan, StagePlan
+from fastcascade.plan import Plan
+from fastcascade.testing import forced_exit
 from fastcascade.types import CascadeOutput, InputSpec, OperatingPointLike
 
 __all__ = ["BatchTiming", "Benchmark", "Ceilings", "Spread", "StageTiming", "WhatIf", "benchmark"]
@@ -44,141 +47,10 @@ MAX_IMAGES = 4096
 _BYTES = 4
 _LARGEST_MAC_SHARE = 0.7
 _PROBE_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a quantity over the rounds of a run."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise at least one value.
-
-        Example:
-            >>> Spread.of([3.0, 1.0, 2.0])
-            Spread(median=2.0, low=1.5, high=2.5)
-        """
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-
-@dataclass(frozen=True)
-class StageTiming:
-    """One stage with its exit, at the operating point.
-
-    Attributes:
-        images_in, images_out: how many of the images reached it, and how many went on.
-        batch: the batch size at which the stage alone was fastest; all figures are for this one.
-        ms_per_image: the stage alone, without selector.
-        exit_ms_per_image: what scoring and the decision add; 0 for the last stage.
-        ms: both, for the images that reached it.
-        images_per_s: of the stage alone.
-        gflops: two operations per multiply of the plain definition, whatever algorithm computes it.
-        gflops_share: of the ceiling.
-        bytes_per_image: input and logits once, weights once per batch: the least that must move.
-        bandwidth_share: of the ceiling, for those bytes.
-    """
-
-    name: str
-    macs: int
-    images_in: int
-    images_out: int
-    batch: int
-    ms_per_image: Spread
-    exit_ms_per_image: Spread
-    ms: float
-    images_per_s: float
-    gflops: float
-    gflops_share: float
-    bytes_per_image: float
-    bandwidth_share: float
-
-
-@dataclass(frozen=True)
-class BatchTiming:
-    """The whole cascade at one batch size.
-
-    Attributes:
-        batches: different batches that a pass ran.
-        latency_ms: p50, p90, p95 and p99 of a call, over ``calls`` calls.
-        schedule_efficiency: time of the stages alone on the images that reached them over the cascade's
-            time. What is missing from 1 went to exits, compaction, waiting and smaller batches.
-        rest_ms_per_image: the cascade's time beyond stages and exits alone: compaction, pooling, idle
-            threads, overhead of the call. Negative where the stages together do better than alone.
-        dense_images_per_s: the last exit's answer for every image, at the same batch size.
-        saving: realised saving η = (1 − t/t_dense)/(1 − MACs/MACs_dense); None where the cascade does more
-            than 0.7 of the dense MACs, as the quotient then says little.
-    """
-
-    batch: int
-    batches: int
-    images_per_s: Spread
-    latency_ms: dict[str, float]
-    calls: int
-    schedule_efficiency: Spread
-    rest_ms_per_image: Spread
-    dense_images_per_s: Spread
-    saving: float | None
-
-
-@dataclass(frozen=True)
-class WhatIf:
-    """A change, and the throughput that the measured stage times say it would have.
-
-    Attributes:
-        change: another operating point, or a stage left out.
-        exit_shares: by stage of the cascade as measured, counted by running the changed one; 0 for a stage
-            that is left out.
-        mean_macs: per image.
-        images_per_s: predicted at the largest batch: stage times by how many images reach them, at the
-            schedule efficiency measured there.
-    """
-
-    change: str
-    exit_shares: tuple[float, ...]
-    mean_macs: float
-    images_per_s: float
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What :func:`benchmark` measured; ``to_json()`` is plain data.
-
-    Attributes:
-        compile_s: packing the plan into a program, apart from everything else.
-        first_call_ms: the first call, at the largest batch.
-        threads: by number, images/s at the largest batch.
-        mac_share: mean MACs over dense MACs.
-        energy_mj_per_image: None where this machine shows no energy counter; ``energy_note`` says why.
-    """
-
-    machine: dict[str, str]
-    backend: str
-    precision: str
-    images: int
-    compile_s: float
-    first_call_ms: float
-    ceilings: Ceilings
-    stages: tuple[StageTiming, ...]
-    batches: tuple[BatchTiming, ...]
-    threads: dict[int, Spread]
-    mac_share: float
-    what_if: tuple[WhatIf, ...]
-    energy_mj_per_image: float | None
-    energy_note: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``json.dumps``."""
-        return asdict(self)
+_DIFFERENT_BATCHES = 64
+_CHECKED_IMAGES = 32
+_LARGEST_ERROR = {"fp32": 1e-3, "fp16": 5e-2, "int8": 0.3}
+"""Of a probability at a forced exit. A program that is further off computes something else."""
 
 
 def benchmark(
@@ -191,10 +63,11 @@ def benchmark(
     backend: str = "auto",
     precision: Precision = "fp32",
     device: torch.device | str | None = None,
+    peers: bool = False,
     rounds: int = 7,
     seconds: float = 0.1,
 ) -> Benchmark:
-    """Measure a cascade and its parts in turns.
+    """Measure a cascade and its parts in turns, after its answers were checked.
 
     Args:
         data: images that decide how many stop where (labels are not needed, at most 4096 are used);
@@ -202,13 +75,15 @@ def benchmark(
         batches: sizes to measure; those above the number of images are left out.
         threads: numbers of threads to compare at the largest batch; the first is used for everything else.
             Torch's number if empty.
+        peers: also time the cascade in plain PyTorch, and its last exit on everything.
         rounds: turns that every program gets.
         seconds: of one turn, roughly.
 
     Raises:
-        InvalidArgument: no batch size fits, or rounds or seconds that are not positive.
+        InvalidArgument: no batch size fits, rounds or seconds that are not positive, or peers for a plan.
         DataError: no images.
         BackendUnavailable: the backend cannot run here, or not this cascade.
+        FastCascadeError: its answers differ from the reference's.
 
     Example:
         >>> import fastcascade as fc
@@ -221,19 +96,25 @@ def benchmark(
     plan = model if isinstance(model, Plan) else lower_plan(model)
     if rounds < 1 or not seconds > 0:
         raise InvalidArgument(f"got rounds={rounds}, seconds={seconds}; expected positive numbers")
+    if peers and isinstance(model, Plan):
+        raise InvalidArgument("peers=True runs the cascade's own modules, but got a plan; pass the cascade")
     images = _noise(plan, max(batches, default=0)) if data is None else _images(plan, data)
     sizes = sorted({size for size in batches if 1 <= size <= len(images)})
     if not sizes:
         raise InvalidArgument(f"no batch size of {list(batches)} lies in 1 … {len(images)}, the images there")
 
-    def build(part: Plan, count: int | None = threads[0] if threads else None) -> CompiledCascade:
-        return compile(part, backend=backend, precision=precision, device=device, threads=count)
+    def build(
+        part: Plan, count: int | None = threads[0] if threads else None, wanted: Precision = precision
+    ) -> CompiledCascade:
+        return compile(part, backend=backend, precision=wanted, device=device, threads=count)
 
     with torch_threads(threads[0] if threads else torch.get_num_threads()):
-        run = _Run(plan, images, operating_point, sizes, build)
+        run = _Run(plan, images, operating_point, sizes, build, precision)
         ceilings = measure_ceilings(run.program.device)
         counts = {count: run.turns_of(build(plan, count), sizes[-1]) for count in threads}
-        _take_turns([*run.turns(), *counts.values()], rounds, seconds)
+        plain = run.plain_torch(model) if isinstance(model, Cascade) and peers else {}
+        others = [turns for of_peer in plain.values() for turns in of_peer.values()]
+        _take_turns([*run.turns(), *counts.values(), *others], rounds, seconds)
         energy, note = measure_energy(lambda: run.program(run.images[: sizes[-1]], run.thresholds), sizes[-1])
     return Benchmark(
         machine=describe_machine(run.program),
@@ -242,12 +123,15 @@ def benchmark(
         images=len(images),
         compile_s=run.compile_s,
         first_call_ms=1e3 * run.first_call_s,
+        max_error=run.max_error,
+        instrumentation_share=run.instrumentation_share(),
         ceilings=ceilings,
         stages=tuple(run.stage_timing(k, ceilings) for k in range(len(plan.stages))),
         batches=tuple(map(run.batch_timing, sizes)),
-        threads={count: Spread.of([1 / t for t in turns.per_image]) for count, turns in counts.items()},
+        threads={count: turns.rate for count, turns in counts.items()},
         mac_share=run.mac_share,
         what_if=tuple(run.what_ifs()),
+        peers={name: {size: t.rate for size, t in turns.items()} for name, turns in plain.items()},
         energy_mj_per_image=energy,
         energy_note=note,
     )
@@ -269,96 +153,82 @@ def _images(plan: Plan, data: Data) -> Tensor:
     return torch.cat(parts)[:MAX_IMAGES].contiguous()
 
 
-##### Parts of a plan as plans of their own
-
-
-def stage_alone(plan: Plan, k: int) -> Plan:
-    """Stage k as a cascade of one stage; it reads images of its own input's shape.
-
-    Raises:
-        InvalidArgument: the stage reads a vector, or an opaque stage's features, whose shape is not known.
-    """
-    stage = plan.stages[k]
-    if stage.input == "image":
-        spec = plan.input
-    else:
-        shapes = plan.stages[k - 1].shapes
-        shape = shapes[plan.stages[k - 1].features] if shapes else ()
-        if len(shape) != 3:
-            raise InvalidArgument(
-                f"stage {stage.name!r} reads features of shape {shape or 'unknown'}; only stages that read "
-                "images or (C, H, W) features can be timed alone"
-            )
-        spec = InputSpec((shape[0], shape[1], shape[2]))
-    return _plan_of(plan, [replace(stage, input="image")], spec)
-
-
-def stage_with_exit(plan: Plan, k: int) -> Plan:
-    """Stage k with its selector, before a stage that nothing needs to reach."""
-    alone = stage_alone(plan, k)
-    first = replace(alone.stages[0], selector=plan.stages[k].selector)
-    return _plan_of(plan, [first, alone.stages[0]], alone.input)
-
-
-def without_stage(plan: Plan, k: int) -> Plan | None:
-    """The plan with one stage left out; None where the next reads its features, or none is left."""
-    rest = [stage for j, stage in enumerate(plan.stages) if j != k]
-    feeds_next = k + 1 < len(plan.stages) and plan.stages[k + 1].input == "previous"
-    if not rest or feeds_next:
-        return None
-    return _plan_of(plan, rest, plan.input)
-
-
-def _plan_of(plan: Plan, stages: Sequence[StagePlan], spec: InputSpec) -> Plan:
-    last = replace(stages[-1], selector=None, selector_macs=0)
-    return replace(
-        plan,
-        stages=(*stages[:-1], last),
-        input=spec,
-        default_thresholds=torch.zeros(len(stages) - 1),
-        operating_points={},
-    )
-
-
 ##### Timing
 
 
+class _Call(NamedTuple):
+    """One call: which batch, seconds by the clock, and those in which its threads worked."""
+
+    batch: int
+    seconds: float
+    busy: float
+
+
 class _Turns:
-    """A program, what it runs on, and how long its calls took.
+    """Something to call, what it is called with, and how long its calls took.
 
     Attributes:
-        rounds: per round, seconds of each call; calls go over the batches from the first one on.
+        batches: rows of every different batch: the images in order, then shuffled until there are enough.
+        rounds: calls by round; each round goes on where the one before ended.
     """
 
-    def __init__(
-        self, program: CompiledCascade, rows: Tensor, size: int, thresholds: Tensor | None = None
-    ) -> None:
-        self.program, self.size, self.thresholds = program, size, thresholds
-        self.parts = rows[: len(rows) - len(rows) % size].split(size)
-        self.rounds: list[list[float]] = []
+    def __init__(self, call: Callable[..., Any], rows: Tensor, size: int, *arguments: Any) -> None:
+        self.call, self.rows, self.size, self.arguments = call, rows, size, arguments
+        self.batches = list(_different_batches(len(rows), size))
+        self.rounds: list[list[_Call]] = []
+        self.next = 0
 
-    def take(self, seconds: float) -> list[float]:
-        """One turn: different batches until the time is up, at least one."""
-        calls: list[float] = []
-        for part in self.parts:
-            calls.append(seconds_of(partial(self.program, part, self.thresholds), part.device))
-            if sum(calls) >= seconds:
-                break
+    def take(self, seconds: float) -> list[_Call]:
+        """One turn: different batches until the time is up, at least one, at most each once."""
+        calls: list[_Call] = []
+        while len(calls) < len(self.batches) and (not calls or sum(c.seconds for c in calls) < seconds):
+            batch = self.next
+            part = self.rows[self.batches[batch]]
+            calls.append(_Call(batch, *clocks_of(partial(self.call, part, *self.arguments), part.device)))
+            self.next = (batch + 1) % len(self.batches)
         return calls
 
     @property
     def per_image(self) -> list[float]:
         """Per round, seconds per image."""
-        return [statistics.fmean(calls) / self.size for calls in self.rounds]
+        return [statistics.fmean(c.seconds for c in calls) / self.size for calls in self.rounds]
+
+    @property
+    def busy_per_image(self) -> list[float]:
+        """Per round, seconds per image in which the threads worked."""
+        return [statistics.fmean(c.busy for c in calls) / self.size for calls in self.rounds]
+
+    @property
+    def rate(self) -> Spread:
+        """Images per second."""
+        return Spread.of([1 / t for t in self.per_image])
+
+
+def _different_batches(count: int, size: int) -> Iterator[Tensor]:
+    whole = count - count % size
+    order, generator = torch.arange(count), torch.Generator().manual_seed(0)
+    for _ in range(math.ceil(_DIFFERENT_BATCHES * size / whole)):
+        yield from order[:whole].split(size)
+        order = torch.randperm(count, generator=generator)
 
 
 def _take_turns(turns: Sequence[_Turns], rounds: int, seconds: float) -> None:
-    """Every program once a round, after one turn that warms up; the order alternates."""
+    """Every program once a round, after one call that warms up; the order alternates."""
     for turn in turns:
         turn.take(0)
     for r in range(rounds):
         for turn in turns[:: 1 if r % 2 == 0 else -1]:
             turn.rounds.append(turn.take(seconds))
+
+
+def _fastest(candidates: Sequence[_Turns]) -> _Turns:
+    """The batch size at which a call takes the least time per image."""
+
+    def best(turns: _Turns) -> float:
+        turns.take(0)  # warms up
+        return min(call.seconds for call in turns.take(_PROBE_SECONDS)) / turns.size
+
+    return min(candidates, key=best)
 
 
 class _Run:
@@ -370,7 +240,8 @@ class _Run:
         images: Tensor,
         operating_point: OperatingPointLike,
         sizes: list[int],
-        build: Callable[[Plan], CompiledCascade],
+        build: Callable[..., CompiledCascade],
+        precision: Precision,
     ) -> None:
         self.plan, self.sizes, self.build = plan, sizes, build
         start = time.perf_counter()
@@ -379,29 +250,67 @@ class _Run:
         self.images = images.to(self.program.device)
         self.thresholds = plan.thresholds(operating_point)
         largest = self.images[: sizes[-1]]
-        self.first_call_s = seconds_of(partial(self.program, largest, self.thresholds), self.program.device)
+        self.first_call_s, _ = clocks_of(partial(self.program, largest, self.thresholds), largest.device)
+        self.max_error = _check(self.program, self.images[:_CHECKED_IMAGES], precision)
         self.exits = self._exits(self.program, self.thresholds)
 
         stages = range(len(plan.stages))
-        alone = [build(stage_alone(plan, k)) for k in stages]
-        rows = [self._rows(k, alone[k].plan.input) for k in stages]
-        self.alone = [_fastest([_Turns(alone[k], rows[k], size) for size in sizes]) for k in stages]
+        rows = [self._rows(k, stage_alone(plan, k).input) for k in stages]
+        self.alone = [
+            _fastest([_Turns(program, rows[k], size) for size in sizes])
+            for k, program in enumerate(self._alone(precision))
+        ]
         always = torch.tensor([-math.inf])
         self.exit = [
             _Turns(build(stage_with_exit(plan, k)), rows[k], self.alone[k].size, always) for k in stages[:-1]
         ]
         self.cascade = {size: self.turns_of(self.program, size) for size in sizes}
-        self.dense = {size: self._dense(alone[-1], size) for size in sizes}
+        self.dense = {size: self._dense(self.alone[-1].call, size) for size in sizes}
+        self.other_precisions = {
+            other: [_Turns(p, rows[k], self.alone[k].size) for k, p in enumerate(self._alone(other))]
+            for other in get_args(Precision)
+            if other != precision and self._can_run(other)
+        }
+
+    def _alone(self, precision: Precision) -> list[CompiledCascade]:
+        """Every stage as a program of its own."""
+        parts = [stage_alone(self.plan, k) for k in range(len(self.plan.stages))]
+        return [self.build(part, wanted=precision) for part in parts]
+
+    def _can_run(self, precision: Precision) -> bool:
+        try:
+            self.build(self.plan, wanted=precision)
+        except BackendUnavailable:
+            return False
+        return True
 
     def turns_of(self, program: CompiledCascade, size: int) -> _Turns:
         """The whole cascade on all images."""
         return _Turns(program, self.images, size, self.thresholds)
 
     def turns(self) -> list[_Turns]:
-        """Everything that is timed."""
-        return [*self.cascade.values(), *self.dense.values(), *self.alone, *self.exit]
+        """Everything of this engine that is timed."""
+        others = [turns for stages in self.other_precisions.values() for turns in stages]
+        return [*self.cascade.values(), *self.dense.values(), *self.alone, *self.exit, *others]
 
-    def _dense(self, last: CompiledCascade, size: int) -> _Turns:
+    def plain_torch(self, cascade: Cascade) -> dict[str, dict[int, _Turns]]:
+        """The cascade's own forward, and its last exit on everything, by batch size."""
+        never = torch.full((len(self.plan.stages) - 1,), math.inf)
+        last = cascade.stage(len(cascade.stages) - 1)
+
+        @torch.inference_mode()
+        def dense(x: Tensor) -> object:
+            if last.input == "previous":
+                return cascade(x, never)
+            with eval_mode(last):
+                return last(cascade.images(x))[1].softmax(1)
+
+        return {
+            "PyTorch, the cascade": {s: _Turns(cascade, self.images, s, self.thresholds) for s in self.sizes},
+            "PyTorch, last exit on everything": {s: _Turns(dense, self.images, s) for s in self.sizes},
+        }
+
+    def _dense(self, last: Callable[..., Any], size: int) -> _Turns:
         """The last exit's answer for everything: the last network alone, or a backbone that never stops."""
         if self.plan.stages[-1].input == "image":
             return _Turns(last, self.images, size)
@@ -422,6 +331,8 @@ class _Run:
         chosen = reached if len(reached) else torch.arange(len(self.images))
         return self.images[chosen.repeat(math.ceil(count / len(chosen)))[:count].to(self.images.device)]
 
+    ##### What the times mean
+
     @property
     def mac_share(self) -> float:
         """Mean MACs over dense MACs."""
@@ -431,9 +342,16 @@ class _Run:
     def _mean_macs(plan: Plan, exits: Tensor) -> float:
         return float(plan.exit_macs[exits].double().mean())
 
-    def _reached(self, count: int) -> list[int]:
-        """How many of the first ``count`` images reach each stage."""
-        return [int((self.exits[:count] >= k).sum()) for k in range(len(self.plan.stages))]
+    def instrumentation_share(self) -> float:
+        """What reading the clocks adds to the shortest call there is."""
+        device = self.images.device
+        clocks = min(clocks_of(partial(clocks_of, int, device), device)[0] for _ in range(100))
+        shortest = min(c.seconds for calls in self.cascade[self.sizes[0]].rounds for c in calls)
+        return clocks / shortest
+
+    def _reached(self, exits: Tensor) -> list[int]:
+        """How many instances came to each stage."""
+        return [int((exits >= k).sum()) for k in range(len(self.plan.stages))]
 
     def stage_timing(self, k: int, ceilings: Ceilings) -> StageTiming:
         """What is known about stage k."""
@@ -442,11 +360,12 @@ class _Run:
         exit_s = [0.0]
         if k < len(self.exit):
             exit_s = [b - a for a, b in zip(alone, self.exit[k].per_image, strict=True)]
-        reached = [*self._reached(len(self.exits)), 0]
+        reached = [*self._reached(self.exits), 0]
         seconds = statistics.median(alone)
         gflops = 2e-9 * stage.macs / seconds
-        weights = sum(report.weight_bytes for report in turns.program.program.describe())
-        image = turns.parts[0][0]
+        program = cast(CompiledCascade, turns.call).program
+        weights = sum(report.weight_bytes for report in program.describe())
+        image = turns.rows[0]
         moved = image.numel() * image.element_size() + _BYTES * self.plan.num_classes + weights / turns.size
         return StageTiming(
             name=stage.name,
@@ -467,54 +386,73 @@ class _Run:
     def batch_timing(self, size: int) -> BatchTiming:
         """What is known about the cascade at one batch size."""
         turns, dense = self.cascade[size], self.dense[size].per_image
-        efficiency, rest = [], []
-        for r, calls in enumerate(turns.rounds):
-            count = len(calls) * size
-            ideal = self._stage_seconds(self._reached(count), r)
-            exits = self._exit_seconds(self._reached(count), r)
-            efficiency.append(ideal / sum(calls))
-            rest.append(1e3 * (sum(calls) - ideal - exits) / count)
         time_share = statistics.median(a / b for a, b in zip(turns.per_image, dense, strict=True))
-        calls = sorted(call for part in turns.rounds for call in part)
+        calls = sorted(call.seconds for part in turns.rounds for call in part)
+        shares = [self._breakdown(turns, r) for r in range(len(turns.rounds))]
+        stages, exits, compaction, idle = (
+            Spread.of([1e3 * part for part in parts]) for parts in zip(*shares, strict=True)
+        )
         return BatchTiming(
             batch=size,
-            batches=max(map(len, turns.rounds)),
-            images_per_s=Spread.of([1 / t for t in turns.per_image]),
+            batches=len({call.batch for part in turns.rounds for call in part}),
+            images_per_s=turns.rate,
             latency_ms={f"p{p}": 1e3 * calls[math.ceil(p / 100 * len(calls)) - 1] for p in (50, 90, 95, 99)},
             calls=len(calls),
-            schedule_efficiency=Spread.of(efficiency),
-            rest_ms_per_image=Spread.of(rest),
-            dense_images_per_s=Spread.of([1 / t for t in dense]),
+            schedule_efficiency=Spread.of([self._efficiency(turns, r) for r in range(len(turns.rounds))]),
+            stages_ms_per_image=stages,
+            exits_ms_per_image=exits,
+            compaction_ms_per_image=compaction,
+            idle_ms_per_image=idle,
+            dense_images_per_s=self.dense[size].rate,
             saving=(1 - time_share) / (1 - self.mac_share) if self.mac_share <= _LARGEST_MAC_SHARE else None,
         )
 
-    def _stage_seconds(self, reached: Sequence[int], r: int) -> float:
-        """Time of the stages alone in round r, for these many images each."""
-        return sum(n * turns.per_image[r] for n, turns in zip(reached, self.alone, strict=True))
+    def _round_exits(self, turns: _Turns, r: int) -> Tensor:
+        """Exits of the images that the cascade ran in round r."""
+        return torch.cat([self.exits[turns.batches[call.batch]] for call in turns.rounds[r]])
 
-    def _exit_seconds(self, reached: Sequence[int], r: int) -> float:
+    def _efficiency(self, turns: _Turns, r: int) -> float:
+        """In round r, the time of the stages alone on what reached them over the cascade's."""
+        reached = self._reached(self._round_exits(turns, r))
+        ideal = sum(n * alone.per_image[r] for n, alone in zip(reached, self.alone, strict=True))
+        return ideal / sum(call.seconds for call in turns.rounds[r])
+
+    def _breakdown(self, turns: _Turns, r: int) -> tuple[float, float, float, float]:
+        """In round r, seconds per image in stages, exits, compaction and waiting; they add up to the call."""
+        exits = self._round_exits(turns, r)
+        reached = [n / len(exits) for n in self._reached(exits)]
+        stages = sum(n * alone.busy_per_image[r] for n, alone in zip(reached, self.alone, strict=True))
         pairs = zip(reached, self.alone, self.exit, strict=False)
-        return sum(n * (with_exit.per_image[r] - alone.per_image[r]) for n, alone, with_exit in pairs)
+        exit_s = sum(n * (both.busy_per_image[r] - alone.busy_per_image[r]) for n, alone, both in pairs)
+        busy = turns.busy_per_image[r]
+        return stages, exit_s, busy - stages - exit_s, turns.per_image[r] - busy
 
     def what_ifs(self) -> Iterator[WhatIf]:
-        """Every other stored operating point, and every stage left out that can be."""
+        """Every other stored operating point, every stage left out that can be, every other precision."""
+        everything = list(range(len(self.plan.stages)))
         for name, point in self.plan.operating_points.items():
             thresholds = self.plan.thresholds(point)
             if not torch.equal(thresholds, self.thresholds):
-                yield self._what_if(f"operating point {name}", self.program, thresholds, self._all_stages())
+                yield self._what_if(
+                    f"operating point {name}", self.program, thresholds, everything, self.alone
+                )
         for k, stage in enumerate(self.plan.stages):
             changed = without_stage(self.plan, k)
             if changed is not None:
-                kept = [j for j in self._all_stages() if j != k]
-                yield self._what_if(
-                    f"without stage {stage.name}", self.build(changed), self.thresholds[kept[:-1]], kept
-                )
-
-    def _all_stages(self) -> list[int]:
-        return list(range(len(self.plan.stages)))
+                kept = [j for j in everything if j != k]
+                thresholds, program = self.thresholds[kept[:-1]], self.build(changed)
+                yield self._what_if(f"without stage {stage.name}", program, thresholds, kept, self.alone)
+        for precision, alone in self.other_precisions.items():
+            program = self.build(self.plan, wanted=precision)
+            yield self._what_if(f"precision {precision}", program, self.thresholds, everything, alone)
 
     def _what_if(
-        self, change: str, program: CompiledCascade, thresholds: Tensor, kept: Sequence[int]
+        self,
+        change: str,
+        program: CompiledCascade,
+        thresholds: Tensor,
+        kept: Sequence[int],
+        alone: Sequence[_Turns],
     ) -> WhatIf:
         """Predict from how many images the changed cascade sends to each stage."""
         exits = self._exits(program, thresholds)
@@ -522,16 +460,24 @@ class _Run:
         seconds = 0.0
         for position, k in enumerate(kept):
             shares[k] = float((exits == position).double().mean())
-            seconds += float((exits >= position).double().mean()) * statistics.median(self.alone[k].per_image)
+            seconds += float((exits >= position).double().mean()) * statistics.median(alone[k].per_image)
         efficiency = self.batch_timing(self.sizes[-1]).schedule_efficiency.median
         return WhatIf(change, tuple(shares), self._mean_macs(program.plan, exits), efficiency / seconds)
 
 
-def _fastest(candidates: Sequence[_Turns]) -> _Turns:
-    """The batch size at which a call takes the least time per image."""
-
-    def best(turns: _Turns) -> float:
-        turns.take(0)  # warms up
-        return min(turns.take(_PROBE_SECONDS)) / turns.size
-
-    return min(candidates, key=best)
+def _check(program: CompiledCascade, images: Tensor, precision: Precision) -> float:
+    """Largest difference of a probability from the reference backend's, at every forced exit."""
+    reference = compile(program.plan, backend="reference", device=program.device)
+    error = 0.0
+    for k in range(len(program.plan.stages)):
+        thresholds = forced_exit(k, len(program.plan.stages))
+        ours, expected = (cast(CascadeOutput, p(images, thresholds)).probs for p in (program, reference))
+        difference = (ours.double() - expected.double()).abs().nan_to_num(nan=math.inf)
+        error = max(error, float(difference.masked_fill(~expected.isfinite(), 0).max()))
+    if error > _LARGEST_ERROR[precision]:
+        raise FastCascadeError(
+            f"backend {program.backend!r} at {precision} answers probabilities that differ by {error:.2g} "
+            f"from the reference's; at most {_LARGEST_ERROR[precision]:g} is expected, so "
+            "its speed means nothing"
+        )
+    return error

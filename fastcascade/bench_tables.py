@@ -6,19 +6,21 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from fastcascade.bench import Benchmark, Spread
+from fastcascade.bench_results import Benchmark, Spread
 
 __all__ = ["bench_tables"]
 
 
 def bench_tables(measured: Benchmark) -> list[Table]:
-    """Tables for ``rich``'s console: stages, batch sizes, and where there are any, threads and what-ifs.
+    """Tables for ``rich``'s console: stages, batch sizes, time; if there are any, threads, peers, what-ifs.
 
     Names of stages may come from outside and are shown as plain text.
     """
-    tables = [_stages(measured), _batches(measured)]
+    tables = [_stages(measured), _batches(measured), _time(measured)]
     if measured.threads:
         tables.append(_threads(measured))
+    if measured.peers:
+        tables.append(_peers(measured))
     if measured.what_if:
         tables.append(_what_if(measured))
     return tables
@@ -34,13 +36,13 @@ def _new(title: str, columns: Sequence[str], caption: str | None = None) -> Tabl
 
 def _stages(measured: Benchmark) -> Table:
     ceilings = measured.ceilings
-    columns = "stage|images in|out|ms|exit µs/image|images/s|GFLOP/s|of ceiling|of bandwidth"
+    columns = "stage|images in|out|ms|exit µs/image|images/s|GFLOP/s|of ceiling|KB/image|of bandwidth"
     table = _new(
         f"Each stage alone, {measured.backend} {measured.precision}, {measured.images:,} images",
         columns.split("|"),
         f"ceilings measured in this run: {ceilings.gflops:,.0f} GFLOP/s (matrix product), "
-        f"{ceilings.copy_gbs:.0f} GB/s (copy); packing {1e3 * measured.compile_s:.0f} ms, "
-        f"first call {measured.first_call_ms:.1f} ms",
+        f"{ceilings.copy_gbs:.0f} GB/s (copy); warm-up: packing {1e3 * measured.compile_s:.0f} ms, first "
+        f"call {measured.first_call_ms:.1f} ms; off the reference by {measured.max_error:.0e}",
     )
     for stage in measured.stages:
         table.add_row(
@@ -52,18 +54,18 @@ def _stages(measured: Benchmark) -> Table:
             f"{stage.images_per_s:,.0f}",
             f"{stage.gflops:,.0f}",
             f"{stage.gflops_share:.0%}",
+            f"{stage.bytes_per_image / 1e3:.1f}",
             f"{stage.bandwidth_share:.0%}",
         )
     return table
 
 
 def _batches(measured: Benchmark) -> Table:
-    columns = "batch|images/s|±|p50 ms|p95 ms|p99 ms|schedule efficiency|rest µs/image|dense images/s|η"
+    columns = "batch|images/s|±|p50 ms|p95 ms|p99 ms|schedule efficiency|dense images/s|η"
     table = _new(
         f"The cascade at {measured.mac_share:.0%} of the dense MACs",
         columns.split("|"),
-        "rest: compaction, waiting, the call itself; η: realised saving over the MACs saved; "
-        + measured.energy_note,
+        f"η: time saved over MACs saved; {_energy(measured)}",
     )
     for batch in measured.batches:
         table.add_row(
@@ -72,10 +74,46 @@ def _batches(measured: Benchmark) -> Table:
             _half_spread(batch.images_per_s),
             *(f"{batch.latency_ms[name]:.3g}" for name in ("p50", "p95", "p99")),
             f"{batch.schedule_efficiency.median:.3f}",
-            f"{1e3 * batch.rest_ms_per_image.median:.2f}",
             f"{batch.dense_images_per_s.median:,.0f}",
             "–" if batch.saving is None else f"{batch.saving:.2f}",
         )
+    return table
+
+
+def _energy(measured: Benchmark) -> str:
+    if measured.energy_mj_per_image is None:
+        return measured.energy_note
+    return f"{measured.energy_mj_per_image:.2f} mJ per image ({measured.energy_note})"
+
+
+def _time(measured: Benchmark) -> Table:
+    table = _new(
+        "Where the time of an image goes, µs",
+        ("batch", "stages", "exit heads", "compaction, call", "idle", "together"),
+        f"measured from outside: reading the clocks adds {measured.instrumentation_share:.2%} to the "
+        "shortest call, and nothing when nobody measures",
+    )
+    for batch in measured.batches:
+        parts = (
+            batch.stages_ms_per_image,
+            batch.exits_ms_per_image,
+            batch.compaction_ms_per_image,
+            batch.idle_ms_per_image,
+        )
+        table.add_row(
+            str(batch.batch),
+            *(f"{1e3 * part.median:.2f}" for part in parts),
+            f"{1e6 / batch.images_per_s.median:.2f}",
+        )
+    return table
+
+
+def _peers(measured: Benchmark) -> Table:
+    sizes = [batch.batch for batch in measured.batches]
+    table = _new("Images/s beside plain PyTorch", ("", *(f"batch {size}" for size in sizes)))
+    own = {"this engine": {batch.batch: batch.images_per_s for batch in measured.batches}}
+    for name, rates in (own | measured.peers).items():
+        table.add_row(name, *(f"{rates[size].median:,.0f} ±{_half_spread(rates[size])}" for size in sizes))
     return table
 
 

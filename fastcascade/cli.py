@@ -313,24 +313,38 @@ def operating_points_table(points: Mapping[str, OperatingPoint], dense_macs: int
     return table
 
 
-Batches = Annotated[list[int] | None, typer.Option("--batch", min=1, help="batch size; again for more")]
+Sizes = Annotated[str, typer.Option("--batch", metavar="N,N,…", help="batch sizes")]
+ThreadCounts = Annotated[
+    str, typer.Option("--threads", metavar="N,N,…", help="threads; more than one number compares them")
+]
+Peers = Annotated[bool, typer.Option("--peers", help="time plain PyTorch in the same run")]
 
 
-@app.command(epilog="Example: fastcascade bench model/ npz:test-images.npz --batch 1 --batch 256")
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """``1,8,64`` as numbers; nothing for an empty text."""
+    if not re.fullmatch(r"(|[1-9]\d*(,[1-9]\d*)*)", text):
+        raise InvalidArgument(f"{option} is {text!r}; expected numbers from 1, for example 1,8,64")
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+@app.command(
+    epilog="Example: fastcascade bench model/ npz:test-images.npz --batch 1,256 --threads 1,2 --peers"
+)
 def bench(
     model: Model,
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="images; noise if left out")] = None,
-    batch: Batches = None,
+    batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
     backend: Backend = "auto",
     precision: Precision = "fp32",
-    threads: Threads = None,
+    threads: ThreadCounts = "",
+    peers: Peers = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Where the time goes: each stage alone, the exits, the schedule, whole batches."""
     from fastcascade.bench_tables import bench_tables
 
-    measured = _measure(model, data, batch, operating_point, backend, precision, threads)
+    measured = _measure(model, data, batch, operating_point, backend, precision, threads, peers)
     if as_json:
         print(json.dumps(measured.to_json(), indent=1))
     else:
@@ -342,11 +356,12 @@ def report(
     model: Model,
     data: Source,
     out: Annotated[Path, typer.Option(help="directory for report.html and its pictures")],
-    batch: Batches = None,
+    batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
     backend: Backend = "auto",
     precision: Precision = "fp32",
-    threads: Threads = None,
+    threads: ThreadCounts = "",
+    peers: Peers = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure a cascade on labelled images and write one HTML page about it; print where it is."""
@@ -354,10 +369,11 @@ def report(
     from fastcascade.curve import cost_accuracy_curves
     from fastcascade.report import write_report
 
-    measured = _measure(model, data, batch, operating_point, backend, precision, threads)
+    measured = _measure(model, data, batch, operating_point, backend, precision, threads, peers)
     cascade = fc.load(model)
     images = _load_images(data, cascade)
-    evaluation = fc.evaluate(_compile(model, backend, precision, threads), images, operating_point)
+    compiled = _compile(model, backend, precision, next(iter(_numbers("--threads", threads)), None))
+    evaluation = fc.evaluate(compiled, images, operating_point)
     curves = cost_accuracy_curves(cascade, images)
     print(write_report(out, measured, evaluation, curves, title=model.resolve().name, overwrite=overwrite))
 
@@ -365,11 +381,12 @@ def report(
 def _measure(
     model: Path,
     data: str | None,
-    batch: list[int] | None,
+    batch: str,
     operating_point: str | None,
     backend: str,
     precision: Precision,
-    threads: int | None,
+    threads: str,
+    peers: bool,
 ) -> Benchmark:
     from fastcascade.bench import benchmark
 
@@ -377,11 +394,12 @@ def _measure(
     return benchmark(
         loaded,
         None if data is None else _load_images(data, loaded),
-        batches=batch or (1, 8, 64, 256),
-        threads=() if threads is None else (threads,),
+        batches=_numbers("--batch", batch) or (1,),
+        threads=_numbers("--threads", threads),
         operating_point=operating_point,
         backend=backend,
         precision=precision,
+        peers=peers,
     )
 
 

@@ -16,6 +16,7 @@ from fastcascade.engine import CompiledCascade
 
 __all__ = [
     "Ceilings",
+    "clocks_of",
     "describe_machine",
     "measure_ceilings",
     "measure_energy",
@@ -39,6 +40,19 @@ class Ceilings:
 
     gflops: float
     copy_gbs: float
+
+
+def clocks_of(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """How long a call takes, and how long each of torch's number of threads worked for it in the mean.
+
+    The second is the processor time of this process over the number of threads; on a GPU, whose work no
+    processor clock sees, it is the first again.
+    """
+    before = time.process_time()
+    seconds = seconds_of(call, device)
+    if device.type == "cuda":
+        return seconds, seconds
+    return seconds, (time.process_time() - before) / torch.get_num_threads()
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

@@ -18,7 +18,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastcascade.bench import Benchmark, StageTiming
+from fastcascade.bench_results import Benchmark, StageTiming
 from fastcascade.curve import Curves, plot_curves
 from fastcascade.errors import InvalidArgument
 from fastcascade.files import write_atomically
@@ -75,7 +75,7 @@ def write_report(
         measured: what :func:`fastcascade.bench.benchmark` returned.
         evaluation: accuracy at the same operating point; without it the flow of instances has no colours.
         curves: the cost–accuracy curve; left out without it.
-        peers: images/s of other runtimes by name and batch size, shown beside the cascade's.
+        peers: images/s of other runtimes by name and batch size, shown beside those that were measured.
         title: of the page.
 
     Returns:
@@ -293,14 +293,15 @@ def _draw_flow(axes: Axes, measured: Benchmark, evaluation: Evaluation | None) -
     axes.bar(names, wrong, bottom=right, color=_RED if evaluation is not None else _BLUE, label=label)
     axes.bar(names, going_on, bottom=stopped, color=_GREY, label="go on")
     axes.set(ylabel="images")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # "best" warns on a slow machine
 
 
 def _draw_time(axes: Axes, measured: Benchmark) -> None:
     batch = measured.batches[-1]
     parts = [(f"{stage.name}: stage", _stage_us(stage, measured)) for stage in measured.stages]
     parts += [(f"{stage.name}: exit", _exit_us(stage, measured)) for stage in measured.stages[:-1]]
-    parts.append(("compaction, waiting, call", 1e3 * batch.rest_ms_per_image.median))
+    parts.append(("compaction, call", 1e3 * batch.compaction_ms_per_image.median))
+    parts.append(("idle", 1e3 * batch.idle_ms_per_image.median))
     names, microseconds = zip(*reversed(parts), strict=True)
     bars = axes.barh(names, microseconds, color=_BLUE)
     axes.bar_label(bars, fmt="%.2f", padding=3)
@@ -336,7 +337,7 @@ def _draw_roofline(axes: Axes, measured: Benchmark) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is axes.yaxis else (1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mapping[int, float]]) -> None:
@@ -345,6 +346,7 @@ def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mappin
         "fastcascade, last exit on everything": {
             b.batch: b.dense_images_per_s.median for b in measured.batches
         },
+        **{name: {size: r.median for size, r in rates.items()} for name, rates in measured.peers.items()},
         **peers,
     }
     for (name, rates), colour, marker in zip(lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
@@ -355,4 +357,4 @@ def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mappin
     sizes = [b.batch for b in measured.batches]
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -18,12 +19,13 @@ from torch import nn
 
 import fastcascade as fc
 from fastcascade.backends import load_backend
-from fastcascade.bench import Benchmark, Spread, benchmark, stage_alone, stage_with_exit, without_stage
+from fastcascade.bench import Benchmark, Spread, _check, benchmark
+from fastcascade.bench_parts import stage_alone, stage_with_exit, without_stage
 from fastcascade.bench_tables import bench_tables
 from fastcascade.engine import CompiledCascade
-from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.errors import DataError, FastCascadeError, InvalidArgument
 from fastcascade.lower import plan as lower_plan
-from fastcascade.machine import measure_energy
+from fastcascade.machine import Ceilings, measure_ceilings, measure_energy
 from fastcascade.resnet import cut_into_segments, resnet_cifar
 
 SHAPE = (3, 8, 8)
@@ -37,6 +39,12 @@ def small_network(width: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(width, 4),
     )
+
+
+@pytest.fixture(autouse=True)
+def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcascade.bench.measure_ceilings", lambda device: Ceilings(100.0, 10.0))
+    monkeypatch.setattr("fastcascade.bench._PROBE_SECONDS", 1e-4)
 
 
 @pytest.fixture
@@ -96,17 +104,103 @@ def test_schedule_efficiency_finds_a_schedule_that_wastes_a_fifth(
 ) -> None:
     # Calls take invented times: a stage alone, also with its exit, 1 ms an image; the cascade 1.25 times what
     # the stages need for the images that reach them.
-    def invented(call: partial[fc.CascadeOutput], device: torch.device) -> float:
-        stages = len(cast(CompiledCascade, call.func).plan.stages)
-        return 1.25e-3 * float((call().exit_stage + 1).sum()) if stages == 3 else 1e-3 * len(call.args[0])
+    # In a fifth of the cascade's time its threads wait; the rest is work like that of the stages.
+    def invented(call: partial[fc.CascadeOutput], device: torch.device) -> tuple[float, float]:
+        if not isinstance(call.func, CompiledCascade):
+            return 1e-6, 1e-6
+        if len(call.func.plan.stages) < 3:
+            return 1e-3 * len(call.args[0]), 1e-3 * len(call.args[0])
+        needed = 1e-3 * float((call().exit_stage + 1).sum())
+        return 1.25 * needed, needed
 
-    monkeypatch.setattr("fastcascade.bench.seconds_of", invented)
+    monkeypatch.setattr("fastcascade.bench.clocks_of", invented)
     batch = measure(cascade, images, batches=[16], seconds=1e9).batches[0]
     visits = float((cascade(images).exit_stage + 1).sum()) / len(images)
     assert visits > 1.2
+    assert batch.batches >= 64
     assert batch.schedule_efficiency.median == pytest.approx(0.8)
-    assert batch.rest_ms_per_image.median == pytest.approx(0.25 * visits)
-    assert batch.images_per_s.median == pytest.approx(1e3 / (1.25 * visits))
+    assert batch.idle_ms_per_image.median == pytest.approx(0.25 * visits, rel=0.1)
+    assert batch.compaction_ms_per_image.median == pytest.approx(0)
+    assert batch.images_per_s.median == pytest.approx(1e3 / (1.25 * visits), rel=0.1)
+
+
+def test_parts_of_the_time_add_up(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images, rounds=1)
+    for batch in measured.batches:
+        parts = (
+            batch.stages_ms_per_image,
+            batch.exits_ms_per_image,
+            batch.compaction_ms_per_image,
+            batch.idle_ms_per_image,
+        )
+        assert sum(part.median for part in parts) == pytest.approx(1e3 / batch.images_per_s.median)
+
+
+def test_rounds_go_on_where_the_one_before_ended(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images, batches=[1], rounds=5, seconds=1e-9)
+    assert measured.batches[0].batches == measured.batches[0].calls == 5
+
+
+def test_wrong_answers_are_not_timed(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    spoilt = copy.deepcopy(cascade)
+    with torch.no_grad():
+        cast(nn.Conv2d, cast(nn.Sequential, spoilt.stage(1).module)[0]).weight.mul_(1.1)
+    plan, wrong = lower_plan(cascade), lower_plan(spoilt)
+    assert _check(fc.compile(plan, backend="reference"), images, "fp32") == 0
+    broken = fc.compile(wrong, backend="reference")
+    broken.plan = plan
+    with pytest.raises(FastCascadeError, match="its speed means nothing"):
+        _check(broken, images, "fp32")
+
+
+def test_plain_pytorch_is_timed_on_request(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images, peers=True)
+    assert list(measured.peers) == ["PyTorch, the cascade", "PyTorch, last exit on everything"]
+    assert all(list(rates) == [1, 16] for rates in measured.peers.values())
+    assert measure(cascade, images).peers == {}
+    with pytest.raises(InvalidArgument, match="pass the cascade"):
+        benchmark(lower_plan(cascade), peers=True)
+
+
+def test_what_if_covers_precisions_that_the_backend_has(
+    cascade: fc.Cascade, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = type(load_backend("reference")).unsupported_reason
+
+    def allow_fp16(self: object, plan: object, *, precision: str, device: torch.device) -> str | None:
+        return None if precision == "fp16" else refuse(self, plan, precision=precision, device=device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(load_backend("reference")), "unsupported_reason", allow_fp16)
+    rows = {row.change: row for row in measure(cascade, images).what_if}
+    assert rows["precision fp16"].mean_macs == pytest.approx(cascade(images).cost_macs.double().mean())
+    assert "precision int8" not in rows
+
+
+@pytest.mark.parametrize("change", ["operating point never", "without stage w2", "without stage w8"])
+def test_a_prediction_is_what_the_changed_cascade_then_does(
+    cascade: fc.Cascade, images: torch.Tensor, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stage takes as long as its cost says, wherever it runs: then the prediction must be exact.
+    def invented(call: partial[fc.CascadeOutput], device: torch.device) -> tuple[float, float]:
+        if not isinstance(call.func, CompiledCascade):
+            return 1e-6, 1e-6
+        macs = torch.tensor([stage.macs for stage in call.func.plan.stages]).cumsum(0)
+        seconds = 1e-9 * float(macs[call().exit_stage].sum())
+        return seconds, seconds
+
+    monkeypatch.setattr("fastcascade.bench.clocks_of", invented)
+    settings: dict[str, object] = {"batches": [16], "seconds": 1e9, "rounds": 1}
+    row = next(r for r in measure(cascade, images, **settings).what_if if r.change == change)
+    plan, thresholds = lower_plan(cascade), cascade.thresholds()
+    if change == "operating point never":
+        thresholds = torch.full((2,), math.inf)
+    else:
+        left_out = 0 if change.endswith("w2") else 2
+        changed = without_stage(plan, left_out)
+        assert changed is not None
+        plan, thresholds = changed, thresholds[[k for k in range(3) if k != left_out][:-1]]
+    run = benchmark(plan, (images, None), operating_point=thresholds, backend="reference", **settings)  # type: ignore[arg-type]
+    assert row.images_per_s == pytest.approx(run.batches[0].images_per_s.median, rel=0.1)
 
 
 def test_parts_answer_as_the_stages_they_are(cascade: fc.Cascade, images: torch.Tensor) -> None:
@@ -205,6 +299,12 @@ def test_energy_comes_from_zeus_or_says_why_not(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "zeus.monitor", SimpleNamespace(ZeusMonitor=Monitor))
     energy, _ = measure_energy(lambda: calls.append(0), 8)
     assert energy == pytest.approx(0.25)  # 2 mJ a call of 8 images
+
+
+def test_ceilings_are_measured() -> None:
+    ceilings = measure_ceilings(torch.device("cpu"))
+    assert ceilings.gflops > 0.1
+    assert ceilings.copy_gbs > 0.01
 
 
 def test_spread_of_one_value_and_of_many() -> None:

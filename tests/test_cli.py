@@ -276,7 +276,12 @@ def test_bench_and_report(run: Run, model: Path, images: Path, tmp_path: Path) -
     done = run("bench", model, images, "--batch", 8, "--json")
     assert done.status == 0, done.err
     assert [batch["batch"] for batch in json.loads(done.out)["batches"]] == [8]
-    assert "small" in run("bench", model, images, "--batch", 8).out
+    done = run("bench", model, images, "--batch", "4,8", "--peers")
+    assert "small" in done.out
+    assert "PyTorch, the cascade" in done.out
+    done = run("bench", model, images, "--batch", "8,")
+    assert done.status == 1
+    assert "--batch is '8,'; expected numbers from 1" in done.err
     done = run("report", model, images, "--out", tmp_path / "report", "--batch", 8)
     assert done.status == 0, done.err
     assert Path(done.out.strip()).read_text().startswith("<!")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcascade.bench import BatchTiming, Benchmark, Spread, StageTiming, WhatIf
+from fastcascade.bench_results import BatchTiming, Benchmark, Spread, StageTiming, WhatIf
 from fastcascade.curve import Curves
 from fastcascade.errors import InvalidArgument
 from fastcascade.machine import Ceilings
@@ -57,7 +57,10 @@ def batch(size: int) -> BatchTiming:
         latency_ms={"p50": 1.0, "p90": 1.2, "p95": 1.3, "p99": 2.0},
         calls=100,
         schedule_efficiency=spread(0.97),
-        rest_ms_per_image=spread(1e-3),
+        stages_ms_per_image=spread(5e-2),
+        exits_ms_per_image=spread(1e-4),
+        compaction_ms_per_image=spread(1e-3),
+        idle_ms_per_image=spread(2e-3),
         dense_images_per_s=spread(5e3),
         saving=0.93,
     )
@@ -72,12 +75,15 @@ def measured() -> Benchmark:
         images=100,
         compile_s=0.01,
         first_call_ms=3.0,
+        max_error=1e-6,
+        instrumentation_share=0.001,
         ceilings=Ceilings(230.0, 30.0),
         stages=(stage("small", 100, 30, 10_000_000), stage(HOSTILE, 30, 0, 80_000_000)),
         batches=(batch(1), batch(8), batch(64)),
         threads={},
         mac_share=0.4,
         what_if=(WhatIf("operating point fast", (0.9, 0.1), 2e7, 1.5e4),),
+        peers={"PyTorch, the cascade": {1: spread(100.0), 8: spread(700.0), 64: spread(2000.0)}},
         energy_mj_per_image=None,
         energy_note="energy was not measured: no counter",
     )

@@ -1,0 +1,189 @@
+"""Writes the tables of docs/performance.md from a results file, so that no figure is typed by hand.
+
+``make bench-docs`` (``python -m bench.tables bench/results/<machine>.json``) replaces what stands between
+``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT
+from bench.targets import target_rows
+
+__all__ = ["TABLES", "main", "write_tables"]
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+_SECTION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Results = Mapping[str, Any]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+    columns = list(head)
+    return "\n".join([line(columns), line("---" for _ in columns), *map(line, rows)])
+
+
+def machine_table(results: Results) -> str:
+    """What was measured on what."""
+    machine = results["machine"]
+    when = sorted(entry["when"] for entry in results["cases"].values())
+    rows = [
+        ("processor", f"{machine['cpu']}, {machine['threads']} threads"),
+        ("instruction sets", ", ".join(machine["flags"])),
+        ("system", machine["platform"]),
+        ("packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
+        ("measured", f"{when[0]} … {when[-1]}" if when else "not yet"),
+    ]
+    return _table(("", ""), rows)
+
+
+def ceilings_table(results: Results) -> str:
+    """Ceilings beside each case, as measured before it."""
+    names = sorted({name for e in results["cases"].values() for name in e["ceilings"]} - {"threads"})
+    rows = [
+        (_title(key), *(f"{entry['ceilings'].get(name, 0):,.0f}" for name in names))
+        for key, entry in results["cases"].items()
+    ]
+    return _table(("case", *(name.replace("_", " ") for name in names)), rows)
+
+
+def targets_table(results: Results) -> str:
+    """Every target, with pass or distance."""
+    rows = ((r.work, r.wanted, r.measured, r.verdict, r.beside) for r in target_rows(results))
+    return _table(("work", "target", "measured", "verdict", "beside"), rows)
+
+
+def engines_table(results: Results) -> str:
+    """Every engine in every case; a refused one with its reason."""
+    rows = []
+    for key, entry in results["cases"].items():
+        peak = max(value for name, value in entry["ceilings"].items() if name.startswith("fp32"))
+        engines = entry["engines"].values()
+        for engine in sorted(engines, key=lambda row: -row.get("images_per_s", 0)):
+            if "refused" in engine:
+                reason = engine["refused"].splitlines()[0]
+                rows.append((_title(key), engine["engine"], "–", "", "", "", "", f"refused: {reason}"))
+                continue
+            rows.append(
+                (
+                    _title(key),
+                    engine["engine"],
+                    f"{engine['images_per_s']:,.0f}",
+                    f"{engine['spread'] / 2:.1%}",
+                    f"{engine['gflops']:,.0f}",
+                    f"{engine['gflops'] / peak:.0%}",
+                    f"{engine['gate']['max_error']:.0e}",
+                    engine["schedule"],
+                )
+            )
+    return _table(("case", "engine", "images/s", "±", "GFLOP/s", "of ceiling", "error", "schedule"), rows)
+
+
+def slower_table(results: Results) -> str:
+    """Where a peer was faster than this engine on the same threads."""
+    rows = []
+    for key, entry in results["cases"].items():
+        timed = {name: e["images_per_s"] for name, e in entry["engines"].items() if "refused" not in e}
+        ours = timed.get("fastcascade", 0)
+        others = {name: rate for name, rate in timed.items() if not name.startswith("fastcascade")}
+        rows += [
+            (_title(key), name, f"{rate / ours:.2f}×") for name, rate in others.items() if 0 < ours < rate
+        ]
+    return _table(("case", "peer", "faster by"), rows) if rows else "In none of the cases above."
+
+
+def stages_table(results: Results) -> str:
+    """The cascade's stages alone."""
+    facts = results["facts"].get("schedule")
+    if facts is None or "refused" in facts:
+        return "Not measured yet."
+    rows = (
+        (
+            stage["name"],
+            f"{stage['images_in']:,}",
+            f"{stage['images_out']:,}",
+            f"{1e3 * stage['ms_per_image']['median']:.1f}",
+            f"{1e3 * stage['exit_ms_per_image']['median']:.2f}",
+            f"{stage['gflops']:,.0f}",
+            f"{stage['bytes_per_image'] / 1e3:.1f}",
+        )
+        for stage in facts["stages"]
+    )
+    return _table(("stage", "images in", "out", "µs/image", "exit µs", "GFLOP/s", "KB/image"), rows)
+
+
+def time_table(results: Results) -> str:
+    """Where the cascade's time goes by batch size."""
+    facts = results["facts"].get("schedule")
+    if facts is None or "refused" in facts:
+        return "Not measured yet."
+    parts = ("stages", "exits", "compaction", "idle")
+    rows = (
+        (
+            str(batch["batch"]),
+            *(f"{1e3 * batch[f'{part}_ms_per_image']['median']:.2f}" for part in parts),
+            *(f"{batch['latency_ms'][p]:.2f}" for p in ("p50", "p95", "p99")),
+            f"{batch['schedule_efficiency']['median']:.3f}",
+            "–" if batch["saving"] is None else f"{batch['saving']:.2f}",
+        )
+        for batch in facts["batches"]
+    )
+    head = (
+        "batch",
+        *(f"{part}, µs/image" for part in parts),
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "efficiency",
+        "η",
+    )
+    return _table(head, rows)
+
+
+def _title(key: str) -> str:
+    """A case's name without the folder of a cascade."""
+    model, _, rest = key.partition(" batch ")
+    return f"{'cascade' if model.startswith('cascade:') else model}, batch {rest.split()[0]}"
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "machine": machine_table,
+    "ceilings": ceilings_table,
+    "targets": targets_table,
+    "engines": engines_table,
+    "slower": slower_table,
+    "stages": stages_table,
+    "time": time_table,
+}
+
+
+def write_tables(text: str, results: Results) -> str:
+    """The document with its tables made anew.
+
+    Raises:
+        KeyError: the document asks for a table that is not known.
+    """
+    return _SECTION.sub(lambda match: f"{match[1]}{TABLES[match[2]](results)}\n{match[3]}", text)
+
+
+def main() -> None:
+    """Rewrite the document."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="for example bench/results/<machine>.json")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    arguments.document.write_text(write_tables(arguments.document.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()
