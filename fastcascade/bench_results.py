@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from fastcascade.machine import Ceilings
@@ -155,6 +156,18 @@ class Benchmark:
     peers: dict[str, dict[int, Spread]]
     energy_mj_per_image: float | None
     energy_note: str
+
+    @property
+    def exit_ms(self) -> tuple[float, ...]:
+        """(K,) milliseconds per image of stopping at each exit, earlier stages included: a cost for
+        :func:`fastcascade.calibrate`."""
+        parts = (stage.ms_per_image.median + stage.exit_ms_per_image.median for stage in self.stages)
+        return tuple(accumulate(parts))
+
+    @property
+    def dense_ms(self) -> float:
+        """Milliseconds per image of the last exit's answer for every image, at the largest batch."""
+        return 1e3 / self.batches[-1].dense_images_per_s.median
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dumps``."""

@@ -61,7 +61,7 @@ def calibrate(
             the same distribution get another label than the last exit's at a rate of at most eps. If nothing
             can be certified the thresholds are +∞: never stop early.
         exit_ms: (K,) milliseconds per instance of stopping at each exit, earlier stages included, as
-            ``fc.bench.benchmark`` measures them. They replace MACs as the cost that is minimised or bounded;
+            ``fc.benchmark`` measures them (``exit_ms``). They replace MACs as the cost that is minimised or bounded;
             ``mean_macs`` of the point is in MACs all the same.
 
     Returns:

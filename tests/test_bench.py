@@ -95,6 +95,9 @@ def test_rates_follow_from_times(cascade: fc.Cascade, images: torch.Tensor) -> N
         assert stage.gflops_share == pytest.approx(stage.gflops / measured.ceilings.gflops)
         both = stage.ms_per_image.median + stage.exit_ms_per_image.median
         assert stage.ms == pytest.approx(stage.images_in * both)
+    assert measured.exit_ms[0] == pytest.approx(measured.stages[0].ms / 48)
+    assert list(measured.exit_ms) == sorted(measured.exit_ms)
+    assert measured.dense_ms == pytest.approx(1e3 / measured.batches[-1].dense_images_per_s.median)
     for batch in measured.batches:
         assert batch.latency_ms["p50"] <= batch.latency_ms["p95"] <= batch.latency_ms["p99"]
 
