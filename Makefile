@@ -14,7 +14,7 @@ pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
 
 python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
-checked := fastcascade kernels tests $(wildcard bench examples) setup.py
+checked := fastcascade kernels tests tools $(wildcard bench examples) setup.py
 
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
