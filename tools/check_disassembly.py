@@ -65,7 +65,9 @@ def main() -> int:
     """Check every source file of the engine but the Python module."""
     with tempfile.TemporaryDirectory() as folder:
         found = all_faults(compile_engine(Path(folder)))
-    print("\n".join(found) or "product kernels keep their accumulators in registers; baseline code has no VEX")
+    print(
+        "\n".join(found) or "product kernels keep their accumulators in registers; baseline code has no VEX"
+    )
     return 1 if found else 0
 
 

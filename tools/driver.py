@@ -24,7 +24,9 @@ def compile_engine(folder: Path, flags: Sequence[str] = PACKAGE_FLAGS, source: P
     sources = sorted([*source.glob("*.cpp"), *source.glob("isa/*.cpp")])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(
-            pool.map(lambda path: compile_file(path, folder, flags), [p for p in sources if p.name != "module.cpp"])
+            pool.map(
+                lambda path: compile_file(path, folder, flags), [p for p in sources if p.name != "module.cpp"]
+            )
         )
 
 

@@ -133,7 +133,9 @@ def _excess(workload: Path, isa: str) -> dict[str, float]:
 @pytest.mark.parametrize("isa", count_instructions.ISAS)
 def test_instruction_counts(workload: Path, isa: str) -> None:
     for case, excess in _excess(workload, isa).items():
-        assert abs(excess) <= TOLERANCE, f"{case} takes {excess:+.1%}; if meant, run tools/count_instructions.py"
+        assert abs(excess) <= TOLERANCE, (
+            f"{case} takes {excess:+.1%}; if meant, run tools/count_instructions.py"
+        )
 
 
 @INTEL
