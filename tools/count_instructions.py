@@ -1,8 +1,8 @@
-"""Count the instructions of the engine's fixed workload under callgrind, and write the record that tests compare with.
+"""Count the instructions of the engine's fixed workload under callgrind; write the record for the tests.
 
 Counts repeat to the instruction for one compiler; another libc changes them by less than 1 %. Valgrind hides
-AVX-512, whose kernels tools/check_disassembly.py reads instead. Run this after a change that is meant to cost or
-save instructions:
+AVX-512, whose kernels tools/check_disassembly.py reads instead. Run this after a change that is meant to cost
+or save instructions:
 
 python tools/count_instructions.py
 """

@@ -22,12 +22,9 @@ def missing_tools(*names: str) -> str | None:
 def compile_engine(folder: Path, flags: Sequence[str] = PACKAGE_FLAGS, source: Path = SOURCE) -> list[Path]:
     """Compile all of the engine but its Python module; the objects, in the order of their names."""
     sources = sorted([*source.glob("*.cpp"), *source.glob("isa/*.cpp")])
+    engine = [path for path in sources if path.name != "module.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(
-            pool.map(
-                lambda path: compile_file(path, folder, flags), [p for p in sources if p.name != "module.cpp"]
-            )
-        )
+        return list(pool.map(lambda path: compile_file(path, folder, flags), engine))
 
 
 def compile_file(source: Path, folder: Path, flags: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""The engine without Python: sanitizers, instruction sets against each other, machine code, instruction counts."""
+"""The engine without Python: sanitizers, fuzzing, machine code, allocations, instruction counts."""
 
 from __future__ import annotations
 
