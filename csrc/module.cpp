@@ -32,7 +32,7 @@ T get(const py::dict& d, const char* key) {
   if (!d.contains(key)) fail(std::string("field '") + key + "' is missing");
   try {
     return d[key].cast<T>();
-  } catch (const py::cast_error&) {
+  } catch (const std::exception&) {  // py::cast_error, or Python's own where it tried to convert
     fail(std::string("field '") + key + "' is " + py::repr(d[key]).cast<std::string>().substr(0, 80) +
          ", which has the wrong type, length or range");
   }

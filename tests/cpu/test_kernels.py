@@ -93,7 +93,7 @@ def exact_layers(channels: int, image: tuple[int, int]) -> dict[str, Op]:
     }
     for name, conv in layers.items():
         integers(conv.weight, 1 if name == "winograd" else 4)
-        integers(conv.bias, 50)
+        integers(conv.bias, 50).abs_()  # or ReLU might leave nothing
     # Winograd's weight transform divides by 24 along each axis.
     layers["winograd"].weight.mul_(576)
     linear = Linear(2, 1, integers(torch.empty(out, channels * area), 4), integers(torch.empty(out), 50))
