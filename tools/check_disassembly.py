@@ -19,7 +19,7 @@ NO_SPILLS = re.compile(r"fastcascade::avx512::(winograd_product|direct_tile)<")
 PRODUCT_KERNELS = 32  # two kinds, 8 rows, 1 or 2 vectors
 IN_REGION = re.compile(r"fastcascade::avx(2|512)::")
 FRAME = re.compile(r"mov\s+%rsp,%rbp")
-SPILL = {base: re.compile(rf"%zmm.*\({base}|\({base}.*%zmm") for base in ("%rsp", "%rbp")}
+STACK, STACK_OR_FRAME = re.compile(r"\(%rsp"), re.compile(r"\(%r[sb]p")
 VEX = re.compile(r"^\s*v[a-z0-9]+\s|%[yz]mm")
 
 
@@ -40,9 +40,9 @@ def functions(target: Path) -> Iterator[tuple[str, list[str]]]:
 def faults(name: str, instructions: list[str]) -> list[str]:
     """What is wrong with one function."""
     found = []
-    # GCC addresses an aligned frame from rbp; elsewhere rbp is a register like others.
-    spill = SPILL["%rbp" if any(FRAME.search(line) for line in instructions) else "%rsp"]
-    if NO_SPILLS.search(name) and any(spill.search(line) for line in instructions):
+    # rbp points into the stack in functions that set it up so; elsewhere it is a register like others.
+    stack = STACK_OR_FRAME if any(FRAME.search(line) for line in instructions) else STACK
+    if NO_SPILLS.search(name) and any(stack.search(line) and "%zmm" in line for line in instructions):
         found.append(f"{name}: spills vectors to the stack")
     if not IN_REGION.search(name) and any(VEX.search(line.split("\t")[-1]) for line in instructions):
         found.append(f"{name}: VEX code outside a target region")
