@@ -44,7 +44,6 @@ def run_tests(objects: Sequence[Path], folder: Path, tests: str, name: str) -> t
     (folder / "planted.py").write_text(PLUGIN.format(path=str(engine)))
     options = [
         "-x",
-        "-q",
         "-p",
         "planted",
         "-p",
