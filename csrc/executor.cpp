@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <stdexcept>
@@ -191,10 +192,11 @@ class Run {
     for (int64_t row = 0; row < images_.count; ++row) active.push(row, row);
     team.active = images_.count;
     std::atomic<bool> open{false};
-    run_on_helpers(static_cast<int>(e_.threads_), [&](int rank) {
+    const auto work = [&](int rank) {
       const int64_t member = rank == 0 ? gather(team, open) : join(team, open);
       if (member >= 0) run_member(team, member);
-    });
+    };
+    run_on_helpers(static_cast<int>(e_.threads_), std::ref(work));  // a copy would be allocated
   }
 
   // Waits for helpers a moment, then closes the team to those who come later.
@@ -468,12 +470,12 @@ void Executor::run_stage(int64_t stage, const Images& input, float* logits, floa
   const Network& net = networks_[static_cast<size_t>(stage)];
   std::unique_ptr<Context> context = take_context(input.count);
   std::atomic<int64_t> next{0};
-  std::vector<int64_t> rows(static_cast<size_t>(input.count));
-  for (int64_t i = 0; i < input.count; ++i) rows[static_cast<size_t>(i)] = i;
+  Waiting& all = context->waiting[0];
+  for (int64_t row = 0; row < input.count; ++row) all.push(row, row);
   const int64_t feature_floats = net.features < 0 ? 0 : net.values[net.features].shape.c *
                                                             net.values[net.features].shape.h *
                                                             net.values[net.features].shape.w;
-  run_on_helpers(static_cast<int>(threads_), [&](int rank) {
+  const auto work = [&](int rank) {
     Worker& self = context->workers[static_cast<size_t>(rank)];
     for (int64_t first; (first = next.fetch_add(net.tile)) < input.count;) {
       const int64_t count = std::min(net.tile, input.count - first);
@@ -482,7 +484,7 @@ void Executor::run_stage(int64_t stage, const Images& input, float* logits, floa
       source.bytes = input.bytes;
       source.table = input.table;
       std::copy_n(input.strides, 4, source.strides);
-      source.rows = rows.data() + first;
+      source.rows = all.rows.data() + first;
       run_network(net, source, self.arena.data(), self.scratch.data(), count, {}, nullptr);
       for (int64_t i = 0; i < count; ++i) {
         copy_out(net.values[net.logits], value_row(net, net.logits, self.arena.data(), i),
@@ -492,7 +494,8 @@ void Executor::run_stage(int64_t stage, const Images& input, float* logits, floa
                    features + (first + i) * feature_floats);
       }
     }
-  });
+  };
+  run_on_helpers(static_cast<int>(threads_), std::ref(work));
   give_back(std::move(context));
 }
 

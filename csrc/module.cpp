@@ -21,12 +21,18 @@ using FloatArray = py::array_t<float, py::array::c_style>;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
+py::dict as_dict(const py::handle& item, const char* what) {
+  if (!py::isinstance<py::dict>(item))
+    fail(std::string("expected ") + what + " as a dictionary, got " + py::repr(item).cast<std::string>().substr(0, 80));
+  return py::reinterpret_borrow<py::dict>(item);
+}
+
 template <class T>
 T get(const py::dict& d, const char* key) {
   if (!d.contains(key)) fail(std::string("field '") + key + "' is missing");
   try {
     return d[key].cast<T>();
-  } catch (const py::cast_error&) {
+  } catch (const std::exception&) {  // py::cast_error, or Python's own where it tried to convert
     fail(std::string("field '") + key + "' is " + py::repr(d[key]).cast<std::string>().substr(0, 80) +
          ", which has the wrong type, length or range");
   }
@@ -65,7 +71,9 @@ void read_conv2d(OpSpec& op, const py::dict& d) {
   op.padding = get<std::array<int64_t, 4>>(d, "padding");
   op.dilation = get<std::array<int64_t, 2>>(d, "dilation");
   op.groups = get<int64_t>(d, "groups");
-  op.residual = get<std::optional<int64_t>>(d, "residual").value_or(-1);
+  const auto residual = get<std::optional<int64_t>>(d, "residual");
+  if (residual && *residual < 0) fail("field 'residual' is " + std::to_string(*residual));
+  op.residual = residual.value_or(-1);
 }
 
 void read_pool(OpSpec& op, const py::dict& d) {
@@ -135,14 +143,14 @@ StageSpec read_stage(const py::dict& d) {
   stage.features = get<int64_t>(d, "features");
   stage.logits = get<int64_t>(d, "logits");
   stage.keeps_features = get<bool>(d, "keeps_features");
-  for (const py::handle& op : get<py::list>(d, "ops")) stage.ops.push_back(read_op(op.cast<py::dict>()));
+  for (const py::handle& op : get<py::list>(d, "ops")) stage.ops.push_back(read_op(as_dict(op, "an operation")));
   return stage;
 }
 
 Selector read_selector(const py::handle& item) {
   Selector s;
   if (item.is_none()) return s;
-  const auto d = item.cast<py::dict>();
+  const py::dict d = as_dict(item, "a selector");
   static const std::map<std::string, Score> scores = {
       {"stats", Score::mlp_stats},   {"topk", Score::mlp_topk}, {"probs", Score::mlp_probs},
       {"max_prob", Score::max_prob}, {"margin", Score::margin}, {"entropy", Score::entropy}};
@@ -168,7 +176,7 @@ class Cascade {
           const std::string& isa, const std::string& kernel) {
     if (classes < 1 || classes > (int64_t{1} << 20)) fail("classes is " + std::to_string(classes));
     CascadeSpec spec;
-    for (const py::handle& stage : stages) spec.stages.push_back(read_stage(stage.cast<py::dict>()));
+    for (const py::handle& stage : stages) spec.stages.push_back(read_stage(as_dict(stage, "a stage")));
     for (const py::handle& selector : selectors) spec.selectors.push_back(read_selector(selector));
     spec.classes = classes;
     spec.combine_mean = combine_mean;

@@ -394,8 +394,11 @@ class Builder {
     for (net_.tile = kMaxTile;; net_.tile /= 2) {
       cut_segments();
       place(lifetimes());
-      if (net_.tile == 1 || net_.arena_floats * 4 <= kArenaBytes) return;
+      if (net_.tile == 1 || net_.arena_floats * 4 <= kArenaBytes) break;
     }
+    if (net_.arena_floats > kMaxFloats)
+      throw std::invalid_argument("stage '" + net_.name + "' needs " + std::to_string(net_.arena_floats >> 28) +
+                                  " GiB for the activations of one instance, expected at most 8");
   }
 
   void measure() {

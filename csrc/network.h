@@ -14,6 +14,10 @@
 
 namespace fastcascade {
 
+// Larger than any real network's values and weights, and than the activations of one instance: 8 GiB. Small
+// enough that no product of a plan's sizes overflows 64 bits.
+constexpr int64_t kMaxFloats = int64_t{1} << 31;
+
 // Cache-line-aligned floats, zero at first.
 class Buffer {
  public:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 namespace fastcascade {
 namespace {
@@ -30,6 +31,9 @@ DenseWeights merge_groups(const OpSpec& op, int64_t lanes) {
   int64_t merged = lanes / std::gcd(lanes, per_group);
   if (op.groups % merged) merged = op.groups;
   const int64_t in = w[1] * merged, area = w[2] * w[3];
+  if (in * area > kMaxFloats / w[0])
+    throw std::invalid_argument("a convolution in " + std::to_string(op.groups) + " groups, whose " +
+                                std::to_string(per_group) + " outputs each do not fill vectors, is too large");
   DenseWeights dense{std::vector<float>(w[0] * in * area), op.groups / merged, w[0], in, w[2], w[3]};
   for (int64_t o = 0; o < w[0]; ++o) {
     const int64_t place = o / per_group % merged;

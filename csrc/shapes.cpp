@@ -5,8 +5,8 @@
 namespace fastcascade {
 namespace {
 
-// Larger than any real network's, small enough that no product of the sizes below overflows 64 bits.
-constexpr int64_t kMaxSide = int64_t{1} << 16, kMaxChannels = int64_t{1} << 20, kMaxFloats = int64_t{1} << 31;
+// As kMaxFloats: larger than real, too small to overflow.
+constexpr int64_t kMaxSide = int64_t{1} << 16, kMaxChannels = int64_t{1} << 20;
 constexpr size_t kMaxOps = 100000, kMaxInputs = 64;
 
 [[noreturn]] void fail(const std::string& where, const std::string& what) {
@@ -69,6 +69,8 @@ Shape conv_shape(const std::string& where, const OpSpec& op, const Shape& in) {
   if (w[1] * w[2] * w[3] > kMaxFloats / w[0]) fail(where, "the weights are too large");
   check_count(where, "weight", op.weight.size(), w[0] * w[1] * w[2] * w[3]);
   check_count(where, "bias", op.bias.size(), w[0]);
+  // Kernels read an input that carries its padding, so that must be a value like others.
+  check_shape(where, {in.c, in.h + op.padding[0] + op.padding[1], in.w + op.padding[2] + op.padding[3]});
   const int64_t tall = (op.kernel[0] - 1) * op.dilation[0] + 1, wide = (op.kernel[1] - 1) * op.dilation[1] + 1;
   return {w[0], windows(where, in.h, op.padding[0], op.padding[1], tall, op.stride[0], false),
           windows(where, in.w, op.padding[2], op.padding[3], wide, op.stride[1], false)};

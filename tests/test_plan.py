@@ -292,3 +292,21 @@ def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> Non
         else:
             assert json.dumps(loaded.exit_macs.tolist())
     assert 100 < refused < 200
+
+
+def test_flipped_bits_are_refused_or_harmless(plan: Plan, tmp_path: Path) -> None:
+    """A flipped bit in the tensors is always found; one in the text may spell another name."""
+    plan.save(tmp_path)
+    choose = random.Random(0)
+    for path in list(tmp_path.iterdir()):
+        good, refused = path.read_bytes(), 0
+        for _ in range(40):
+            damaged = bytearray(good)
+            damaged[choose.randrange(len(good))] ^= 1 << choose.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                assert str(fc.load_plan(tmp_path))
+            except FileFormatError:
+                refused += 1
+        path.write_bytes(good)
+        assert refused == 40 if path.suffix == ".safetensors" else refused > 10

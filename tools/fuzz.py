@@ -11,19 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from driver import PACKAGE_FLAGS, compile_engine, link_driver
+
 FLAGS = {
-    "none": ["-O3"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "none": PACKAGE_FLAGS,
+    "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-O1", "-g1", "-fsanitize=thread"),
 }
-
-
-def build(sanitizer: str, target: Path) -> None:
-    """Compile the driver."""
-    sources = [str(path) for path in (ROOT / "csrc").glob("**/*.cpp") if path.name != "module.cpp"]
-    command = ["g++", "-std=c++17", *FLAGS[sanitizer], *sources, "-pthread", "-o", str(target)]
-    subprocess.run(command, check=True)
 
 
 def main() -> int:
@@ -33,9 +27,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    flags = FLAGS[options.sanitize]
     with tempfile.TemporaryDirectory() as folder:
-        driver = Path(folder) / "fuzz"
-        build(options.sanitize, driver)
+        driver = link_driver("fuzz", compile_engine(Path(folder), flags), flags)
         return subprocess.run([driver, str(options.seconds), str(options.seed)], check=False).returncode
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from pathlib import Path
 
+import driver
 import pytest
 import torch
 from torch import Tensor
@@ -50,3 +52,9 @@ def run_ops() -> RunOps:
         return got, run_stage(move_stage(stage, x.device, torch.float64), x.double())[1]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def engine_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The engine compiled as the package compiles it, but for its Python module."""
+    return driver.compile_engine(tmp_path_factory.mktemp("engine"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -68,17 +69,49 @@ def test_batches_around_a_tile(run_ops: RunOps, isa: str, n: int) -> None:
     assert_near(got, expected, TOLERANCE[WINOGRAD])
 
 
-@pytest.mark.parametrize(("stride", "image"), [((1, 1), (5, 7)), ((2, 2), (31, 33)), ((2, 1), (8, 8))])
-def test_direct_convolution_of_integers_is_exact(
-    run_ops: RunOps, isa: str, stride: tuple[int, int], image: tuple[int, int]
+def integers(tensor: Tensor, limit: int) -> Tensor:
+    """Fill with whole numbers of at most this size."""
+    return tensor.copy_(torch.randint(-limit, limit + 1, tensor.shape))
+
+
+def exact_layers(channels: int, image: tuple[int, int]) -> dict[str, Op]:
+    """Every kernel that sums, with weights for which fp32 sums are exact."""
+    out, area = (1 if channels == 16 else channels + 1), math.prod(image)
+    same: dict[str, Any] = {"padding": (1, 1, 1, 1), "activation": "relu"}
+    layers = {
+        "1×1": random_conv(channels, out, (1, 1)),
+        "3×3": random_conv(channels, out, **same),
+        "3×3, stride 2": random_conv(channels, out, stride=(2, 2), **same),
+        "3×3, stride 2×1, dilation": random_conv(
+            channels, out, stride=(2, 1), dilation=(2, 1), padding=(2, 2, 1, 1)
+        ),
+        "5×5": random_conv(channels, out, (5, 5), padding=(2, 2, 2, 2)),
+        "7×7, stride 2": random_conv(channels, out, (7, 7), stride=(2, 2), padding=(3, 3, 3, 3)),
+        "depthwise": random_conv(channels, channels, groups=channels, **same),
+        "grouped": random_conv(3 * channels, 6, groups=3, **same),
+        "winograd": random_conv(channels, out, **same),
+    }
+    for name, conv in layers.items():
+        integers(conv.weight, 1 if name == "winograd" else 4)
+        integers(conv.bias, 50).abs_()  # or ReLU might leave nothing
+    # Winograd's weight transform divides by 24 along each axis.
+    layers["winograd"].weight.mul_(576)
+    linear = Linear(2, 1, integers(torch.empty(out, channels * area), 4), integers(torch.empty(out), 50))
+    return {**layers, "linear": linear}
+
+
+@pytest.mark.parametrize("name", exact_layers(1, (1, 1)))
+@pytest.mark.parametrize(("image", "n"), [((1, 1), 17), ((5, 7), 16), ((31, 33), 1), ((5, 7), 0)])
+def test_sums_of_integers_are_exact(
+    run_ops: RunOps, isa: str, name: str, image: tuple[int, int], n: int
 ) -> None:
-    for channels, out in CHANNELS:
-        conv = random_conv(channels, out, stride=stride, padding=(1, 1, 1, 1), activation="relu")
-        conv.weight.copy_(torch.randint(-4, 5, conv.weight.shape))
-        conv.bias.copy_(torch.randint(-50, 50, conv.bias.shape))
-        x = torch.randint(-8, 9, (2, channels, *image)).float()
-        got, expected = run_ops(x, [conv], isa, DIRECT)
-        assert (expected > 0).double().mean() > 0.2
+    kernel = {"winograd": WINOGRAD, "depthwise": ""}.get(name, DIRECT)
+    for channels in (1, 3, 15, 16, 17, 31, 33, 63, 65):
+        layer = exact_layers(channels, image)[name]
+        ops: list[Op] = [Flatten(1, 0), layer] if name == "linear" else [layer]
+        x = integers(torch.empty(n, 3 * channels if name == "grouped" else channels, *image), 3)
+        got, expected = run_ops(x, ops, isa, kernel)
+        assert n == 0 or (expected != 0).double().mean() > 0.2, "mostly zeros prove nothing"
         assert torch.equal(got.double(), expected)
 
 

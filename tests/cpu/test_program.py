@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import os
+import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,6 +333,20 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "three axes": (_conv(weight=np.ones((5, 3, 9), np.float32)), "axes"),
     "window too large": (_conv(dilation=[9, 1]), "does not fit"),
     "residual of another shape": (_conv(residual=0), "adds a value"),
+    "residual below 0": (_conv(residual=-2), "'residual' is -2"),
+    "padded input too wide": (_conv(padding=[0, 0, 40000, 40000]), "width is 80008"),
+    "padded input too large": (_conv(padding=[32000] * 4, stride=[65536, 65536]), "too large"),
+    "activations too large": (
+        {
+            "op": "Pad",
+            "output": 1,
+            "inputs": [0],
+            "before": [0, 20000, 20000],
+            "after": [0, 0, 0],
+            "value": 0.0,
+        },
+        "GiB for the activations",
+    ),
     "no inputs": (_conv(inputs=[]), "has 0 inputs"),
     "text for a number": (_conv(output="one"), "wrong type, length or range"),
 }
@@ -359,11 +376,78 @@ def test_hostile_stages_are_refused() -> None:
         ({"logits": 99}, "not written"),
         ({"input": "previous"}, "first stage"),
         ({"input": "disk"}, "unknown input"),
+        ({"ops": [3]}, "an operation as a dictionary"),
     ]:
         with pytest.raises(ValueError, match=message):
             _build({**_valid(), **changes})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="expected 6 classes"):
         _build(_valid(), classes=6)
+    with pytest.raises(ValueError, match="a stage as a dictionary"):
+        _C.Cascade(["s"], [None], 5)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="a selector as a dictionary"):
+        _C.Cascade([_valid(), _valid()], [7, None], 5)  # type: ignore[list-item]
+
+
+def test_groups_that_would_fill_the_memory_are_refused() -> None:
+    """A prime number of groups cannot be joined into vectors but all together: 512 KB would become 34 GB."""
+    groups = 65521
+    conv = _conv(weight=np.ones((2 * groups, 1, 1, 1), np.float32), bias=np.ones(2 * groups, np.float32))
+    stage = {
+        **_valid(),
+        "shape": [groups, 1, 1],
+        "ops": [{**conv, "groups": groups}],
+        "features": 0,
+        "logits": 1,
+    }
+    with pytest.raises(ValueError, match="65521 groups"):
+        _build(stage, classes=2 * groups)
+
+
+def test_plans_that_the_engine_refuses_name_the_backend() -> None:
+    plan = fc.plan(fc.Cascade([nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten())], None, 5, (3, 3, 3)))
+    stage = plan.stages[0]
+    huge = replace(stage.ops[0], padding=(32000,) * 4, stride=(65536, 65536))
+    plan = replace(plan, stages=(replace(stage, ops=(huge, *stage.ops[1:])),))
+    with pytest.raises(BackendUnavailable, match=r"backend 'cpu' refuses the plan: .*too large"):
+        fc.compile(plan, backend="cpu")
+
+
+def _editable(value: Any) -> Any:
+    """A copy with lists for tuples; arrays are shared."""
+    if isinstance(value, dict):
+        return {key: _editable(item) for key, item in value.items()}
+    return [_editable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value's parts are: a key or an index for every step down."""
+    is_list = isinstance(value, list)
+    items = enumerate(value) if is_list else value.items() if isinstance(value, dict) else ()
+    return [path, *(place for key, item in items for place in _places(item, (*path, key)))]
+
+
+def test_random_damage_is_refused_or_runs() -> None:
+    """Whatever one field of a stage becomes, the engine says ValueError or answers in the right shape."""
+    choose = random.Random(0)
+    arrays = [np.zeros(0, np.float32), np.ones((2, 3), np.float32), np.ones((5, 3, 3, 3), np.float32)]
+    numbers = [-1, 0, 1, 2, 7, 2**31, 2**62, -(2**62), 1.5, math.nan, True]
+    values: list[Any] = [*arrays, *numbers, None, "relu", "", [], [1], {}]
+    places = _places(_editable(_valid()))[1:]
+    refused = 0
+    for _ in range(400):
+        damaged = _editable(_valid())
+        target, path = damaged, choose.choice(places)
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = choose.choice(values)
+        try:
+            engine = _C.Cascade([damaged], [None], 5)
+        except ValueError:
+            refused += 1
+        else:
+            rows = np.ones((2, *damaged["shape"]), np.float32)
+            assert engine.run_stage(0, rows)[0].shape == (2, 5)
+    assert 100 < refused < 400
 
 
 def test_bad_calls_are_refused() -> None:

@@ -1,0 +1,88 @@
+"""What the other tests are worth: with a fault planted in the engine, they fail.
+
+The engine is built again with one mistake and takes the place of the installed one in a pytest of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import driver
+import pytest
+from cpu.native import BF16_LAYER, COMPILER, MISSING_PIXELS, MISSING_TILE, Fault
+
+pytestmark = [COMPILER, pytest.mark.slow]
+HERE = Path(__file__).parent
+PLUGIN = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("fastcascade._C", {path!r})
+sys.modules["fastcascade._C"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["fastcascade._C"])
+"""
+
+
+@pytest.fixture(scope="module")
+def module_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine's Python module, compiled."""
+    pybind11 = pytest.importorskip("pybind11")
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    if not (Path(includes[1]) / "Python.h").exists():
+        pytest.skip("Python's headers are not installed")
+    flags = [*driver.PACKAGE_FLAGS, "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    return driver.compile_file(driver.SOURCE / "module.cpp", tmp_path_factory.mktemp("module"), flags)
+
+
+def run_tests(objects: Sequence[Path], folder: Path, tests: str, name: str) -> tuple[int, str]:
+    """Run the tests of one file whose names hold ``name`` on an engine made of these objects."""
+    engine = folder / "_C.so"
+    subprocess.run(["g++", "-shared", *objects, "-pthread", "-o", engine], check=True)
+    (folder / "planted.py").write_text(PLUGIN.format(path=str(engine)))
+    options = [
+        "-x",
+        "-p",
+        "planted",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        HERE.parents[1] / "pyproject.toml",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-k", name, HERE / tests],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_engine_built_again_passes(
+    module_object: Path, engine_objects: Sequence[Path], tmp_path: Path
+) -> None:
+    status, words = run_tests([*engine_objects, module_object], tmp_path, "test_program.py", "test_accuracy")
+    assert status == 0, words
+
+
+@pytest.mark.parametrize(
+    ("fault", "tests", "name"),
+    [
+        (BF16_LAYER, "test_program.py", "test_accuracy"),
+        (BF16_LAYER, "test_kernels.py", "test_batches_around_a_tile"),
+        (MISSING_TILE, "test_kernels.py", "test_conv3x3_at_odd_sizes"),
+        (MISSING_PIXELS, "test_kernels.py", "test_sums_of_integers"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Fault) else str(value),
+)
+def test_a_planted_fault_is_caught(
+    fault: Fault, tests: str, name: str, module_object: Path, engine_objects: Sequence[Path], tmp_path: Path
+) -> None:
+    objects = [*fault.plant(engine_objects, tmp_path), module_object]
+    status, words = run_tests(objects, tmp_path, tests, name)
+    assert status == 1, words
+    assert "1 failed" in words, words
