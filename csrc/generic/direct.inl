@@ -14,6 +14,24 @@ FC_INLINE V finish(V sum, const Epilogue& e, int64_t offset, V bias) {
   return e.residual_after_clamp ? add(clamp(y, low, high), residual) : clamp(add(y, residual), low, high);
 }
 
+// Adds to the output's floats what the accumulators hold, or sets them to it.
+template <int R, int B, size_t... I>
+FC_INLINE void set_aside(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
+                         bool first, std::index_sequence<I...>) {
+  if (first)
+    (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes, acc.v[I]), ...);
+  else
+    (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes,
+           add(load(c.output + pixels.out[I / B] + channel + (I % B) * kLanes), acc.v[I])),
+     ...);
+}
+
+template <int R, int B, size_t... I>
+FC_INLINE void take_back(const DirectConv& c, Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
+                         std::index_sequence<I...>) {
+  ((acc.v[I] = add(load(c.output + pixels.out[I / B] + channel + (I % B) * kLanes), acc.v[I])), ...);
+}
+
 template <int R, int B, size_t... I>
 FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
                           int64_t channel, std::index_sequence<I...>) {
@@ -32,14 +50,25 @@ FC_INLINE void offset_rows(const float* (&rows)[sizeof...(I)], const float* cons
 template <int R, int B>
 FC_KERNEL void direct_tile(const DirectConv& c, const PixelRows& pixels, int64_t in_channel, int64_t channel,
                            const float* weights) {
+  constexpr std::make_index_sequence<R * B> each;
   Accumulators<R, B> acc;
-  clear<R, B>(acc, std::make_index_sequence<R * B>());
-  for (int64_t t = 0; t < c.taps; ++t) {
-    const float* rows[R];
-    offset_rows(rows, pixels.in, c.tap_offsets[t] + in_channel, std::make_index_sequence<R>());
-    weights = accumulate<R, B>(acc, rows, c.depth, weights);
-  }
-  store_tile<R, B>(c, acc, pixels, channel, std::make_index_sequence<R * B>());
+  clear<R, B>(acc, each);
+  int64_t terms = 0, parts = 0;
+  for (int64_t t = 0; t < c.taps; ++t)
+    for (int64_t i = 0; i < c.depth; i += kPartialSum) {
+      if (terms >= kPartialSum) {
+        set_aside<R, B>(c, acc, pixels, channel, parts++ == 0, each);
+        clear<R, B>(acc, each);
+        terms = 0;
+      }
+      const int64_t depth = std::min(kPartialSum, c.depth - i);
+      const float* rows[R];
+      offset_rows(rows, pixels.in, c.tap_offsets[t] + in_channel + i, std::make_index_sequence<R>());
+      weights = accumulate<R, B>(acc, rows, depth, weights);
+      terms += depth;
+    }
+  if (parts) take_back<R, B>(c, acc, pixels, channel, each);
+  store_tile<R, B>(c, acc, pixels, channel, each);
 }
 
 using DirectTile = void (*)(const DirectConv&, const PixelRows&, int64_t, int64_t, const float*);

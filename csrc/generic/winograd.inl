@@ -100,16 +100,25 @@ FC_INLINE void store_products(const Accumulators<R, B>& acc, float* m, int64_t p
   (store(m + (I / B) * pitch + (I % B) * kLanes, acc.v[I]), ...);
 }
 
+template <int R, int B, size_t... I>
+FC_INLINE void add_products(Accumulators<R, B>& acc, const float* m, int64_t pitch, std::index_sequence<I...>) {
+  ((acc.v[I] = add(load(m + (I / B) * pitch + (I % B) * kLanes), acc.v[I])), ...);
+}
+
 // m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B vectors of channels.
 template <int R, int B>
 FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
                                 int64_t pitch) {
-  Accumulators<R, B> acc;
-  clear<R, B>(acc, std::make_index_sequence<R * B>());
-  const float* rows[R];
-  spread_rows(rows, v, in_pitch, std::make_index_sequence<R>());
-  accumulate<R, B>(acc, rows, depth, u);
-  store_products<R, B>(acc, m, pitch, std::make_index_sequence<R * B>());
+  constexpr std::make_index_sequence<R * B> each;
+  for (int64_t i = 0; i < depth; i += kPartialSum) {
+    Accumulators<R, B> acc;
+    clear<R, B>(acc, each);
+    const float* rows[R];
+    spread_rows(rows, v + i, in_pitch, std::make_index_sequence<R>());
+    u = accumulate<R, B>(acc, rows, std::min(kPartialSum, depth - i), u);
+    if (i > 0) add_products<R, B>(acc, m, pitch, each);
+    store_products<R, B>(acc, m, pitch, each);
+  }
 }
 
 using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t);
