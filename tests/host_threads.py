@@ -27,11 +27,9 @@ def missing_compiler() -> str | None:
 def build(library: Path, *flags: str) -> Path:
     """Compile the library, with the kernels that the installed package holds."""
     kernels = Path(launch.__file__).parent
-    subprocess.run(
-        [COMPILER, "-std=c++20", "-O1", "-g", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror"]
-        + [*flags, f"-I{kernels}", str(SOURCE), "-o", str(library)],
-        check=True,
-    )
+    options = "-std=c++20 -O1 -g -shared -fPIC -pthread -Wall -Wextra -Werror".split()
+    command = [COMPILER, *options, *flags, f"-I{kernels}", str(SOURCE), "-o", str(library)]
+    subprocess.run(command, check=True)
     return library
 
 

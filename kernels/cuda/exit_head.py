@@ -82,7 +82,7 @@ def exit_head(
 
     Example:
         keep = new_keep(len(logits), 10, logits.device)
-        exit_head(launch, tables, logits, index, count, 0, keep, combine="last", selector="margin", threshold=t)
+        exit_head(launch, tables, logits, index, count, 0, keep, combine="last", selector=None)
     """
     check_exit_head(tables, logits, index, count, keep, BLOCK_ROWS, selector, weights, threshold)
     capacity, num_classes = logits.shape
