@@ -1,7 +1,7 @@
 """The cuda backend: exit head and compaction as CUDA C++ kernels, around stages that run through torch.
 
-The kernels are compiled by NVRTC through CuPy when the first is launched. They run on torch's current stream of
-the device, so what a program leaves there can be used without waiting.
+The kernels are compiled by NVRTC through CuPy when the first is launched. They run on torch's current stream
+of the device, so what a program leaves there can be used without waiting.
 """
 
 from __future__ import annotations

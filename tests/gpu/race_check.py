@@ -81,17 +81,20 @@ RUNS: dict[str, tuple[Callable[[Launch], None], int]] = {
     "fill_holes": (run_fill_holes, 0),
     "gather_rows": (run_gather_rows, 0),
 }
-"""Name → what launches it, and how many barriers to leave out one after the other: all of its first block's."""
+"""Name → what launches it, and how many barriers its first block comes to: each is left out in turn."""
 
 
-def main(library: Path, log: Path) -> None:
-    """``log`` is TSAN_OPTIONS' log_path, to which the sanitizer appends the process's number."""
+def main(library: Path, log: Path, most: int) -> None:
+    """Leave out up to ``most`` barriers of each kernel, one after the other.
+
+    ``log`` is TSAN_OPTIONS' log_path, to which the sanitizer appends the process's number.
+    """
     compact.MOVE_BLOCKS, compact.MOVE_THREADS = 3, 64
     exit_head.THREADS = 64
     log = Path(f"{log}.{os.getpid()}")
     found = []
     for name, (run, barriers) in RUNS.items():
-        for left_out in range(-1, barriers):
+        for left_out in range(-1, min(barriers, most)):
             before = log.stat().st_size if log.exists() else 0
             run(HostLaunch(library, left_out=left_out))
             text = log.read_text()[before:] if log.exists() else ""
@@ -100,4 +103,4 @@ def main(library: Path, log: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

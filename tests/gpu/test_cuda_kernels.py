@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_threads import HostLaunch, build, missing_compiler
+from host_threads import HostLaunch
 from torch import Tensor
 
-from fastcascade.backends import load_backend
 from fastcascade.kernels import reference
 from fastcascade.kernels.arguments import Keep
 from fastcascade.kernels.cuda import compact, exit_head
-from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
+from fastcascade.kernels.cuda.launch import Launch
 from fastcascade.kernels.reference import ExitTables, MLPWeights
 
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 300)
@@ -24,27 +23,6 @@ SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 SELECTORS = ("stats", "topk", "probs", "max_prob", "margin", "entropy")
 TOLERANCE = 3e-5  # float32 through exp and log of two libraries
 GAP = 1e-3  # between the scores next to a threshold: no rounding flips a decision
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    reason = missing_compiler()
-    if reason is not None:
-        pytest.skip(reason)
-    return build(tmp_path_factory.mktemp("host") / "kernels.so")
-
-
-@pytest.fixture(params=["host threads", "device"])
-def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    if request.param == "host threads":
-        # Each block costs the start of its threads: fewer blocks that take several rows each.
-        monkeypatch.setattr(compact, "MOVE_BLOCKS", 3)
-        monkeypatch.setattr(compact, "MOVE_THREADS", 32)
-        return HostLaunch(request.getfixturevalue("library"))
-    reason = load_backend("cuda").unavailable_reason()
-    if reason is not None:
-        pytest.skip(reason)
-    return DeviceLaunch(torch.device("cuda"))
 
 
 def int32(device: torch.device, *values: int) -> Tensor:
@@ -403,9 +381,9 @@ def test_compaction_arguments_that_would_be_misread_are_refused(launch: Launch) 
         compact.fill_holes(launch, features.to("meta"), index, count, keep, int32(device, 0))
 
 
-def test_blocks_may_run_in_any_order(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few_threads")
+def test_blocks_may_run_in_any_order(library: Path) -> None:
     """The last block first gives the same bits as the first block first."""
-    monkeypatch.setattr(compact, "MOVE_THREADS", 32)
     n, device = 150, torch.device("cpu")
     flags = torch.rand(n) < 0.5
     answers = []
