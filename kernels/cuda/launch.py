@@ -98,6 +98,16 @@ class Launch(ABC):
         """Start a kernel with ctypes values as arguments."""
 
 
+class _CurrentStream:
+    """Torch's current stream as CuPy takes it from other libraries."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = torch.cuda.current_stream(device).cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
 class DeviceLaunch(Launch):
     """Launches on torch's current stream of an NVIDIA GPU; nothing synchronises."""
 
@@ -122,9 +132,9 @@ class DeviceLaunch(Launch):
 
         # CuPy passes an array of one element by value: one way for pointers, numbers and structs.
         by_value = tuple(np.ndarray((1,), f"V{ctypes.sizeof(value)}", value) for value in values)
-        stream = torch.cuda.current_stream(self.device)
+        stream = cupy.cuda.Stream.from_external(_CurrentStream(self.device))
         try:
-            with cupy.cuda.Device(self.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+            with cupy.cuda.Device(self.device.index), stream:
                 self._functions[kernel]((blocks,), (threads,), by_value)
         except RuntimeError as error:
             raise RuntimeError(

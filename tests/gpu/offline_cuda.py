@@ -1,8 +1,8 @@
 """Compile the CUDA C++ kernels without a GPU and read what the compiler made of them.
 
 NVRTC and its Python bindings come from PyPI (nvidia-cuda-nvrtc, cuda-bindings) and need no driver. The gates
-are those of ``offline.py``; its tools read a cubin, which here the compiler's own account and the PTX replace.
-Run as a program, it prints a table and fails on a gate.
+are those of ``offline.py``, on what the compiler itself says and on the PTX: no disassembler is needed. Run
+as a program, it prints a table and fails on a gate.
 """
 
 from __future__ import annotations

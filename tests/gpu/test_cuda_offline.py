@@ -54,7 +54,8 @@ def test_narrow_loads_and_local_memory_fail(offline: ModuleType) -> None:
         "gather_rows_quad on sm_90: no 16-byte loads",
         "move_rows_quad on sm_90: no 16-byte loads",
     ]
-    array = "int rank = 0, wild[64]; for (int i = 0; i < 64; i++) wild[i] = flags[i] * i; rank = wild[stays + flags[3]];"
+    fill = "for (int i = 0; i < 64; i++) wild[i] = flags[i] * i;"
+    array = f"int wild[64]; {fill} int rank = wild[stays + flags[3]];"
     indexed = text.replace("int rank = 0;", array)
     assert indexed != text
     reasons = check(offline, "compact.cu", indexed, "sm_90")

@@ -23,7 +23,7 @@ def sanitizer_runtime() -> str:
 
 
 def launches(tmp_path: Path, left_out: int) -> list[tuple[str, int, bool]]:
-    """Kernel, the barrier it ran without (−1 for none), and whether that raced; up to so many barriers each."""
+    """Kernel, the barrier it ran without (−1 for none), whether that raced; up to ``left_out`` of each."""
     reason = missing_compiler()
     if reason is not None:
         pytest.skip(reason)
