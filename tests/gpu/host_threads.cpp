@@ -12,7 +12,7 @@
 #include "context.cuh"
 
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, so its threads share it with nobody else
 
 namespace fastcascade {

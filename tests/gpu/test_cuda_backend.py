@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastcascade as fc
 from fastcascade.backends import ExitResults, load_backend
 from fastcascade.backends.cuda import lower_with
-from fastcascade.errors import BackendUnavailable
+from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.kernels import reference
 from fastcascade.kernels.cuda import exit_head
 from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
@@ -113,20 +113,19 @@ def test_it_answers_as_the_reference_does(
     cascade = shape(chosen, combine)
     comparison = Comparison(launch, cascade)
     x = torch.randn(70, *SHAPE) * 2
-    comparison.forced(x[:17])
     comparison.free(cascade, x)
+    broken = x[:17].clone()
+    broken[3, 1, 5, 5] = math.nan
+    comparison.forced(broken)
+    got, _ = comparison.run(broken, forced_exit(2, 3))
+    assert (got.label == -1).nonzero().flatten().tolist() == [3], "it leaks nowhere"
 
-
-@pytest.mark.parametrize("shape", [independent, segments])
-def test_a_broken_image_is_marked_and_leaks_nowhere(
-    launch: Launch, shape: Callable[[nn.Module, str], fc.Cascade]
-) -> None:
-    comparison = Comparison(launch, shape(fc.MLPSelector(), "mean"))
-    x = torch.randn(9, *SHAPE)
-    x[3, 1, 5, 5] = math.nan
-    comparison.forced(x)
-    got, _ = comparison.run(x, forced_exit(2, 3))
-    assert (got.label == -1).nonzero().flatten().tolist() == [3]
+    reports = comparison.program.describe()
+    lines = [[choice.kernel for choice in report.kernels] for report in reports]
+    assert all("cuda exit_head" in line for line in lines)
+    assert ("cuda fill_holes" if shape is segments else "cuda compact_index") in lines[0]
+    assert all(any("readback" in kernel for kernel in line) for line in lines)
+    assert all("torch and cuDNN" in (report.opaque_reason or "") for report in reports)
 
 
 def test_a_selector_of_ones_own_runs_through_torch(launch: Launch) -> None:
@@ -141,15 +140,6 @@ def test_a_selector_of_ones_own_runs_through_torch(launch: Launch) -> None:
 
     cascade = independent(Own(), "last")
     Comparison(launch, cascade).free(cascade, torch.randn(70, *SHAPE) * 2)
-
-
-def test_description_names_kernels_and_the_readback(launch: Launch) -> None:
-    reports = Comparison(launch, segments(fc.MLPSelector(), "last")).program.describe()
-    lines = [[choice.kernel for choice in report.kernels] for report in reports]
-    assert all("cuda exit_head" in line for line in lines)
-    assert "cuda fill_holes" in lines[0]
-    assert all(any("readback" in kernel for kernel in line) for line in lines)
-    assert all("torch and cuDNN" in (report.opaque_reason or "") for report in reports)
 
 
 # ---- where it cannot run ----
@@ -177,18 +167,19 @@ def test_the_reason_names_exactly_what_is_missing(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_named_it_is_never_replaced() -> None:
-    cascade = independent(fc.MLPSelector(), "last")
+    cascade = fc.Cascade([random_network(0, input_shape=SHAPE)], None, 5, SHAPE)
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run this plan at fp32 on cpu"):
         fc.compile(cascade, backend="cuda")
 
 
 def test_what_it_does_not_support() -> None:
-    backend, plan = load_backend("cuda"), fc.plan(independent(fc.MLPSelector(), "last"))
+    backend = load_backend("cuda")
+    plan = fc.plan(fc.Cascade([random_network(0, input_shape=SHAPE)], None, 5, SHAPE))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert backend.unsupported_reason(plan, precision="fp16", device=gpu) is None
     assert "int8" in (backend.unsupported_reason(plan, precision="int8", device=gpu) or "")
     assert "cpu" in (backend.unsupported_reason(plan, precision="fp32", device=cpu) or "")
-    with pytest.raises(fc.InvalidArgument, match="threads=2"):
+    with pytest.raises(InvalidArgument, match="threads=2"):
         backend.lower(plan, precision="fp32", device=gpu, threads=2)
 
 
