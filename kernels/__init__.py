@@ -1,6 +1,6 @@
 """Kernels of the GPU backends and the plain-torch twins of all of them.
 
-Imports torch, triton and cupy only, and each of the latter two only in its own subpackage.
+Imports torch, numpy, triton and cupy only, and each of the latter two only in its own subpackage.
 """
 
 if __name__ != "fastcascade.kernels":

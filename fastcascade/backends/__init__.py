@@ -30,7 +30,7 @@ __all__ = [
     "load_backend",
 ]
 
-NAMES = ("triton", "cpu", "reference")
+NAMES = ("triton", "cuda", "cpu", "reference")
 """Every backend, in the order in which "auto" tries them: the fastest first, "reference" last."""
 
 Precision = Literal["fp32", "fp16", "int8"]

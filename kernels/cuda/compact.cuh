@@ -3,7 +3,7 @@
 // Semantics: kernels/reference.py, compact_index and fill_holes.
 #pragma once
 
-#include "exit_head.cuh"
+#include "context.cuh"
 
 namespace fastcascade {
 
@@ -20,14 +20,14 @@ FC_FUNCTION int survivors_before(Context& context, const int* block_counts, int 
   return total;
 }
 
-// For each row of the block, how many survivors of the block come before it. kRows threads.
+// For each row of the block, how many survivors of the block come before it. kRows threads. The flags are still
+// being read when a thread returns.
 template <class Context>
 FC_FUNCTION int rank_in_block(Context& context, int stays, int* flags) {
   flags[context.thread()] = stays;
   context.sync();
   int rank = 0;
   for (int i = 0; i < context.thread(); i++) rank += flags[i];
-  context.sync();
   return rank;
 }
 
@@ -43,6 +43,7 @@ FC_FUNCTION void compact_index(Context& context, const int* index, const int* co
     const int total = survivors_before(context, block_counts, blocks_of(n), shared);
     if (context.thread() == 0) out_count[0] = total;
   }
+  if (context.block() * kRows >= n) return;
   const int stays = row < n ? keep[row] : 0;
   const int base = survivors_before(context, block_counts, context.block(), shared);
   const int rank = rank_in_block(context, stays, shared);
@@ -54,6 +55,7 @@ template <class Context>
 FC_FUNCTION void plan_holes(Context& context, const int* count, const signed char* keep, const int* block_counts,
                             int* holes, int* tail, int* moves, int* out_count, int* shared) {
   const int n = count[0];
+  if (context.block() > 0 && context.block() * kRows >= n) return;
   const int row = context.block() * kRows + context.thread();
   const int m = survivors_before(context, block_counts, blocks_of(n), shared);
   const int cut = m / kRows;  // the block that row m is in

@@ -7,9 +7,7 @@
 
 namespace fastcascade {
 
-constexpr int kRows = 64;            // rows of a block, each with a flag; one count per block
 constexpr float kLogOddsLimit = 30;  // as in kernels/reference.py
-constexpr int kMaxHidden = 256;      // hidden units of the selector, of which a lane keeps every 32nd
 
 enum Selector { kLast, kMaxProb, kMargin, kEntropy, kStats, kTopk, kProbs };
 
@@ -125,22 +123,34 @@ FC_FUNCTION float log_odds(float lead, float others) {
   return fminf(fmaxf(lead - logf(others), -kLogOddsLimit), kLogOddsLimit);
 }
 
-// w2 · relu(hidden + b1) + b2; lane l holds hidden units l, l + 32, …
+// What one hidden unit adds to the score; `input` is its row of w1 times the standardised features.
+FC_FUNCTION float through_unit(const ExitArguments& a, int unit, float input) {
+  return a.w2[unit] * fmaxf(input + a.b1[unit], 0.0f);
+}
+
+// The selector on the four features of "stats" and "topk"; a lane takes every 32nd hidden unit.
 template <class Context>
-FC_FUNCTION float output_layer(Context& context, const ExitArguments& a, const float* hidden) {
+FC_FUNCTION float mlp_on_four(Context& context, const ExitArguments& a, const float* feature) {
   float score = 0.0f;
-  for (int i = 0, unit = context.lane(); unit < a.hidden; i++, unit += kWarp)
-    score += a.w2[unit] * fmaxf(hidden[i] + a.b1[unit], 0.0f);
+  for (int unit = context.lane(); unit < a.hidden; unit += kWarp) {
+    float input = 0.0f;
+    for (int f = 0; f < 4; f++) input += (feature[f] - a.mean[f]) / a.std[f] * a.w1[unit * 4 + f];
+    score += through_unit(a, unit, input);
+  }
   return warp_sum(context, score) + a.b2[0];
 }
 
-// The selector on the four features of "stats" and "topk".
-template <class Context>
-FC_FUNCTION float mlp_on_four(Context& context, const ExitArguments& a, const float* feature) {
-  float hidden[kMaxHidden / kWarp] = {};
-  for (int i = 0, unit = context.lane(); unit < a.hidden; i++, unit += kWarp)
-    for (int f = 0; f < 4; f++) hidden[i] += (feature[f] - a.mean[f]) / a.std[f] * a.w1[unit * 4 + f];
-  return output_layer(context, a, hidden);
+// The selector on all probabilities; a lane takes every 32nd class. `log_q` gives log q of a class.
+template <class Context, class LogQ>
+FC_FUNCTION float mlp_on_probs(Context& context, const ExitArguments& a, const LogQ& log_q) {
+  float score = a.b2[0];
+  for (int unit = 0; unit < a.hidden; unit++) {
+    float input = 0.0f;
+    for (int c = context.lane(); c < a.classes; c += kWarp)
+      input += (expf(log_q(c)) - a.mean[c]) / a.std[c] * a.w1[unit * a.classes + c];
+    score += through_unit(a, unit, warp_sum(context, input));
+  }
+  return score;
 }
 
 // One warp on one row; returns whether it stops. All lanes return the same.
@@ -186,16 +196,7 @@ FC_FUNCTION bool exit_row(Context& context, const ExitArguments& a, const Scalar
     } else if (a.selector == kEntropy) {
       score = -entropy;
     } else if (a.selector == kProbs) {
-      float hidden[kMaxHidden / kWarp] = {};
-      for (int unit = 0; unit < a.hidden; unit++) {
-        float sum = 0.0f;
-        if (row.valid)
-          for (int c = context.lane(); c < a.classes; c += kWarp)
-            sum += (expf(combined(c)) - a.mean[c]) / a.std[c] * a.w1[unit * a.classes + c];
-        sum = warp_sum(context, sum);
-        if (unit % kWarp == context.lane()) hidden[unit / kWarp] = sum;
-      }
-      score = output_layer(context, a, hidden);
+      score = mlp_on_probs(context, a, combined);  // not a number where the row is invalid, and not used then
     } else {
       const float odds3 = log_odds(lead3, 1.0f + second + top.rest);
       const bool topk = a.selector == kTopk;

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcascade.kernels.triton.exit_head import Keep
+from fastcascade.kernels.arguments import Keep, check_bucket, check_in_place, check_index
 
 __all__ = ["compact_index", "fill_holes", "gather_rows"]
 
@@ -127,9 +127,7 @@ def compact_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, o
     Example:
         compact_index(active, count, keep, next_active, next_count)
     """
-    if out_index.data_ptr() == index.data_ptr() or out_count.data_ptr() == count.data_ptr():
-        raise ValueError("compact_index cannot work in place; pass another index and count for the output")
-    _check_int32(index=index, count=count, out_index=out_index, out_count=out_count)
+    check_index(index, count, out_index, out_count)
     grid = (max(len(keep.counts), 1),)
     compact_index_kernel[grid](
         index, count, keep.flags, keep.counts, out_index, out_count, BLOCK_ROWS=keep.rows, num_warps=4
@@ -151,11 +149,7 @@ def fill_holes(rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count
     Example:
         fill_holes(features, active, count, keep, next_count)
     """
-    if not rows.is_contiguous():
-        raise ValueError(f"feature rows have strides {rows.stride()}; expected contiguous rows")
-    if out_count.data_ptr() == count.data_ptr():
-        raise ValueError("fill_holes reads count while it writes out_count; pass another tensor")
-    _check_int32(index=index, count=count, out_count=out_count)
+    check_in_place(rows, index, count, out_count)
     words = _as_words(_word_type(rows), rows)
     holes, tail = torch.empty_like(index), torch.empty_like(index)
     moves = torch.empty_like(count)
@@ -194,18 +188,7 @@ def gather_rows(
     Example:
         gather_rows(images, active, count, chunk, bucket, bucket_index, bucket_count)
     """
-    if source.shape[1:] != bucket.shape[1:] or source.dtype != bucket.dtype:
-        raise ValueError(
-            f"bucket rows are {tuple(bucket.shape[1:])} {bucket.dtype}; "
-            f"expected {tuple(source.shape[1:])} {source.dtype}"
-        )
-    if not (source.is_contiguous() and bucket.is_contiguous()):
-        raise ValueError(f"strides are {source.stride()} and {bucket.stride()}; expected contiguous rows")
-    _check_int32(index=index, count=count, chunk=chunk, bucket_index=bucket_index, bucket_count=bucket_count)
-    if len(bucket) == 0 or len(index) == 0:
-        raise ValueError(
-            f"got a bucket of {len(bucket)} rows and an index of {len(index)}; expected at least one"
-        )
+    check_bucket(source, index, count, chunk, bucket, bucket_index, bucket_count)
     word = _word_type(source, bucket)
     words = _as_words(word, source)
     row = words.shape[1]
@@ -231,9 +214,3 @@ def _word_type(*tensors: Tensor) -> torch.dtype:
 def _as_words(word: torch.dtype, rows: Tensor) -> Tensor:
     """Contiguous rows (n, …) as (n, words)."""
     return rows.view(len(rows), math.prod(rows.shape[1:])).view(word)
-
-
-def _check_int32(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} is {tensor.dtype}; expected int32")

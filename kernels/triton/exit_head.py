@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastcascade.kernels.arguments import Keep, check_exit_head
 from fastcascade.kernels.reference import LOG_ODDS_LIMIT, ExitTables, MLPWeights
 
 __all__ = ["ExitTile", "Keep", "exit_head", "exit_tile", "new_keep"]
 
 LIMIT = tl.constexpr(LOG_ODDS_LIMIT)
-MLP_FEATURES = ("stats", "topk", "probs")
-SCORES = ("max_prob", "margin", "entropy")
 
 
 class ExitTile(NamedTuple):
@@ -28,18 +27,6 @@ class ExitTile(NamedTuple):
 
     rows: int
     classes: int
-
-
-class Keep(NamedTuple):
-    """What the exit head says about the active rows; the input of the compaction kernels.
-
-    ``flags`` (capacity,) int8, 1 where the row stays active; ``counts`` (blocks,) int32, how many do so in
-    each block of ``rows`` rows. Flags beyond the active rows are not written; all counts are.
-    """
-
-    flags: Tensor
-    counts: Tensor
-    rows: int
 
 
 def exit_tile(num_classes: int) -> ExitTile:
@@ -361,7 +348,7 @@ def exit_head(
         tables: as in the twin, float32; ``log_sum`` and ``visits`` are used for combine="mean" only.
         logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
         index: (capacity,) int32 positions in the batch; count: (1,) int32.
-        keep: written; see :class:`Keep`.
+        keep: written; see :class:`~fastcascade.kernels.arguments.Keep`.
         selector, weights: as in the twin; the weights are float32 on the device.
         threshold: (1,) float32 on the device; None at the last exit.
 
@@ -373,10 +360,10 @@ def exit_head(
         exit_head(tables, logits, index, count, 0, keep, combine="last", selector="margin", threshold=t)
     """
     capacity, num_classes = logits.shape
-    _check(tables, logits, index, count, keep, selector, weights, threshold)
+    tile = exit_tile(num_classes)
+    check_exit_head(tables, logits, index, count, keep, tile.rows, selector, weights, threshold)
     if capacity == 0:
         return
-    tile = exit_tile(num_classes)
     arguments = selector_arguments(weights, logits)
     exit_head_kernel[(triton.cdiv(capacity, tile.rows),)](
         logits, index, count, *tables, index if threshold is None else threshold, *arguments.pointers,
@@ -385,39 +372,3 @@ def exit_head(
         FEATURES=arguments.features, HIDDEN=arguments.hidden, BLOCK_HIDDEN=arguments.block_hidden,
         BLOCK_ROWS=tile.rows, BLOCK_CLASSES=tile.classes, num_warps=4,
     )  # fmt: skip
-
-
-def _check(
-    tables: ExitTables,
-    logits: Tensor,
-    index: Tensor,
-    count: Tensor,
-    keep: Keep,
-    selector: str | None,
-    weights: MLPWeights | None,
-    threshold: Tensor | None,
-) -> None:
-    capacity, num_classes = logits.shape
-    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not logits.is_contiguous():
-        raise ValueError(
-            f"logits are {logits.dtype} with strides {logits.stride()}; "
-            "expected contiguous fp16, bf16 or fp32"
-        )
-    if tables.log_probs.shape[1:] != (num_classes,) or tables.log_probs.dtype != torch.float32:
-        raise ValueError(
-            f"tables hold {tuple(tables.log_probs.shape)} {tables.log_probs.dtype}; "
-            f"expected float32 with {num_classes} classes"
-        )
-    if index.dtype != torch.int32 or count.dtype != torch.int32 or len(index) < capacity:
-        raise ValueError(
-            f"index is {tuple(index.shape)} {index.dtype} and count {count.dtype}; "
-            f"expected int32 and at least {capacity} entries"
-        )
-    if keep.rows != exit_tile(num_classes).rows or len(keep.flags) < capacity:
-        raise ValueError(f"keep is not from new_keep({capacity}, {num_classes}, …)")
-    if selector is not None and selector not in MLP_FEATURES + SCORES:
-        raise ValueError(f"unknown selector {selector!r}; expected one of {MLP_FEATURES + SCORES} or None")
-    if (selector in MLP_FEATURES) != (weights is not None):
-        raise ValueError(f"selector {selector!r} and weights={weights is not None} do not go together")
-    if (selector is None) != (threshold is None):
-        raise ValueError("a threshold is needed at every exit but the last, and only there")

@@ -1,0 +1,108 @@
+"""The CUDA C++ exit head; the kernel is in ``exit_head.cuh``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fastcascade.kernels.arguments import Keep, check_exit_head
+from fastcascade.kernels.cuda.launch import Launch
+from fastcascade.kernels.reference import ExitTables, MLPWeights
+
+__all__ = ["BLOCK_ROWS", "exit_head", "new_keep"]
+
+BLOCK_ROWS = 64
+"""kRows in ``context.cuh``."""
+
+THREADS = 256
+
+SELECTORS = (None, "max_prob", "margin", "entropy", "stats", "topk", "probs")
+"""In the order of the enumeration in ``exit_head.cuh``."""
+
+KERNELS = {
+    torch.float32: "exit_head_f32",
+    torch.float16: "exit_head_f16",
+    torch.bfloat16: "exit_head_bf16",
+}
+
+POINTERS = (
+    "index", "count", "log_sum", "visits", "previous_label", "log_probs", "label", "exit_stage", "threshold",
+    *MLPWeights._fields, "keep", "block_counts",
+)  # fmt: skip
+
+
+class ExitArguments(ctypes.Structure):
+    """The struct of the same name in ``exit_head.cuh``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int) for name in ("stage", "selector", "mean_of_stages", "classes", "hidden")),
+    )
+
+
+def new_keep(capacity: int, num_classes: int, device: torch.device | str) -> Keep:
+    """Uninitialised flags and counts for up to ``capacity`` active rows."""
+    return Keep(
+        torch.empty(capacity, dtype=torch.int8, device=device),
+        torch.empty(-(-capacity // BLOCK_ROWS), dtype=torch.int32, device=device),
+        BLOCK_ROWS,
+    )
+
+
+def exit_head(
+    launch: Launch,
+    tables: ExitTables,
+    logits: Tensor,
+    index: Tensor,
+    count: Tensor,
+    stage: int,
+    keep: Keep,
+    *,
+    combine: str,
+    selector: str | None,
+    weights: MLPWeights | None = None,
+    threshold: Tensor | None = None,
+) -> None:
+    """The twin's exit head with the number of active rows on the device; nothing synchronises.
+
+    Args:
+        launch: for the device that all tensors are on.
+        tables: as in the twin, float32; ``log_sum`` and ``visits`` are used for combine="mean" only.
+        logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
+        index: (capacity,) int32 positions in the batch; count: (1,) int32.
+        keep: written; see :class:`~fastcascade.kernels.arguments.Keep`.
+        selector, weights: as in the twin; the weights are contiguous float32.
+        threshold: (1,) float32; None at the last exit.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices that the kernel would misread.
+        RuntimeError: the device refused the launch.
+
+    Example:
+        keep = new_keep(len(logits), 10, logits.device)
+        exit_head(launch, tables, logits, index, count, 0, keep, combine="last", selector=None)
+    """
+    check_exit_head(tables, logits, index, count, keep, BLOCK_ROWS, selector, weights, threshold)
+    capacity, num_classes = logits.shape
+    if capacity == 0:
+        return
+    present = {
+        "index": index,
+        "count": count,
+        **tables._asdict(),
+        **({} if threshold is None else {"threshold": threshold}),
+        **({} if weights is None else weights._asdict()),
+        "keep": keep.flags,
+        "block_counts": keep.counts,
+    }
+    arguments = ExitArguments(
+        **{name: launch.address(tensor) for name, tensor in present.items()},
+        stage=stage,
+        selector=SELECTORS.index(selector),
+        mean_of_stages=combine == "mean",
+        classes=num_classes,
+        hidden=0 if weights is None else len(weights.b1),
+    )
+    launch(KERNELS[logits.dtype], -(-capacity // BLOCK_ROWS), THREADS, arguments, logits)
