@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Conv", "ConvShape", "Elementwise", "Layer", "Pooling", "View", "pack_weight", "padded"]
+__all__ = ["Conv", "ConvShape", "Elementwise", "Layer", "Pooling", "View", "Work", "pack_weight", "padded"]
 
 
 def padded(channels: int) -> int:
@@ -105,6 +105,10 @@ class Elementwise(NamedTuple):
     activation: str = "none"
 
 
+Work = Conv | Pooling | Elementwise
+"""What a layer computes, with all its sizes."""
+
+
 class Layer(NamedTuple):
     """One operation of a stage.
 
@@ -116,7 +120,7 @@ class Layer(NamedTuple):
         label: in words, for reports.
     """
 
-    work: Conv | Pooling | Elementwise
+    work: Work
     output: int
     source: int
     other: int | None

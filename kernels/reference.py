@@ -286,9 +286,9 @@ def conv(work: Conv, x: Tensor, residual: Tensor | None, weight: Tensor, bias: T
     shape = work.shape
     taps = shape.kernel[0] * shape.kernel[1]
     kernel = weight[: taps * shape.channels].view(*shape.kernel, shape.channels, -1).permute(3, 2, 0, 1)
-    reach = [(out - 1) * step for out, step in zip((shape.out_height, shape.out_width), shape.stride)]
-    reach = [at + far * (k - 1) + 1 for at, far, k in zip(reach, shape.dilation, shape.kernel)]
     # As many rows and columns as the taps reach; a negative number crops what none does.
+    sizes = zip((shape.out_height, shape.out_width), shape.stride, shape.dilation, shape.kernel, strict=True)
+    reach = [(out - 1) * step + far * (k - 1) + 1 for out, step, far, k in sizes]
     below = reach[0] - shape.height - shape.corner[0]
     right = reach[1] - shape.width - shape.corner[1]
     image = F.pad(x.permute(0, 3, 1, 2), (shape.corner[1], right, shape.corner[0], below))
@@ -305,14 +305,16 @@ def conv(work: Conv, x: Tensor, residual: Tensor | None, weight: Tensor, bias: T
 def pool(work: Pooling, x: Tensor) -> Tensor:
     """Maximum (NaN wins, padding never does) or average over windows of padded rows (n, H, W, C)."""
     height, width, _ = work.out
-    ends = [(n - 1) * step + k for n, step, k in zip((height, width), work.stride, work.kernel)]
     top, bottom, left, right = work.padding
-    edges = (0, 0, left, max(ends[1] - left - x.shape[2], right), top, max(ends[0] - top - x.shape[1], bottom))
+    # In ceil mode windows overhang the padding.
+    below = max((height - 1) * work.stride[0] + work.kernel[0] - top - x.shape[1], bottom)
+    beside = max((width - 1) * work.stride[1] + work.kernel[1] - left - x.shape[2], right)
+    edges = (0, 0, left, beside, top, below)
     low = -math.inf if work.kind == "max" else 0.0
     image = F.pad(x, edges, value=low)
     if work.include_padding:
         cells = F.pad(torch.ones_like(x[:1, :, :, :1]), (0, 0, left, right, top, bottom), value=1.0)
-        cells = F.pad(cells, (0, 0, 0, edges[3] - right, 0, edges[5] - bottom))
+        cells = F.pad(cells, (0, 0, 0, beside - right, 0, below - bottom))
     else:
         cells = F.pad(torch.ones_like(x[:1, :, :, :1]), edges)
     best, total, counted = torch.full((), low), torch.zeros(()), torch.zeros(())
@@ -327,11 +329,11 @@ def pool(work: Pooling, x: Tensor) -> Tensor:
 
 def elementwise(work: Elementwise, x: Tensor, other: Tensor | None, vectors: Tensor | None) -> Tensor:
     """out[h, w, c] = activation(scale[c]·x[start + step·(h, w, c)] + shift[c] + other[h, w, c])."""
-    axes = zip(work.out, work.start, work.step)
+    axes = zip(work.out, work.start, work.step, strict=True)
     at = torch.meshgrid(*(start + step * torch.arange(n) for n, start, step in axes), indexing="ij")
     limits = (*work.source[:2], work.channels[0])
-    inside = torch.stack([(i >= 0) & (i < limit) for i, limit in zip(at, limits)]).all(0)
-    h, w, c = (i.clamp(0, limit - 1) for i, limit in zip(at, limits))
+    inside = torch.stack([(i >= 0) & (i < limit) for i, limit in zip(at, limits, strict=True)]).all(0)
+    h, w, c = (i.clamp(0, limit - 1) for i, limit in zip(at, limits, strict=True))
     out = torch.where(inside, x[:, h, w, c], work.fill)
     if vectors is not None:
         scale, shift = vectors.to(x.dtype)

@@ -1,4 +1,4 @@
-"""A lowered stage as one launch: every program takes an image through all layers (kernels/triton/persistent)."""
+"""A lowered stage as one launch: every program takes an image through all layers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PersistentStage:
             name=self.stage.name,
             opaque_reason=None,
             kernels=(
-                KernelChoice("schedule", "persistent: one launch, a program takes an image through all layers"),
+                KernelChoice("schedule", "one launch, in which a program takes an image through all layers"),
                 *(KernelChoice(label, f"triton persistent, {name}") for label, name in self.labels),
             ),
             isa=architecture(self.device),

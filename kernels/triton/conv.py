@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcascade.kernels.layers import Conv, Elementwise, Layer, Pooling, View, padded
+from fastcascade.kernels.layers import Conv, Layer, Pooling, View, Work, padded
 
 __all__ = ["ConvTile", "Kind", "conv_layer", "conv_tile", "elementwise_layer", "kind", "pool_layer", "run"]
 
@@ -287,7 +287,7 @@ def elementwise_kernel(x, other, vectors, out, count, KIND: tl.constexpr):
     elementwise_layer(KIND, x, other, vectors, out, tl.load(count), tl.program_id(0), tl.num_programs(0))
 
 
-def kind(work: Conv | Pooling | Elementwise, byte_images: bool = False, limit: int = 128) -> Kind:
+def kind(work: Work, byte_images: bool = False, limit: int = 128) -> Kind:
     """The numbers that specialise a layer's kernel, in the order of its ``_tiles`` function.
 
     Args:

@@ -12,7 +12,7 @@ that the exit head makes for blocks of rows, in an order that no queue could giv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcascade.kernels.layers import Conv, Layer, Pooling
+from fastcascade.kernels.layers import Conv, Layer, Pooling, Work
 from fastcascade.kernels.triton.conv import Kind, conv_layer, elementwise_layer, kind, pool_layer
 
 __all__ = ["LayerTable", "layer_table", "persistent"]
@@ -39,10 +39,12 @@ FIELDS = tl.constexpr(6)
 
 
 @triton.jit
-def place(SPACE: tl.constexpr, offset, rows, scratch, features):
+def place(SPACE: tl.constexpr, offset, rows, scratch, features, logits):
     """Where a value of the program's image begins."""
     if SPACE == ROWS:
         return rows
+    elif SPACE == LOGITS:
+        return logits
     elif SPACE == FEATURES:
         return features
     else:
@@ -51,42 +53,40 @@ def place(SPACE: tl.constexpr, offset, rows, scratch, features):
 
 @triton.jit
 def run_layer(
-    KIND: tl.constexpr, entry, images, index, pixels, rows, scratch, features, logits, weights, vectors,
+    KIND: tl.constexpr, PLACES: tl.constexpr,
+    entry, images, index, pixels, rows, scratch, features, logits, weights, vectors,
     x_image, x_row, x_column, x_channel,
 ):  # fmt: skip
-    """All tiles of one layer on one image. KIND is (operation, three spaces, the layer's own kind)."""
-    SOURCE: tl.constexpr = KIND[1]
-    OTHER: tl.constexpr = KIND[2]
-    OUT: tl.constexpr = KIND[3]
-    SIZES: tl.constexpr = KIND[4]
-    x = place(SOURCE, tl.load(entry + 1), rows, scratch, features)
-    other = place(OTHER, tl.load(entry + 2), rows, scratch, features)
+    """All tiles of one layer on one image. PLACES: the operation, then where source, other, output lie."""
+    OPERATION: tl.constexpr = PLACES[0]
+    SOURCE: tl.constexpr = PLACES[1]
+    OTHER: tl.constexpr = PLACES[2]
+    OUT: tl.constexpr = PLACES[3]
+    x = place(SOURCE, tl.load(entry + 1), rows, scratch, features, logits)
+    other = place(OTHER, tl.load(entry + 2), rows, scratch, features, logits)
+    out = place(OUT, tl.load(entry + 3), rows, scratch, features, logits)
     vector = vectors + tl.multiple_of(tl.load(entry + 5), 16)
-    if OUT == LOGITS:
-        out = logits
-    else:
-        out = place(OUT, tl.load(entry + 3), rows, scratch, features)
-    if KIND[0] == CONV:
+    if OPERATION == CONV:
         weight = weights + tl.multiple_of(tl.load(entry + 4), 16)
-        if SIZES[15]:  # reads images
+        if KIND[15]:  # reads images
             conv_layer(
-                SIZES, images, weight, vector, other, index, pixels, out,
+                KIND, images, weight, vector, other, index, pixels, out,
                 x_image, x_row, x_column, x_channel, 1, 0, 1,
             )  # fmt: skip
         else:
-            conv_layer(SIZES, x, weight, vector, other, index, pixels, out, 0, 0, 0, 1, 1, 0, 1)
-    elif KIND[0] == POOL:
-        pool_layer(SIZES, x, out, 1, 0, 1)
+            conv_layer(KIND, x, weight, vector, other, index, pixels, out, 0, 0, 0, 1, 1, 0, 1)
+    elif OPERATION == POOL:
+        pool_layer(KIND, x, out, 1, 0, 1)
     else:
-        elementwise_layer(SIZES, x, other, vector, out, 1, 0, 1)
+        elementwise_layer(KIND, x, other, vector, out, 1, 0, 1)
 
 
 @triton.jit
 def persistent_kernel(
     images, index, count, pixels, rows, features, logits, entries, weights, vectors, scratch, queue,
     x_image, x_row, x_column, x_channel,
-    LAYERS: tl.constexpr, KINDS: tl.constexpr, SCRATCH_SIZE: tl.constexpr, INPUT_SIZE: tl.constexpr,
-    FEATURES_SIZE: tl.constexpr, CLASSES: tl.constexpr,
+    LAYERS: tl.constexpr, KINDS: tl.constexpr, PLACES: tl.constexpr, SCRATCH_SIZE: tl.constexpr,
+    INPUT_SIZE: tl.constexpr, FEATURES_SIZE: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     n = tl.load(count)
     own = scratch + tl.program_id(0).to(tl.int64) * SCRATCH_SIZE
@@ -99,9 +99,9 @@ def persistent_kernel(
             for i in tl.static_range(len(KINDS)):
                 if number == i:
                     run_layer(
-                        tl.constexpr(KINDS[i]), entry, images, index + at, pixels, rows + at * INPUT_SIZE,
-                        own, features + at * FEATURES_SIZE, logits + at * CLASSES, weights, vectors,
-                        x_image, x_row, x_column, x_channel,
+                        tl.constexpr(KINDS[i]), tl.constexpr(PLACES[i]), entry, images, index + at, pixels,
+                        rows + at * INPUT_SIZE, own, features + at * FEATURES_SIZE, logits + at * CLASSES,
+                        weights, vectors, x_image, x_row, x_column, x_channel,
                     )  # fmt: skip
             # The next layer reads what other threads wrote; after the last, the next image overwrites it.
             tl.debug_barrier()
@@ -113,7 +113,8 @@ class LayerTable(NamedTuple):
 
     Attributes:
         entries: (layers, 6) int32.
-        kinds: the different kinds of layer, for float images and for bytes.
+        kinds: the sizes of the different kinds of layer, for float images and for bytes.
+        places: of each kind, the operation and the spaces of source, other and output.
         weights, vectors: all layers', one after the other.
         scratch_size, input_size, features_size: elements per program and per row; 0 where there are none.
         num_classes: C.
@@ -121,6 +122,7 @@ class LayerTable(NamedTuple):
 
     entries: Tensor
     kinds: tuple[tuple[Kind, ...], tuple[Kind, ...]]
+    places: tuple[tuple[int, int, int, int], ...]
     weights: Tensor
     vectors: Tensor
     scratch_size: int
@@ -143,22 +145,21 @@ def layer_table(layers: Sequence[Layer], kept: int | None) -> LayerTable:
     logits = next(layer for layer in layers if isinstance(layer.work, Conv) and layer.work.logits)
     spaces[logits.output] = LOGITS.value
 
-    kinds: dict[tuple[object, ...], int] = {}
+    numbers: dict[tuple[Work, tuple[int, int, int, int]], int] = {}
     entries = []
-    for layer, weight, vector in zip(
-        layers, _starts([layer.weight for layer in layers]), _starts([la.vectors for la in layers]), strict=True
-    ):
-        other = layer.source if layer.other is None else layer.other
-        values = (layer.source, other, layer.output)
-        key = (type(layer.work), tuple(spaces[value] for value in values), layer.work)
-        number = kinds.setdefault(key, len(kinds))
+    weights, vectors = [la.weight for la in layers], [la.vectors for la in layers]
+    for layer, weight, vector in zip(layers, _starts(weights), _starts(vectors), strict=True):
+        values = (layer.source, layer.source if layer.other is None else layer.other, layer.output)
+        places = (_operation(layer.work), *(spaces[value] for value in values))
+        number = numbers.setdefault((layer.work, places), len(numbers))
         entries.append([number, *(scratch.get(value, 0) for value in values), weight, vector])
-    device = logits.weight.device if logits.weight is not None else None
+    weight_row = torch.cat([w.flatten() for w in weights if w is not None])
     return LayerTable(
-        entries=torch.tensor(entries, dtype=torch.int32, device=device),
-        kinds=(_numbers(kinds, False), _numbers(kinds, True)),
-        weights=torch.cat([la.weight.flatten() for la in layers if la.weight is not None]),
-        vectors=torch.cat([la.vectors.flatten() for la in layers if la.vectors is not None]),
+        entries=torch.tensor(entries, dtype=torch.int32, device=weight_row.device),
+        kinds=(_sizes(numbers, False), _sizes(numbers, True)),
+        places=tuple(places for _, places in numbers),
+        weights=weight_row,
+        vectors=torch.cat([v.flatten() for v in vectors if v is not None]),
         scratch_size=scratch_size,
         input_size=_input_size(layers),
         features_size=next((math.prod(la.work.out) for la in layers if la.output == kept), 0),
@@ -166,15 +167,17 @@ def layer_table(layers: Sequence[Layer], kept: int | None) -> LayerTable:
     )
 
 
-def _numbers(kinds: dict[tuple[object, ...], int], byte_images: bool) -> tuple[Kind, ...]:
-    """Every kind as (operation, spaces of source, other and output, sizes)."""
-    operations = {Conv: CONV.value, Pooling: POOL.value}
-    found = []
-    for operation, spaces, work in kinds:
-        pixels = max(triton.next_power_of_2(work.out[0] * work.out[1]), 16)
-        sizes = kind(work, byte_images, limit=pixels)
-        found.append((operations.get(operation, ELEMENTWISE.value), *spaces, sizes))
-    return tuple(found)
+def _operation(work: Work) -> int:
+    code = CONV if isinstance(work, Conv) else (POOL if isinstance(work, Pooling) else ELEMENTWISE)
+    return int(code.value)
+
+
+def _sizes(kinds: Iterable[tuple[Work, tuple[int, ...]]], byte_images: bool) -> tuple[Kind, ...]:
+    """Of every kind; a tile is no larger than the image."""
+    return tuple(
+        kind(work, byte_images, limit=max(triton.next_power_of_2(work.out[0] * work.out[1]), 16))
+        for work, _ in kinds
+    )
 
 
 def _input_size(layers: Sequence[Layer]) -> int:
@@ -262,7 +265,7 @@ def persistent(
         source, index, count, queue if pixels is None else pixels, scratch if images else source,
         scratch if features is None else features, logits, table.entries, table.weights, table.vectors,
         scratch, queue, *strides,
-        LAYERS=len(table.entries), KINDS=table.kinds[int(pixels is not None)],
+        LAYERS=len(table.entries), KINDS=table.kinds[int(pixels is not None)], PLACES=table.places,
         SCRATCH_SIZE=table.scratch_size, INPUT_SIZE=table.input_size, FEATURES_SIZE=table.features_size,
         CLASSES=table.num_classes, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
@@ -278,7 +281,11 @@ def _check(
     pixels: Tensor | None,
 ) -> None:
     capacity = len(logits)
-    if logits.dtype != torch.float32 or logits.shape[1:] != (table.num_classes,) or not logits.is_contiguous():
+    if (
+        logits.dtype != torch.float32
+        or logits.shape[1:] != (table.num_classes,)
+        or not logits.is_contiguous()
+    ):
         raise ValueError(
             f"logits are {tuple(logits.shape)} {logits.dtype}, strides {logits.stride()}; "
             f"expected contiguous float32 with {table.num_classes} classes"

@@ -118,7 +118,11 @@ def run_fused(
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("schedule", "dtype"),
+    [("per layer", torch.float32), ("per layer", torch.float16), ("persistent", torch.float32)],
+    indirect=["schedule"],
+)
 @torch.no_grad()
 def test_every_operation(device: torch.device, schedule: str, body: str, dtype: torch.dtype) -> None:
     module, channels = BODIES[body]
@@ -158,6 +162,7 @@ def test_bytes_are_read_through_the_table(device: torch.device, schedule: str, l
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["per layer"], indirect=True)
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 64, 65])
 @torch.no_grad()
 def test_every_count(device: torch.device, schedule: str, n: int) -> None:
