@@ -17,9 +17,9 @@ from fastcascade.types import InputSpec
 
 __all__ = ["PersistentStage", "per_layer_reason"]
 
-SCRATCH_LIMIT = 192 * 1024
-"""Bytes of activations per program: two programs on each of an H100's 132 multiprocessors then have 50 MB,
-which is its L2. Estimated, not measured."""
+SCRATCH_LIMIT = 384 * 1024
+"""Bytes of activations per program: those of an H100's 132 multiprocessors then have 50 MB, which is its L2.
+Estimated, not measured."""
 
 WEIGHT_LIMIT = 4 * 1024 * 1024
 """Bytes of weights: every image reads all of them again, from L2, while a launch per layer shares them among

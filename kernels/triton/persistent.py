@@ -25,8 +25,8 @@ from fastcascade.kernels.triton.conv import Kind, conv_layer, elementwise_layer,
 
 __all__ = ["LayerTable", "layer_table", "persistent"]
 
-PROGRAMS_PER_UNIT = 2
-"""Programs per multiprocessor: two of 8 warps at 128 registers a thread fill its register file."""
+PROGRAMS_PER_UNIT = 1
+"""Programs per multiprocessor: one of 8 warps at 255 registers a thread, as compiled, fills its registers."""
 
 NUM_WARPS = 8
 NUM_STAGES = 2
@@ -265,10 +265,21 @@ def persistent(
         source, index, count, queue if pixels is None else pixels, scratch if images else source,
         scratch if features is None else features, logits, table.entries, table.weights, table.vectors,
         scratch, queue, *strides,
-        LAYERS=len(table.entries), KINDS=table.kinds[int(pixels is not None)], PLACES=table.places,
-        SCRATCH_SIZE=table.scratch_size, INPUT_SIZE=table.input_size, FEATURES_SIZE=table.features_size,
-        CLASSES=table.num_classes, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        **constants(table, pixels is not None), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
+
+
+def constants(table: LayerTable, byte_images: bool) -> dict[str, object]:
+    """What specialises the kernel for a stage."""
+    return {
+        "LAYERS": len(table.entries),
+        "KINDS": table.kinds[int(byte_images)],
+        "PLACES": table.places,
+        "SCRATCH_SIZE": table.scratch_size,
+        "INPUT_SIZE": table.input_size,
+        "FEATURES_SIZE": table.features_size,
+        "CLASSES": table.num_classes,
+    }
 
 
 def _check(

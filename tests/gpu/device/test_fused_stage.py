@@ -1,4 +1,4 @@
-"""A stage as own kernels, by either schedule, computes what the reference backend computes, operation by operation."""
+"""A stage as own kernels, by either schedule, computes what the reference backend computes."""
 
 from __future__ import annotations
 
