@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastcascade.backends.fused import FusedStage
 from fastcascade.backends.layers import stage_layers, unfused_reason
 from fastcascade.backends.persistent import PersistentStage
+from fastcascade.kernels.triton.conv import run
 from fastcascade.kernels.triton.persistent import layer_table
 
 CLASSES = 7
@@ -196,3 +197,18 @@ def test_what_does_not_fit_says_why(module: nn.Module, size: int, words: str) ->
     reason = unfused_reason(stage, None)
     assert reason is not None
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("x", "out", "words"),
+    [
+        (torch.zeros(2, 16, 4, 4).permute(0, 2, 3, 1), torch.zeros(2, 4, 4, 16), "contiguous"),
+        (torch.zeros(2, 4, 4, 16), torch.zeros(1, 1, 1, 1).expand(2**27, 4, 4, 16), "split the batch"),
+    ],
+    ids=["strides", "too many rows"],
+)
+def test_rows_that_would_be_misread_are_refused(x: Tensor, out: Tensor, words: str) -> None:
+    stage, _ = stage_of(Classifier(nn.Sequential(conv(3, 16, padding=1), conv(16, 16, padding=1)), 16), 4)
+    layer = stage_layers(stage, torch.float32, torch.device("cpu"))[1]
+    with pytest.raises(ValueError, match=words):
+        run(layer, x, None, torch.ones(1, dtype=torch.int32), out)
