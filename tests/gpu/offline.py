@@ -315,13 +315,11 @@ def persistent_configurations() -> list[Configuration]:
     from fastcascade.lower import plan
     from fastcascade.resnet import BasicBlock, Head, ResNet, resnet_cifar
 
-    dtypes = {"fp16": torch.float16, "fp32": torch.float32}
-
-    def network(name: str, module: torch.nn.Module, dtype: str, **changes: Any) -> Configuration:
+    def network(name: str, module: torch.nn.Module, **changes: Any) -> Configuration:
         stage = plan(fc.Cascade([module], None, 10, (3, 32, 32))).stages[0]
-        table = p.layer_table(stage_layers(stage, dtypes[dtype], torch.device("cpu")), None)
+        table = p.layer_table(stage_layers(stage, torch.float16, torch.device("cpu")), None)
         types = {
-            **dict.fromkeys(("rows", "features", "weights", "scratch"), f"*{dtype}"),
+            **dict.fromkeys(("rows", "features", "weights", "scratch"), "*fp16"),
             **dict.fromkeys(("pixels", "logits", "vectors"), "*fp32"),
             **dict.fromkeys(("index", "count", "entries", "queue"), "*i32"),
             **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
@@ -329,23 +327,21 @@ def persistent_configurations() -> list[Configuration]:
         }
         constants = p.constants(table, byte_images=True)
         return Configuration(
-            f"persistent {name} {dtype}",
+            f"persistent {name} fp16",
             p.persistent_kernel,
             types,
             constants,
             p.NUM_WARPS,
             p.NUM_STAGES,
-            wide_loads=True,
-            tensor_cores=dtype == "fp16",
+            tensor_cores=True,
             **changes,
         )
 
     short = ResNet(torch.nn.Conv2d(3, 16, 3, padding=1), [BasicBlock(16, 16)], Head(16, 10))
     return [
-        network("one block", short, "fp16", default=True),
+        network("one block", short, default=True),  # 16 channels: no load of it is 16 bytes wide
         # 512 threads leave a thread 256 registers on AMD; not tuned for it.
-        network("ResNet-20 A", resnet_cifar(20), "fp16", spills={"gfx942": 280}),
-        network("ResNet-20 A", resnet_cifar(20), "fp32"),
+        network("ResNet-20 A", resnet_cifar(20), wide_loads=True, spills={"gfx942": 280}),
     ]
 
 

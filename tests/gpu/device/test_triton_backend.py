@@ -158,11 +158,19 @@ def test_every_shape_of_cascade(device: torch.device, shape, precision: Precisio
     comparison.free(x, *middle_thresholds(cascade, x))
 
 
+@pytest.fixture
+def per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage as a launch per layer, which the interpreter runs faster than an image at a time."""
+    monkeypatch.setattr("fastcascade.backends.persistent.SCRATCH_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("per_layer")
 @pytest.mark.parametrize("n", [1, 15, 16, 63, 65])
 def test_batch_sizes(device: torch.device, n: int) -> None:
     Comparison(plan(multi_exit()), device).forced(images(n))
 
 
+@pytest.mark.usefixtures("per_layer")
 @pytest.mark.parametrize(
     "selector",
     [fc.MLPSelector("topk"), fc.MLPSelector("probs", hidden=5), fc.ThresholdSelector("entropy")],
