@@ -177,7 +177,7 @@ class _Lowering:
         channels, height, width = _map_shape(self.stage.shapes[op.input])
         out_channels, out_height, out_width = _map_shape(self.stage.shapes[op.output])
         image = op.input == 0 and self.stage.input == "image"
-        residual, view = op.residual, None
+        residual, view = op.residual, cast(View | None, None)
         if residual is not None:
             whole = View(out_height, out_width, padded(out_channels), out_channels)
             residual, view = self.views.get(residual, (residual, whole))

@@ -122,7 +122,7 @@ class LayerTable(NamedTuple):
 
     entries: Tensor
     kinds: tuple[tuple[Kind, ...], tuple[Kind, ...]]
-    places: tuple[tuple[int, int, int, int], ...]
+    places: tuple[tuple[int, ...], ...]
     weights: Tensor
     vectors: Tensor
     scratch_size: int
@@ -145,7 +145,7 @@ def layer_table(layers: Sequence[Layer], kept: int | None) -> LayerTable:
     logits = next(layer for layer in layers if isinstance(layer.work, Conv) and layer.work.logits)
     spaces[logits.output] = LOGITS.value
 
-    numbers: dict[tuple[Work, tuple[int, int, int, int]], int] = {}
+    numbers: dict[tuple[Work, tuple[int, ...]], int] = {}
     entries = []
     weights, vectors = [la.weight for la in layers], [la.vectors for la in layers]
     for layer, weight, vector in zip(layers, _starts(weights), _starts(vectors), strict=True):
