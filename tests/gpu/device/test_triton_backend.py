@@ -147,6 +147,29 @@ def middle_thresholds(cascade: fc.Cascade, x: Tensor) -> tuple[Tensor, Tensor]:
     return ((ordered.gather(1, at) + ordered.gather(1, at + 1)) / 2)[:, 0], scores
 
 
+@pytest.fixture
+def one_launch() -> None:
+    """Asked for by tests that run every stage as one launch under the interpreter too."""
+
+
+@pytest.fixture(autouse=True)
+def schedule(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes an image at a time through a stage too slowly: it runs a launch per layer."""
+    if device.type == "cpu" and "one_launch" not in request.fixturenames:
+        monkeypatch.setattr("fastcascade.backends.persistent.SCRATCH_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize(
+    ("shape", "precision"), [(independent, "fp32"), (multi_exit, "fp16"), (mixed, "fp32")]
+)
+@torch.no_grad()
+def test_every_shape_with_one_launch_per_stage(device: torch.device, shape, precision: Precision) -> None:
+    comparison = Comparison(plan(shape()), device, precision)
+    assert all("one launch" in report.kernels[0].kernel for report in comparison.program.describe())
+    comparison.forced(images(2))
+
+
 @pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @torch.no_grad()
@@ -158,19 +181,11 @@ def test_every_shape_of_cascade(device: torch.device, shape, precision: Precisio
     comparison.free(x, *middle_thresholds(cascade, x))
 
 
-@pytest.fixture
-def per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stage as a launch per layer, which the interpreter runs faster than an image at a time."""
-    monkeypatch.setattr("fastcascade.backends.persistent.SCRATCH_LIMIT", 0)
-
-
-@pytest.mark.usefixtures("per_layer")
 @pytest.mark.parametrize("n", [1, 15, 16, 63, 65])
 def test_batch_sizes(device: torch.device, n: int) -> None:
     Comparison(plan(multi_exit()), device).forced(images(n))
 
 
-@pytest.mark.usefixtures("per_layer")
 @pytest.mark.parametrize(
     "selector",
     [fc.MLPSelector("topk"), fc.MLPSelector("probs", hidden=5), fc.ThresholdSelector("entropy")],
@@ -288,11 +303,12 @@ def no_synchronisation(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.usefixtures("one_launch")
 @pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
 def test_between_own_kernels_the_host_waits_for_nothing(device: torch.device, shape) -> None:
     program = Comparison(plan(shape()), device).program
     assert all(report.opaque_reason is None for report in program.describe())
-    x, thresholds = images(3).to(device), torch.zeros(len(program.runners) - 1)
+    x, thresholds = images(1).to(device), torch.zeros(len(program.runners) - 1)
     program.run(x, thresholds)  # compiles
     with no_synchronisation(device):
         program.run(x, thresholds)
