@@ -35,7 +35,9 @@ NUM_STAGES = 2
 ROWS, SCRATCH, FEATURES, LOGITS = (tl.constexpr(i) for i in range(4))
 CONV, POOL, ELEMENTWISE = (tl.constexpr(i) for i in range(3))
 FIELDS = tl.constexpr(6)
-"""Of an entry: its kind, and where source, other, output, weight and vectors begin, in elements."""
+"""Of an entry: its kind, and where source, other, output, weight and vectors begin, in units."""
+UNIT = tl.constexpr(16)
+"""Elements: positions are multiples of it, which the compiler must see to load 16 bytes at a time."""
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def place(SPACE: tl.constexpr, offset, rows, scratch, features, logits):
     elif SPACE == FEATURES:
         return features
     else:
-        return scratch + tl.multiple_of(offset, 16)
+        return scratch + offset * UNIT
 
 
 @triton.jit
@@ -65,9 +67,9 @@ def run_layer(
     x = place(SOURCE, tl.load(entry + 1), rows, scratch, features, logits)
     other = place(OTHER, tl.load(entry + 2), rows, scratch, features, logits)
     out = place(OUT, tl.load(entry + 3), rows, scratch, features, logits)
-    vector = vectors + tl.multiple_of(tl.load(entry + 5), 16)
+    vector = vectors + tl.load(entry + 5) * UNIT
     if OPERATION == CONV:
-        weight = weights + tl.multiple_of(tl.load(entry + 4), 16)
+        weight = weights + tl.load(entry + 4) * UNIT
         if KIND[15]:  # reads images
             conv_layer(
                 KIND, images, weight, vector, other, index, pixels, out,
@@ -152,7 +154,8 @@ def layer_table(layers: Sequence[Layer], kept: int | None) -> LayerTable:
         values = (layer.source, layer.source if layer.other is None else layer.other, layer.output)
         places = (_operation(layer.work), *(spaces[value] for value in values))
         number = numbers.setdefault((layer.work, places), len(numbers))
-        entries.append([number, *(scratch.get(value, 0) for value in values), weight, vector])
+        begins = [*(scratch.get(value, 0) for value in values), weight, vector]
+        entries.append([number, *(begin // UNIT.value for begin in begins)])
     weight_row = torch.cat([w.flatten() for w in weights if w is not None])
     return LayerTable(
         entries=torch.tensor(entries, dtype=torch.int32, device=weight_row.device),

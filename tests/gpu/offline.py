@@ -333,15 +333,16 @@ def persistent_configurations() -> list[Configuration]:
             constants,
             p.NUM_WARPS,
             p.NUM_STAGES,
+            wide_loads=True,
             tensor_cores=True,
             **changes,
         )
 
     short = ResNet(torch.nn.Conv2d(3, 16, 3, padding=1), [BasicBlock(16, 16)], Head(16, 10))
     return [
-        network("one block", short, default=True),  # 16 channels: no load of it is 16 bytes wide
+        network("one block", short, default=True),
         # 512 threads leave a thread 256 registers on AMD; not tuned for it.
-        network("ResNet-20 A", resnet_cifar(20), wide_loads=True, spills={"gfx942": 280}),
+        network("ResNet-20 A", resnet_cifar(20), spills={"gfx942": 280}),
     ]
 
 
