@@ -320,10 +320,10 @@ def pool(work: Pooling, x: Tensor) -> Tensor:
     best, total, counted = torch.full((), low), torch.zeros(()), torch.zeros(())
     for i in range(work.kernel[0]):
         for j in range(work.kernel[1]):
-            window = (slice(None), slice(i, i + (height - 1) * work.stride[0] + 1, work.stride[0]))
-            window = (*window, slice(j, j + (width - 1) * work.stride[1] + 1, work.stride[1]))
-            best, total = torch.maximum(best, image[window]), total + image[window]
-            counted = counted + cells[window]
+            rows = slice(i, i + (height - 1) * work.stride[0] + 1, work.stride[0])
+            columns = slice(j, j + (width - 1) * work.stride[1] + 1, work.stride[1])
+            best, total = torch.maximum(best, image[:, rows, columns]), total + image[:, rows, columns]
+            counted = counted + cells[:, rows, columns]
     return best if work.kind == "max" else total / counted
 
 

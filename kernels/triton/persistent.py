@@ -185,12 +185,12 @@ def _sizes(kinds: Iterable[tuple[Work, tuple[int, ...]]], byte_images: bool) -> 
 
 def _input_size(layers: Sequence[Layer]) -> int:
     """Elements of a row of value 0; 0 where it is images."""
-    for layer in layers:
-        if layer.source == 0 and isinstance(layer.work, Conv):
-            shape = layer.work.shape
-            return 0 if layer.work.image else shape.height * shape.width * shape.channels
-        if layer.source == 0:
-            return math.prod(layer.work.source)
+    work = next((layer.work for layer in layers if layer.source == 0), None)
+    if isinstance(work, Conv):
+        shape = work.shape
+        return 0 if work.image else shape.height * shape.width * shape.channels
+    if work is not None:
+        return math.prod(work.source)
     raise ValueError("no layer reads value 0, the stage's input")
 
 
