@@ -94,8 +94,12 @@ typecheck: install  ## mypy, on the installed package
 	$(say) "mypy"
 	@cd $(outside) && $(bin)/mypy --config-file $(config) --cache-dir $(CURDIR)/.mypy_cache -p fastcascade
 
-test-gpu: install  ## the tests that need a GPU
-	@$(pytest) -m gpu $(CURDIR)/tests
+test-gpu: install  ## on a GPU machine: the GPU tests on the device, then gpu-report.json
+	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+		"torch sees no GPU here; make test runs the GPU tests under an interpreter and a compiler")'
+	@$(pytest) $(CURDIR)/tests/gpu
+	$(say) "measuring the kernels, the cascade and torch beside it: gpu-report.json"
+	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
 
 ##### Benchmarks
 

@@ -8,11 +8,14 @@ to 1: log-odds come from log-sum-exp, never from 1 − q.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from fastcascade.kernels.layers import Conv, Elementwise, Layer, Pooling
 
 __all__ = [
     "LOG_ODDS_LIMIT",
@@ -20,6 +23,8 @@ __all__ = [
     "MLPWeights",
     "Score",
     "compact_index",
+    "conv",
+    "elementwise",
     "entropy",
     "exit_head",
     "exit_step",
@@ -28,6 +33,8 @@ __all__ = [
     "fill_holes",
     "log_odds",
     "mlp_score",
+    "persistent",
+    "pool",
     "threshold_score",
 ]
 
@@ -264,3 +271,129 @@ def fill_holes(rows: Tensor, index: Tensor, keep: Tensor) -> int:
     rows[holes] = rows[tail]
     index[holes] = index[tail]
     return m
+
+
+def conv(work: Conv, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """activation(conv(x) + bias + residual) on padded rows.
+
+    Args:
+        x: (n, H, W, C) as ``work.shape`` says; residual: rows that ``work.view`` reads, or None.
+        weight: (depth, padded out) packed; bias (padded out,).
+
+    Returns:
+        (n, OUT_H, OUT_W, stored out channels) in x's dtype.
+    """
+    shape = work.shape
+    taps = shape.kernel[0] * shape.kernel[1]
+    kernel = weight[: taps * shape.channels].view(*shape.kernel, shape.channels, -1).permute(3, 2, 0, 1)
+    # As many rows and columns as the taps reach; a negative number crops what none does.
+    sizes = zip((shape.out_height, shape.out_width), shape.stride, shape.dilation, shape.kernel, strict=True)
+    reach = [(out - 1) * step + far * (k - 1) + 1 for out, step, far, k in sizes]
+    below = reach[0] - shape.height - shape.corner[0]
+    right = reach[1] - shape.width - shape.corner[1]
+    image = F.pad(x.permute(0, 3, 1, 2), (shape.corner[1], right, shape.corner[0], below))
+    out = F.conv2d(image, kernel.to(x.dtype), None, shape.stride, 0, shape.dilation).permute(0, 2, 3, 1)
+    out = out + bias.to(x.dtype)
+    if residual is not None and work.view is not None:
+        view = work.view
+        rows = residual[:, view.start[0] :: view.step[0], view.start[1] :: view.step[1], : view.channels]
+        rows = rows[:, : shape.out_height, : shape.out_width]
+        out = out + F.pad(rows, (view.before, out.shape[3] - view.before - view.channels))
+    return _activated(out, work.activation)[..., : work.out[2]]
+
+
+def pool(work: Pooling, x: Tensor) -> Tensor:
+    """Maximum (NaN wins, padding never does) or average over windows of padded rows (n, H, W, C)."""
+    height, width, _ = work.out
+    top, bottom, left, right = work.padding
+    # In ceil mode windows overhang the padding.
+    below = max((height - 1) * work.stride[0] + work.kernel[0] - top - x.shape[1], bottom)
+    beside = max((width - 1) * work.stride[1] + work.kernel[1] - left - x.shape[2], right)
+    edges = (0, 0, left, beside, top, below)
+    low = -math.inf if work.kind == "max" else 0.0
+    image = F.pad(x, edges, value=low)
+    if work.include_padding:
+        cells = F.pad(torch.ones_like(x[:1, :, :, :1]), (0, 0, left, right, top, bottom), value=1.0)
+        cells = F.pad(cells, (0, 0, 0, beside - right, 0, below - bottom))
+    else:
+        cells = F.pad(torch.ones_like(x[:1, :, :, :1]), edges)
+    best, total, counted = torch.full((), low), torch.zeros(()), torch.zeros(())
+    for i in range(work.kernel[0]):
+        for j in range(work.kernel[1]):
+            rows = slice(i, i + (height - 1) * work.stride[0] + 1, work.stride[0])
+            columns = slice(j, j + (width - 1) * work.stride[1] + 1, work.stride[1])
+            best, total = torch.maximum(best, image[:, rows, columns]), total + image[:, rows, columns]
+            counted = counted + cells[:, rows, columns]
+    return best if work.kind == "max" else total / counted
+
+
+def elementwise(work: Elementwise, x: Tensor, other: Tensor | None, vectors: Tensor | None) -> Tensor:
+    """out[h, w, c] = activation(scale[c]·x[start + step·(h, w, c)] + shift[c] + other[h, w, c])."""
+    axes = zip(work.out, work.start, work.step, strict=True)
+    at = torch.meshgrid(*(start + step * torch.arange(n) for n, start, step in axes), indexing="ij")
+    limits = (*work.source[:2], work.channels[0])
+    inside = torch.stack([(i >= 0) & (i < limit) for i, limit in zip(at, limits, strict=True)]).all(0)
+    h, w, c = (i.clamp(0, limit - 1) for i, limit in zip(at, limits, strict=True))
+    out = torch.where(inside, x[:, h, w, c], work.fill)
+    if vectors is not None:
+        scale, shift = vectors.to(x.dtype)
+        out = out * scale + shift
+    if other is not None:
+        out = out + other
+    out = _activated(out, work.activation)
+    out[..., work.channels[1] :] = 0
+    return out
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return x
+    return x.relu() if activation == "relu" else x.clamp(0, 6)
+
+
+def persistent(
+    layers: Sequence[Layer],
+    source: Tensor,
+    index: Tensor,
+    features: Tensor | None,
+    logits: Tensor,
+    *,
+    kept: int | None = None,
+    pixels: Tensor | None = None,
+) -> None:
+    """A whole stage, layer by layer, on the rows in ``index``: the twin of the persistent kernel.
+
+    Every value is rounded to the dtype of the weights, as it is where a kernel stores it.
+
+    Args:
+        source: images (N, C, H, W), uint8 or float, read through ``index`` (n,), or padded rows
+            (n, H, W, C) where the first layers do not read images.
+        features: (n, H, W, C), written with value ``kept``; None where nothing is kept.
+        logits: (n, classes), written.
+        pixels: (C, 256), what each byte of an image means.
+    """
+    values = {0: source}
+    if any(isinstance(layer.work, Conv) and layer.work.image for layer in layers):
+        images = source[index.long()]
+        if pixels is not None:
+            channel = torch.arange(images.shape[1])[:, None, None]
+            images = pixels[channel, images.long()]
+        values[0] = images.permute(0, 2, 3, 1)
+    dtype = next(layer.weight.dtype for layer in layers if layer.weight is not None)
+    for layer in layers:
+        x = values[layer.source].to(dtype).float()
+        other = None if layer.other is None else values[layer.other].float()
+        work = layer.work
+        if isinstance(work, Conv):
+            assert layer.weight is not None
+            assert layer.vectors is not None
+            out = conv(work, x, other, layer.weight.float(), layer.vectors)
+            if work.logits:
+                logits.copy_(out[:, 0, 0])
+        elif isinstance(work, Pooling):
+            out = pool(work, x)
+        else:
+            out = elementwise(work, x, other, layer.vectors)
+        values[layer.output] = out.to(dtype)
+    if features is not None and kept is not None:
+        features.copy_(values[kept])

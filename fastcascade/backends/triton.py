@@ -13,7 +13,8 @@ import torch
 from fastcascade.backends import Precision
 from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, StageRunner, TorchStage
 from fastcascade.errors import InvalidArgument
-from fastcascade.plan import Plan
+from fastcascade.plan import Plan, StagePlan
+from fastcascade.types import InputSpec
 
 __all__ = ["BACKEND", "TritonBackend"]
 
@@ -36,6 +37,31 @@ def exit_kernels() -> ExitKernels:
         fill_holes=compact.fill_holes,
         gather_rows=compact.gather_rows,
     )
+
+
+def stage_runner(
+    stage: StagePlan,
+    next_input: str | None,
+    spec: InputSpec,
+    kernels: ExitKernels,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StageRunner:
+    """The first of: one launch for the stage, a launch per layer, torch. Reasons end up in the report."""
+    from fastcascade.backends.fused import FusedStage
+    from fastcascade.backends.layers import stage_layers, unfused_reason
+    from fastcascade.backends.persistent import PersistentStage, per_layer_reason
+    from fastcascade.kernels.triton.persistent import layer_table
+
+    reason = unfused_reason(stage, next_input)
+    if reason is not None:
+        return TorchStage(stage, reason, spec, kernels, device, dtype)
+    layers = stage_layers(stage, dtype, device)
+    table = layer_table(layers, stage.features if next_input == "previous" else None)
+    reason = per_layer_reason(stage, layers, table)
+    if reason is not None:
+        return FusedStage(stage, spec, layers, device, dtype, reason)
+    return PersistentStage(stage, spec, layers, table)
 
 
 class TritonBackend:
@@ -70,16 +96,11 @@ class TritonBackend:
         kernels = exit_kernels()
         dtype = DTYPES[precision]
 
-        from fastcascade.backends.fused import FusedStage, unfused_reason
-
         inputs: list[str | None] = [*(stage.input for stage in plan.stages[1:]), None]
-        runners: list[StageRunner] = []
-        for stage, next_input in zip(plan.stages, inputs, strict=True):
-            reason = unfused_reason(stage, next_input)
-            if reason is None:
-                runners.append(FusedStage(stage, plan.input, device, dtype, plan.num_classes))
-            else:
-                runners.append(TorchStage(stage, reason, plan.input, kernels, device, dtype))
+        runners = [
+            stage_runner(stage, next_input, plan.input, kernels, device, dtype)
+            for stage, next_input in zip(plan.stages, inputs, strict=True)
+        ]
         return BreadthFirstProgram(plan, runners, kernels, device)
 
 

@@ -1,11 +1,13 @@
-"""Convolution, pooling and elementwise kernels on NHWC rows, with the number of rows on the device.
+"""Convolution, pooling and elementwise layers on NHWC rows, with the number of rows on the device.
 
-Every grid is a fixed number of programs that stride over the tiles of the rows that are active, so a launch
-costs the same whatever the host believes the count to be, and programs without a tile return at once.
+Each layer is written once, as a loop over tiles of rows. Here a launch runs one layer over all active rows:
+a fixed number of programs strides over the tiles, so a launch costs the same whatever the host believes the
+count to be, and programs without a tile return at once. ``persistent.py`` runs all layers of a stage in one
+launch, with one program looping over the tiles of one row.
 
-Rows hold channels padded with zeros to a multiple of 16: loads are 16 bytes wide and products have whole
-tensor-core tiles. The first layer reads the caller's images as they are, through the index of active
-instances and, for bytes, through the table of pixel values.
+All sizes of a layer are one tuple of numbers, KIND, that specialises the kernel: see :func:`kind`. The first
+layer reads the caller's images as they are, through the index of active instances and, for bytes, through
+the table of pixel values.
 """
 
 from __future__ import annotations
@@ -17,48 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["ConvShape", "View", "conv", "conv_tile", "elementwise", "padded", "pool"]
+from fastcascade.kernels.layers import Conv, Layer, Pooling, View, Work, padded
+
+__all__ = ["ConvTile", "Kind", "conv_layer", "conv_tile", "elementwise_layer", "kind", "pool_layer", "run"]
+
+Kind = tuple[int | float, ...]
+
+ACTIVATIONS = ("none", "relu", "relu6")
 
 PROGRAMS_PER_UNIT = 8
 """Programs launched per multiprocessor: enough to hide latency at 64 to 128 registers a thread."""
 
 
-def padded(channels: int) -> int:
-    """Channels as rows store them: the next multiple of 16."""
-    return -(-channels // 16) * 16
-
-
 def _divisor(n: int, limit: int) -> int:
     """The largest power of two that divides n, at most ``limit``."""
     return min(n & -n, limit)
-
-
-class ConvShape(NamedTuple):
-    """Sizes of a convolution; ``corner`` is the padding on top and on the left."""
-
-    height: int
-    width: int
-    channels: int
-    out_height: int
-    out_width: int
-    out_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    corner: tuple[int, int] = (0, 0)
-
-
-class View(NamedTuple):
-    """Where a residual comes from: every ``step``-th pixel of rows (height, width, channels), from ``start``;
-    its first channel is added to output channel ``before``, and only ``channels`` channels are there."""
-
-    height: int
-    width: int
-    row_channels: int
-    channels: int
-    start: tuple[int, int] = (0, 0)
-    step: tuple[int, int] = (1, 1)
-    before: int = 0
 
 
 class ConvTile(NamedTuple):
@@ -80,10 +55,10 @@ def conv_tile(in_channels: int, out_channels: int, image: bool) -> ConvTile:
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """ReLU or ReLU6 that keeps NaN."""
-    if ACTIVATION != "none":
+    """ReLU (1) or ReLU6 (2) that keeps NaN: a position in ACTIVATIONS."""
+    if ACTIVATION > 0:
         x = tl.where(x < 0, 0.0, x)
-    if ACTIVATION == "relu6":
+    if ACTIVATION == 2:
         x = tl.where(x > 6, 6.0, x)
     return x
 
@@ -103,9 +78,8 @@ def residual_tile(
 
 
 @triton.jit
-def conv_kernel(
-    x, weight, bias, residual, index, count, table, out,
-    x_image, x_row, x_column, x_channel,
+def conv_tiles(
+    x, weight, bias, residual, index, table, out, x_image, x_row, x_column, x_channel, rows, first, step,
     H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     OUT_CHANNELS: tl.constexpr, OUT_STRIDE: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -118,17 +92,17 @@ def conv_kernel(
 ):  # fmt: skip
     """Implicit GEMM: (pixels, taps·channels) × (taps·channels, out channels), in float32.
 
+    Of the tiles of the first ``rows`` rows, every ``step``-th from ``first`` on.
     IMAGE: the input is the caller's images, unpadded, with any strides, read through ``index``; a step of
     the product then mixes taps. Else the input is padded rows and a step lies within one tap.
     """
     # A whole number of steps covers the depth: weights are zero-padded to it.
     DEPTH: tl.constexpr = tl.cdiv(KH * KW * CHANNELS, BLOCK_DEPTH) * BLOCK_DEPTH
     COLUMNS: tl.constexpr = OUT_CHANNELS // BLOCK_CHANNELS
-    total = tl.load(count) * (OUT_H * OUT_W)
+    total = rows * (OUT_H * OUT_W)
     tiles = tl.cdiv(total, BLOCK_PIXELS) * COLUMNS
     lane = tl.arange(0, BLOCK_DEPTH)
-    tile = tl.program_id(0)
-    while tile < tiles:
+    for tile in tl.range(first, tiles, step, num_stages=1):
         pixel = tile // COLUMNS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         channel = tile % COLUMNS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         live = pixel < total
@@ -172,23 +146,21 @@ def conv_kernel(
         at = pixel.to(tl.int64)[:, None] * OUT_STRIDE + channel[None, :]
         mask = live[:, None] & (channel < OUT_STRIDE)[None, :]
         tl.store(out + at, accumulator.to(out.dtype.element_ty), mask=mask)
-        tile += tl.num_programs(0)
 
 
 @triton.jit
-def pool_kernel(
-    x, count, out,
+def pool_tiles(
+    x, out, rows, first, step,
     H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     MAX: tl.constexpr, COUNT_PADDING: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum (NaN wins, padding never does) or average over windows."""
+    """Maximum (NaN wins, padding never does) or average over windows; tiles as in :func:`conv_tiles`."""
     COLUMNS: tl.constexpr = CHANNELS // BLOCK_CHANNELS
-    total = tl.load(count) * (OUT_H * OUT_W)
+    total = rows * (OUT_H * OUT_W)
     tiles = tl.cdiv(total, BLOCK_PIXELS) * COLUMNS
-    tile = tl.program_id(0)
-    while tile < tiles:
+    for tile in tl.range(first, tiles, step, num_stages=1):
         pixel = tile // COLUMNS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         channel = tile % COLUMNS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         live = pixel < total
@@ -218,28 +190,26 @@ def pool_kernel(
             result = result / tl.maximum(cells, 1).to(tl.float32)[:, None]
         at = pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         tl.store(out + at, result.to(out.dtype.element_ty), mask=live[:, None])
-        tile += tl.num_programs(0)
 
 
 @triton.jit
-def elementwise_kernel(
-    x, other, scale, shift, count, out, fill,
+def elementwise_tiles(
+    x, other, scale, shift, out, rows, first, step,
     H: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_CHANNELS: tl.constexpr,
     START_H: tl.constexpr, START_W: tl.constexpr, START_C: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, STEP_C: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, STEP_C: tl.constexpr, FILL: tl.constexpr,
     SCALE: tl.constexpr, OTHER: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """out[h, w, c] = activation(scale[c]·x[start + step·(h, w, c)] + shift[c] + other[h, w, c]).
 
-    Positions outside x (a Pad has negative starts) read ``fill``.
+    Positions outside x (a Pad has negative starts) read FILL. Tiles as in :func:`conv_tiles`.
     """
     COLUMNS: tl.constexpr = OUT_STRIDE // BLOCK_CHANNELS
-    total = tl.load(count) * (OUT_H * OUT_W)
+    total = rows * (OUT_H * OUT_W)
     tiles = tl.cdiv(total, BLOCK_PIXELS) * COLUMNS
-    tile = tl.program_id(0)
-    while tile < tiles:
+    for tile in tl.range(first, tiles, step, num_stages=1):
         pixel = tile // COLUMNS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         channel = tile % COLUMNS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         live = pixel < total
@@ -251,7 +221,7 @@ def elementwise_kernel(
         row = (pixel // (OUT_H * OUT_W)).to(tl.int64) * (H * W) + h * W + w
         at = row[:, None] * STRIDE + c[None, :]
         value = tl.load(x + at, mask=live[:, None] & inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, value, fill)
+        value = tl.where(inside, value, FILL)
         at = pixel.to(tl.int64)[:, None] * OUT_STRIDE + channel[None, :]
         if SCALE:
             value = value * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
@@ -260,7 +230,93 @@ def elementwise_kernel(
         value = activate(value, ACTIVATION)
         value = tl.where((channel < OUT_CHANNELS)[None, :], value, 0.0)  # padding stays zero
         tl.store(out + at, value.to(out.dtype.element_ty), mask=live[:, None])
-        tile += tl.num_programs(0)
+
+
+@triton.jit
+def conv_layer(
+    KIND: tl.constexpr,
+    x, weight, bias, residual, index, table, out, x_image, x_row, x_column, x_channel, rows, first, step,
+):  # fmt: skip
+    """:func:`conv_tiles` with the constants of a kind."""
+    conv_tiles(
+        x, weight, bias, residual, index, table, out, x_image, x_row, x_column, x_channel, rows, first, step,
+        KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6], KIND[7], KIND[8], KIND[9], KIND[10],
+        KIND[11], KIND[12], KIND[13], KIND[14], KIND[15], KIND[16], KIND[17], KIND[18], KIND[19], KIND[20],
+        KIND[21], KIND[22], KIND[23], KIND[24], KIND[25], KIND[26], KIND[27], KIND[28], KIND[29], KIND[30],
+    )  # fmt: skip
+
+
+@triton.jit
+def pool_layer(KIND: tl.constexpr, x, out, rows, first, step):
+    """:func:`pool_tiles` with the constants of a kind."""
+    pool_tiles(
+        x, out, rows, first, step,
+        KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6], KIND[7], KIND[8], KIND[9], KIND[10],
+        KIND[11], KIND[12], KIND[13], KIND[14], KIND[15], KIND[16],
+    )  # fmt: skip
+
+
+@triton.jit
+def elementwise_layer(KIND: tl.constexpr, x, other, vectors, out, rows, first, step):
+    """:func:`elementwise_tiles` with the constants of a kind; vectors are scale and shift."""
+    elementwise_tiles(
+        x, other, vectors, vectors + KIND[6], out, rows, first, step,
+        KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6], KIND[7], KIND[8], KIND[9], KIND[10],
+        KIND[11], KIND[12], KIND[13], KIND[14], KIND[15], KIND[16], KIND[17], KIND[18], KIND[19],
+    )  # fmt: skip
+
+
+@triton.jit
+def conv_kernel(
+    x, weight, bias, residual, index, table, out, x_image, x_row, x_column, x_channel, count,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    conv_layer(
+        KIND, x, weight, bias, residual, index, table, out, x_image, x_row, x_column, x_channel,
+        tl.load(count), tl.program_id(0), tl.num_programs(0),
+    )  # fmt: skip
+
+
+@triton.jit
+def pool_kernel(x, out, count, KIND: tl.constexpr):
+    pool_layer(KIND, x, out, tl.load(count), tl.program_id(0), tl.num_programs(0))
+
+
+@triton.jit
+def elementwise_kernel(x, other, vectors, out, count, KIND: tl.constexpr):
+    elementwise_layer(KIND, x, other, vectors, out, tl.load(count), tl.program_id(0), tl.num_programs(0))
+
+
+def kind(work: Work, byte_images: bool = False, limit: int = 128) -> Kind:
+    """The numbers that specialise a layer's kernel, in the order of its ``_tiles`` function.
+
+    Args:
+        byte_images: the source of a convolution that reads images holds bytes.
+        limit: most pixels of a convolution's tile.
+    """
+    if isinstance(work, Conv):
+        return _conv_kind(work, byte_images, limit)
+    block = _divisor(work.out[2], 64)
+    if isinstance(work, Pooling):
+        sizes = (*work.source, *work.out[:2], *work.kernel, *work.stride, *work.padding)
+        return (*sizes, int(work.kind == "max"), int(work.include_padding), 2048 // block, block)
+    return (
+        *work.source, work.channels[0], *work.out, work.channels[1], *work.start, *work.step, work.fill,
+        int(work.affine), int(work.other), ACTIVATIONS.index(work.activation), 2048 // block, block,
+    )  # fmt: skip
+
+
+def _conv_kind(work: Conv, byte_images: bool, limit: int) -> Kind:
+    shape, view = work.shape, work.view or View(1, 1, 1, 1)
+    out_channels = padded(shape.out_channels)
+    tile = conv_tile(shape.channels, out_channels, work.image)
+    return (
+        shape.height, shape.width, shape.channels, shape.out_height, shape.out_width, out_channels,
+        work.out[2], *shape.kernel, *shape.stride, *shape.dilation, *shape.corner,
+        int(work.image), int(work.image and byte_images), int(work.view is not None),
+        view.height, view.width, view.row_channels, view.channels, *view.start, *view.step, view.before,
+        ACTIVATIONS.index(work.activation), min(tile.pixels, limit), tile.channels, tile.depth,
+    )  # fmt: skip
 
 
 def _grid(device: torch.device, tiles: int) -> tuple[int]:
@@ -270,171 +326,60 @@ def _grid(device: torch.device, tiles: int) -> tuple[int]:
     return (max(min(tiles, units * PROGRAMS_PER_UNIT), 1),)
 
 
-def conv(
+def run(
+    layer: Layer,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    other: Tensor | None,
     count: Tensor,
     out: Tensor,
-    shape: ConvShape,
     *,
     index: Tensor | None = None,
     table: Tensor | None = None,
-    residual: Tensor | None = None,
-    view: View | None = None,
-    activation: str = "none",
 ) -> None:
-    """activation(conv(x) + bias + residual) for the first ``count`` rows.
+    """One layer of the first ``count`` rows, in one launch.
 
     Args:
-        x: padded rows (n, H, W, C), or with ``index`` the images (N, C, H, W), any strides, float or bytes.
-        weight: (depth, O) from :func:`pack_weight`, fp16 or fp32: the product's type; bias (O,) f32; O a
-            multiple of 16.
-        count: (1,) int32 on the device.
-        out: (n, OUT_H, OUT_W, O), or (n, classes ≤ O) float32 where the output is one pixel of logits.
-        index: (capacity,) int32, which image each row reads.
-        table: (C, 256) f32, for bytes.
-        residual: rows that are added before the activation; ``view`` says how they are read.
+        layer: its weight is fp16 or fp32 and on the device, as everything.
+        x: padded rows (n, H, W, C), or the images (N, C, H, W), any strides, float or bytes.
+        other: the residual's or second operand's rows.
+        count: (1,) int32.
+        out: (n, OUT_H, OUT_W, C) of x's type, or (n, classes) float32 logits.
+        index: (capacity,) int32, which image each row reads; for images.
+        table: (C, 256) f32, what each byte means; for images of bytes.
 
     Raises:
         ValueError: more pixels than 32 bits count, or an input that is not contiguous.
 
     Example:
-        conv(images, weight, bias, count, out, shape, index=active, table=pixels, activation="relu")
+        run(layer, rows, None, count, out)
     """
-    pixels = len(out) * shape.out_height * shape.out_width
+    work = layer.work
+    pixels = len(out) * work.out[0] * work.out[1]
     if pixels >= 2**31:
         raise ValueError(
             f"{len(out)} rows have {pixels} output pixels; expected fewer than 2**31: split the batch"
         )
-    image = index is not None
+    image = isinstance(work, Conv) and work.image
     if not image and not x.is_contiguous():
         raise ValueError(f"rows have strides {x.stride()}; expected contiguous rows")
     if len(out) == 0:
         return
-    out_channels = len(bias)
-    tile = conv_tile(shape.channels, out_channels, image)
-    strides = (x.stride(0), x.stride(2), x.stride(3), x.stride(1)) if image else (x.stride(0), 0, 0, 1)
-    view = view or View(1, 1, 1, 1)
-    tiles = triton.cdiv(pixels, tile.pixels) * (out_channels // tile.channels)
-    conv_kernel[_grid(x.device, tiles)](
-        x, weight, bias, x if residual is None else residual, count if index is None else index, count,
-        bias if table is None else table, out, *strides,
-        **conv_constants(shape, out_channels, out.shape[-1], view, residual is not None, activation),
-        IMAGE=image, BYTES=table is not None, BLOCK_PIXELS=tile.pixels, BLOCK_CHANNELS=tile.channels,
-        BLOCK_DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-
-
-def conv_constants(
-    shape: ConvShape, out_channels: int, out_stride: int, view: View, residual: bool, activation: str
-) -> dict[str, int | str | bool]:
-    """The sizes of a convolution as the kernel's constants."""
-    return {
-        "H": shape.height,
-        "W": shape.width,
-        "CHANNELS": shape.channels,
-        "OUT_H": shape.out_height,
-        "OUT_W": shape.out_width,
-        "OUT_CHANNELS": out_channels,
-        "OUT_STRIDE": out_stride,
-        "KH": shape.kernel[0],
-        "KW": shape.kernel[1],
-        "STRIDE_H": shape.stride[0],
-        "STRIDE_W": shape.stride[1],
-        "DILATION_H": shape.dilation[0],
-        "DILATION_W": shape.dilation[1],
-        "TOP": shape.corner[0],
-        "LEFT": shape.corner[1],
-        "RESIDUAL": residual,
-        "RES_H": view.height,
-        "RES_W": view.width,
-        "RES_STRIDE": view.row_channels,
-        "RES_CHANNELS": view.channels,
-        "START_H": view.start[0],
-        "START_W": view.start[1],
-        "STEP_H": view.step[0],
-        "STEP_W": view.step[1],
-        "BEFORE": view.before,
-        "ACTIVATION": activation,
-    }
-
-
-def pack_weight(weight: Tensor, in_channels: int, dtype: torch.dtype, image: bool) -> Tensor:
-    """(O, I, kh, kw) → (taps·in_channels, padded O), the order in which the kernel walks; zeros elsewhere.
-
-    Args:
-        in_channels: channels per tap as the input stores them: padded, or I where the input is an image.
-        image: then the depth is filled up to a whole number of the kernel's steps.
-    """
-    out, channels, height, width = weight.shape
-    packed = weight.new_zeros(height * width, in_channels, padded(out))
-    packed[:, :channels, :out] = weight.permute(2, 3, 1, 0).reshape(height * width, channels, out)
-    flat = packed.reshape(-1, padded(out))
-    step = conv_tile(in_channels, padded(out), image).depth
-    return torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % step)).to(dtype).contiguous()
-
-
-def pool(
-    x: Tensor,
-    count: Tensor,
-    out: Tensor,
-    *,
-    kind: str,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    include_padding: bool,
-) -> None:
-    """Max or average pooling of padded rows (n, H, W, C) into (n, OUT_H, OUT_W, C); see ``plan.Pool``."""
-    if len(out) == 0:
+    second = x if other is None else other
+    constants = kind(work, x.dtype == torch.uint8)
+    if isinstance(work, Conv):
+        tile = conv_tile(work.shape.channels, padded(work.shape.out_channels), image)
+        columns = padded(work.shape.out_channels) // tile.channels
+        strides = (x.stride(0), x.stride(2), x.stride(3), x.stride(1)) if image else (x.stride(0), 0, 0, 1)
+        conv_kernel[_grid(x.device, triton.cdiv(pixels, tile.pixels) * columns)](
+            x, layer.weight, layer.vectors, second, count if index is None else index,
+            count if table is None else table, out, *strides, count, KIND=constants,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
         return
-    channels = x.shape[3]
-    block = _divisor(channels, 64)
-    pixels = len(out) * out.shape[1] * out.shape[2]
-    block_pixels = 2048 // block
-    pool_kernel[_grid(x.device, triton.cdiv(pixels, block_pixels) * (channels // block))](
-        x, count, out, H=x.shape[1], W=x.shape[2], CHANNELS=channels, OUT_H=out.shape[1], OUT_W=out.shape[2],
-        KH=kernel[0], KW=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
-        TOP=padding[0], BOTTOM=padding[1], LEFT=padding[2], RIGHT=padding[3],
-        MAX=kind == "max", COUNT_PADDING=include_padding,
-        BLOCK_PIXELS=block_pixels, BLOCK_CHANNELS=block, num_warps=4,
-    )  # fmt: skip
-
-
-def elementwise(
-    x: Tensor,
-    count: Tensor,
-    out: Tensor,
-    channels: tuple[int, int],
-    *,
-    start: tuple[int, int, int] = (0, 0, 0),
-    step: tuple[int, int, int] = (1, 1, 1),
-    fill: float = 0.0,
-    affine: tuple[Tensor, Tensor] | None = None,
-    other: Tensor | None = None,
-    activation: str = "none",
-) -> None:
-    """out[h, w, c] = activation(scale[c]·x[start + step·(h, w, c)] + shift[c] + other[h, w, c]).
-
-    Args:
-        x, out, other: padded rows (n, H, W, C).
-        channels: how many of x's and of out's channels are real; out's others become zero.
-        start, step: along (h, w, c); positions outside x read ``fill``.
-        affine: scale and shift, (C,) f32, padded.
-    """
-    if len(out) == 0:
-        return
-    scale, shift = affine or (count, count)
-    block = _divisor(out.shape[3], 64)
-    block_pixels = 2048 // block
-    pixels = len(out) * out.shape[1] * out.shape[2]
-    elementwise_kernel[_grid(x.device, triton.cdiv(pixels, block_pixels) * (out.shape[3] // block))](
-        x, x if other is None else other, scale, shift, count, out, float(fill),
-        H=x.shape[1], W=x.shape[2], STRIDE=x.shape[3], CHANNELS=channels[0],
-        OUT_H=out.shape[1], OUT_W=out.shape[2], OUT_STRIDE=out.shape[3], OUT_CHANNELS=channels[1],
-        START_H=start[0], START_W=start[1], START_C=start[2],
-        STEP_H=step[0], STEP_W=step[1], STEP_C=step[2],
-        SCALE=affine is not None, OTHER=other is not None, ACTIVATION=activation,
-        BLOCK_PIXELS=block_pixels, BLOCK_CHANNELS=block, num_warps=4,
-    )  # fmt: skip
+    block_pixels, block = constants[-2:]
+    grid = _grid(x.device, triton.cdiv(pixels, int(block_pixels)) * (work.out[2] // int(block)))
+    if isinstance(work, Pooling):
+        pool_kernel[grid](x, out, count, KIND=constants, num_warps=4)
+    else:
+        vectors = count if layer.vectors is None else layer.vectors
+        elementwise_kernel[grid](x, second, vectors, out, count, KIND=constants, num_warps=4)

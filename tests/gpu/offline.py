@@ -142,7 +142,12 @@ def failures(configuration: Configuration, report: Report) -> list[str]:
 
 def configurations() -> list[Configuration]:
     """Everything that the triton backend ships."""
-    return [*exit_head_configurations(), *compact_configurations(), *conv_configurations()]
+    return [
+        *exit_head_configurations(),
+        *compact_configurations(),
+        *conv_configurations(),
+        *persistent_configurations(),
+    ]
 
 
 TABLE_TYPES = {
@@ -234,28 +239,16 @@ def compact_configurations() -> list[Configuration]:
 
 def conv_configurations() -> list[Configuration]:
     """The convolutions of CIFAR ResNets of width 16 and 64, pooling and elementwise work between them."""
+    from fastcascade.kernels import layers as la
     from fastcascade.kernels.triton import conv as c
 
-    def conv(name: str, shape: c.ConvShape, dtype: str, **changes: Any) -> Configuration:
-        image = shape.channels % 16 != 0
-        out = c.padded(shape.out_channels)
-        view = changes.pop("view", None)
-        logits = changes.pop("logits", False)
-        tile = c.conv_tile(shape.channels, out, image)
-        stride = shape.out_channels if logits else out
-        residual = view is not None
-        constants = {
-            **c.conv_constants(shape, out, stride, view or c.View(1, 1, 1, 1), residual, "relu"),
-            "IMAGE": image,
-            "BYTES": image,
-            "BLOCK_PIXELS": tile.pixels,
-            "BLOCK_CHANNELS": tile.channels,
-            "BLOCK_DEPTH": tile.depth,
-        }
+    def conv(name: str, work: la.Conv, dtype: str, **changes: Any) -> Configuration:
+        shape = work.shape
+        tile = c.conv_tile(shape.channels, la.padded(shape.out_channels), work.image)
         types = {
             **dict.fromkeys(("weight", "residual"), f"*{dtype}"),
-            "x": "*u8" if image else f"*{dtype}",
-            "out": "*fp32" if logits else f"*{dtype}",
+            "x": "*u8" if work.image else f"*{dtype}",
+            "out": "*fp32" if work.logits else f"*{dtype}",
             **dict.fromkeys(("bias", "table"), "*fp32"),
             **dict.fromkeys(("index", "count"), "*i32"),
             **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
@@ -264,65 +257,92 @@ def conv_configurations() -> list[Configuration]:
             f"conv {name} {dtype}",
             c.conv_kernel,
             types,
-            constants,
+            {"KIND": c.kind(work, byte_images=True)},
             tile.num_warps,
             tile.num_stages,
-            wide_loads=not image,
+            wide_loads=not work.image,
             tensor_cores=dtype == "fp16",
             **changes,
         )
 
-    def block(h: int, ci: int, co: int, stride: int = 1, k: int = 3) -> c.ConvShape:
-        return c.ConvShape(
-            h * stride, h * stride, ci, h, h, co, (k, k), (stride, stride), corner=(k // 2, k // 2)
-        )
+    def block(h: int, ci: int, co: int, stride: int = 1, k: int = 3, view: la.View | None = None) -> la.Conv:
+        sizes = (h * stride, h * stride, ci, h, h, co, (k, k), (stride, stride))
+        return la.Conv(la.ConvShape(*sizes, corner=(k // 2, k // 2)), view, "relu", image=ci % 16 != 0)
 
-    whole = c.View(16, 16, 32, 32)
-    shortcut = c.View(32, 32, 16, 16, step=(2, 2), before=8)
-    rows = {
-        "x": "*fp16",
-        "other": "*fp16",
-        "out": "*fp16",
-        "count": "*i32",
-        **dict.fromkeys(("scale", "shift"), "*fp32"),
-        "fill": "fp32",
-    }
-    sizes = {"H": 32, "W": 32, "OUT_H": 16, "OUT_W": 16, "BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 64}
-    window = {"KH": 2, "KW": 2, "STRIDE_H": 2, "STRIDE_W": 2, "TOP": 0, "BOTTOM": 0, "LEFT": 0, "RIGHT": 0}
-    view = {f"{a}_{b}": int(a == "STEP") for a in ("START", "STEP") for b in "HWC"}
-    pool = {**sizes, **window, "CHANNELS": 64, "COUNT_PADDING": True}
-    add = {**sizes, **view, "STRIDE": 64, "CHANNELS": 64, "OUT_STRIDE": 64, "OUT_CHANNELS": 64, "SCALE": True}
+    whole = la.View(16, 16, 32, 32)
+    shortcut = la.View(32, 32, 16, 16, step=(2, 2), before=8)
+    logits = la.Conv(la.ConvShape(1, 1, 64, 1, 1, 10, (1, 1)), None, "none", logits=True)
+    rows = {**dict.fromkeys(("x", "other", "out"), "*fp16"), "vectors": "*fp32", "count": "*i32"}
+    maps = ((32, 32, 64), (16, 16, 64))
+    window = ((2, 2), (2, 2), (0, 0, 0, 0), True)
+    add = la.Elementwise(*maps, (64, 64), affine=True, other=True, activation="relu")
     return [
         conv("image 3→16", block(32, 3, 16), "fp16"),
         conv("16→16 on 32", block(32, 16, 16), "fp16"),
-        conv("32→32 on 16, residual", block(16, 32, 32), "fp16", view=whole, default=True),
-        conv("32→32 on 16, shortcut A", block(16, 32, 32), "fp16", view=shortcut),
+        conv("32→32 on 16, residual", block(16, 32, 32, view=whole), "fp16", default=True),
+        conv("32→32 on 16, shortcut A", block(16, 32, 32, view=shortcut), "fp16"),
         conv("32→64 on 8, stride 2", block(8, 32, 64, 2), "fp16"),
         conv("64→64 on 8", block(8, 64, 64), "fp16"),
         conv("128→128 on 16", block(16, 128, 128), "fp16"),
         conv("256→256 on 8", block(8, 256, 256), "fp16"),
         conv("1×1 64→256 on 8", block(8, 64, 256, 1, 1), "fp16"),
-        conv("logits 64→10", c.ConvShape(1, 1, 64, 1, 1, 10, (1, 1)), "fp16", logits=True),
-        conv("32→32 on 16, residual", block(16, 32, 32), "fp32", view=whole),
+        conv("logits 64→10", logits, "fp16"),
+        conv("32→32 on 16, residual", block(16, 32, 32, view=whole), "fp32"),
         *(
             Configuration(
-                f"pool {'max' if max_ else 'average'}",
+                f"pool {kind}",
                 c.pool_kernel,
                 {k: v for k, v in rows.items() if k in c.pool_kernel.arg_names},
-                {**pool, "MAX": max_},
-                default=max_,
+                {"KIND": c.kind(la.Pooling(*maps, kind, *window))},
+                default=kind == "max",
                 wide_loads=True,
             )
-            for max_ in (True, False)
+            for kind in ("max", "average")
         ),
         Configuration(
-            "elementwise",
-            c.elementwise_kernel,
-            rows,
-            {**add, "OTHER": True, "ACTIVATION": "relu"},
-            default=True,
-            wide_loads=True,
+            "elementwise", c.elementwise_kernel, rows, {"KIND": c.kind(add)}, default=True, wide_loads=True
         ),
+    ]
+
+
+def persistent_configurations() -> list[Configuration]:
+    """Whole CIFAR networks, and the shortest stage that has an image, a residual, a pool and logits."""
+    import torch
+
+    import fastcascade as fc
+    from fastcascade.backends.layers import stage_layers
+    from fastcascade.kernels.triton import persistent as p
+    from fastcascade.lower import plan
+    from fastcascade.resnet import BasicBlock, Head, ResNet, resnet_cifar
+
+    def network(name: str, module: torch.nn.Module, **changes: Any) -> Configuration:
+        stage = plan(fc.Cascade([module], None, 10, (3, 32, 32))).stages[0]
+        table = p.layer_table(stage_layers(stage, torch.float16, torch.device("cpu")), None)
+        types = {
+            **dict.fromkeys(("rows", "features", "weights", "scratch"), "*fp16"),
+            **dict.fromkeys(("pixels", "logits", "vectors"), "*fp32"),
+            **dict.fromkeys(("index", "count", "entries", "queue"), "*i32"),
+            **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
+            "images": "*u8",
+        }
+        constants = p.constants(table, byte_images=True)
+        return Configuration(
+            f"persistent {name} fp16",
+            p.persistent_kernel,
+            types,
+            constants,
+            p.NUM_WARPS,
+            p.NUM_STAGES,
+            wide_loads=True,
+            tensor_cores=True,
+            **changes,
+        )
+
+    short = ResNet(torch.nn.Conv2d(3, 16, 3, padding=1), [BasicBlock(16, 16)], Head(16, 10))
+    return [
+        network("one block", short, default=True),
+        # 512 threads leave a thread 256 registers on AMD; not tuned for it.
+        network("ResNet-20 A", resnet_cifar(20), spills={"sm_80": 8, "gfx942": 280}),
     ]
 
 

@@ -28,7 +28,7 @@ def interpret(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", str(file), "-p", "no:cacheprovider", *options],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=file.parent,  # the interpreter imports from its folder first: never the uninstalled package
         capture_output=True,
         text=True,
     )

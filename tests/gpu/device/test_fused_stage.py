@@ -1,4 +1,4 @@
-"""A stage as own kernels computes what the reference backend computes, operation by operation."""
+"""A stage as own kernels, by either schedule, computes what the reference backend computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from fastcascade.lower import plan
 from fastcascade.plan import StagePlan
 from fastcascade.types import InputSpec
 
-fused = pytest.importorskip("fastcascade.backends.fused", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastcascade.backends.fused import FusedStage
+from fastcascade.backends.layers import stage_layers, unfused_reason
+from fastcascade.backends.persistent import PersistentStage
+from fastcascade.kernels.triton.conv import run
+from fastcascade.kernels.triton.persistent import layer_table
 
 CLASSES = 7
 
@@ -81,7 +87,14 @@ def stage_of(module: nn.Module, size: int) -> tuple[StagePlan, InputSpec]:
     return lowered.stages[0], lowered.input
 
 
+@pytest.fixture(params=["per layer", "persistent"])
+def schedule(request: pytest.FixtureRequest) -> str:
+    """A launch for every layer, or one for the stage."""
+    return request.param
+
+
 def run_fused(
+    schedule: str,
     stage: StagePlan,
     spec: InputSpec,
     images: Tensor,
@@ -91,8 +104,13 @@ def run_fused(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Logits of the rows images[index[:n]]; memory beyond is poisoned by the conftest."""
-    assert fused.unfused_reason(stage, None) is None
-    runner = fused.FusedStage(stage, spec, device, dtype, CLASSES)
+    assert unfused_reason(stage, None) is None
+    layers = stage_layers(stage, dtype, device)
+    runner: FusedStage | PersistentStage
+    if schedule == "persistent":
+        runner = PersistentStage(stage, spec, layers, layer_table(layers, None))
+    else:
+        runner = FusedStage(stage, spec, layers, device, dtype, "a test")
     active = Active(index.int().to(device), torch.tensor([n], dtype=torch.int32, device=device), None)
     logits = runner.run(images.to(device), active)[1]
     assert logits.dtype == torch.float32
@@ -101,13 +119,17 @@ def run_fused(
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("schedule", "dtype"),
+    [("per layer", torch.float32), ("per layer", torch.float16), ("persistent", torch.float32)],
+    indirect=["schedule"],
+)
 @torch.no_grad()
-def test_every_operation(device: torch.device, body: str, dtype: torch.dtype) -> None:
+def test_every_operation(device: torch.device, schedule: str, body: str, dtype: torch.dtype) -> None:
     module, channels = BODIES[body]
     stage, spec = stage_of(Classifier(module, channels), 9)
     images, index = torch.randn(6, 3, 9, 9), torch.tensor([4, 1, 5, 0, 2])
-    got = run_fused(stage, spec, images, index, 3, device, dtype)
+    got = run_fused(schedule, stage, spec, images, index, 3, device, dtype)
     want = run_stage(stage, images[index[:3]])[1]
     # float32 sums in another order; fp16 rounds every value that is stored.
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
@@ -115,7 +137,7 @@ def test_every_operation(device: torch.device, body: str, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def test_small_integers_are_exact(device: torch.device) -> None:
+def test_small_integers_are_exact(device: torch.device, schedule: str) -> None:
     """Integers make every sum exact, so any wrong tap, channel or pixel shows: also TF32 or bf16 would."""
     body = nn.Sequential(conv(3, 20, padding=1), nn.MaxPool2d(2), conv(20, 16, stride=2))
     module = nn.Sequential(body, nn.Flatten(), nn.Linear(16 * 2 * 2, CLASSES))
@@ -124,39 +146,40 @@ def test_small_integers_are_exact(device: torch.device) -> None:
     body[0].weight.mul_(257)  # needs more bits than bf16 or TF32 keep
     stage, spec = stage_of(module, 10)
     images = torch.randint(-4, 5, (3, 3, 10, 10)).float()
-    got = run_fused(stage, spec, images, torch.arange(3), 3, device)
+    got = run_fused(schedule, stage, spec, images, torch.arange(3), 3, device)
     assert torch.equal(got, run_stage(stage, images)[1])
     assert got.abs().max() > 100
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @torch.no_grad()
-def test_bytes_are_read_through_the_table(device: torch.device, layout: str) -> None:
+def test_bytes_are_read_through_the_table(device: torch.device, schedule: str, layout: str) -> None:
     stage, spec = stage_of(Classifier(conv(3, 16, padding=1), 16), 8)
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     want = run_stage(stage, spec.to_float(images[[2, 0]]))[1]
     if layout == "nhwc":
         images = channels_first(channels_last(images))
-    got = run_fused(stage, spec, images, torch.tensor([2, 0]), 2, device)
+    got = run_fused(schedule, stage, spec, images, torch.tensor([2, 0]), 2, device)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["per layer"], indirect=True)
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 64, 65])
 @torch.no_grad()
-def test_every_count(device: torch.device, n: int) -> None:
+def test_every_count(device: torch.device, schedule: str, n: int) -> None:
     stage, spec = stage_of(Classifier(conv(3, 16), 16), 4)
     images, index = torch.randn(80, 3, 4, 4), torch.randperm(80)[:70]
-    got = run_fused(stage, spec, images, index, n, device)
+    got = run_fused(schedule, stage, spec, images, index, n, device)
     torch.testing.assert_close(got, run_stage(stage, images[index[:n]])[1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_nan_stays_in_its_row_and_survives_relu_and_pooling(device: torch.device) -> None:
+def test_nan_stays_in_its_row_and_survives_relu_and_pooling(device: torch.device, schedule: str) -> None:
     body = nn.Sequential(conv(3, 16, padding=1), nn.ReLU(), nn.MaxPool2d(2), conv(16, 16), nn.ReLU6())
     stage, spec = stage_of(Classifier(body, 16), 8)
     images = torch.randn(5, 3, 8, 8)
     images[2, 0, 3, 3] = math.nan
-    got = run_fused(stage, spec, images, torch.arange(5), 5, device)
+    got = run_fused(schedule, stage, spec, images, torch.arange(5), 5, device)
     assert got.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
@@ -171,6 +194,21 @@ def test_nan_stays_in_its_row_and_survives_relu_and_pooling(device: torch.device
 )
 def test_what_does_not_fit_says_why(module: nn.Module, size: int, words: str) -> None:
     stage, _ = stage_of(module, size)
-    reason = fused.unfused_reason(stage, None)
+    reason = unfused_reason(stage, None)
     assert reason is not None
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("x", "out", "words"),
+    [
+        (torch.zeros(2, 16, 4, 4).permute(0, 2, 3, 1), torch.zeros(2, 4, 4, 16), "contiguous"),
+        (torch.zeros(2, 4, 4, 16), torch.zeros(1, 1, 1, 1).expand(2**27, 4, 4, 16), "split the batch"),
+    ],
+    ids=["strides", "too many rows"],
+)
+def test_rows_that_would_be_misread_are_refused(x: Tensor, out: Tensor, words: str) -> None:
+    stage, _ = stage_of(Classifier(nn.Sequential(conv(3, 16, padding=1), conv(16, 16, padding=1)), 16), 4)
+    layer = stage_layers(stage, torch.float32, torch.device("cpu"))[1]
+    with pytest.raises(ValueError, match=words):
+        run(layer, x, None, torch.ones(1, dtype=torch.int32), out)

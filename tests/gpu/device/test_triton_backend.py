@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcascade as fc
 from fastcascade.backends import ExitResults, Precision, load_backend
@@ -144,6 +147,29 @@ def middle_thresholds(cascade: fc.Cascade, x: Tensor) -> tuple[Tensor, Tensor]:
     return ((ordered.gather(1, at) + ordered.gather(1, at + 1)) / 2)[:, 0], scores
 
 
+@pytest.fixture
+def one_launch() -> None:
+    """Asked for by tests that run every stage as one launch under the interpreter too."""
+
+
+@pytest.fixture(autouse=True)
+def schedule(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes an image at a time through a stage too slowly: it runs a launch per layer."""
+    if device.type == "cpu" and "one_launch" not in request.fixturenames:
+        monkeypatch.setattr("fastcascade.backends.persistent.SCRATCH_LIMIT", 0)
+
+
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize(
+    ("shape", "precision"), [(independent, "fp32"), (multi_exit, "fp16"), (mixed, "fp32")]
+)
+@torch.no_grad()
+def test_every_shape_with_one_launch_per_stage(device: torch.device, shape, precision: Precision) -> None:
+    comparison = Comparison(plan(shape()), device, precision)
+    assert all("one launch" in report.kernels[0].kernel for report in comparison.program.describe())
+    comparison.forced(images(2))
+
+
 @pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @torch.no_grad()
@@ -251,3 +277,80 @@ def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> No
     assert reason is not None
     assert "int8" in reason
     assert backend.unsupported_reason(lowered, precision="fp32", device=torch.device("meta")) is not None
+
+
+class NoReadback(TorchDispatchMode):
+    """Refuses every torch operation whose answer the host must wait for."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket not in self.WAITS, f"the host waits for {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_synchronisation(device: torch.device) -> Iterator[None]:
+    """Torch raises where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        with NoReadback():
+            yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
+def test_between_own_kernels_the_host_waits_for_nothing(device: torch.device, shape) -> None:
+    program = Comparison(plan(shape()), device).program
+    assert all(report.opaque_reason is None for report in program.describe())
+    x, thresholds = images(1).to(device), torch.zeros(len(program.runners) - 1)
+    program.run(x, thresholds)  # compiles
+    with no_synchronisation(device):
+        program.run(x, thresholds)
+
+
+@pytest.mark.filterwarnings("ignore:Branching uses")
+def test_a_stage_through_torch_waits_and_the_guard_sees_it(device: torch.device) -> None:
+    cascade = fc.Cascade(
+        [tiny_network(16, 1), Branching(tiny_network(16, 1))], fc.MLPSelector(), CLASSES, IMAGE
+    )
+    program = Comparison(plan(cascade), device).program
+    x, thresholds = images(3).to(device), torch.full((1,), math.inf)
+    program.run(x, thresholds)
+    with pytest.raises((AssertionError, RuntimeError, fc.FastCascadeError)), no_synchronisation(device):
+        program.run(x, thresholds)
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "strided", "flipped", "expanded"])
+@torch.no_grad()
+def test_images_at_any_address_with_any_strides(device: torch.device, layout: str) -> None:
+    x = images(3, torch.uint8)
+    there = x.to(device)
+    if layout == "misaligned":
+        there = torch.empty(x.numel() + 1, dtype=torch.uint8, device=device)[1:].view(x.shape).copy_(there)
+        assert there.data_ptr() % 2 == 1
+    if layout == "strided":
+        there = there.repeat_interleave(2, 2).repeat_interleave(3, 3)[:, :, ::2, ::3]
+    if layout == "flipped":
+        x, there = x.transpose(2, 3), there.transpose(2, 3)
+    if layout == "expanded":
+        x, there = x[:1].expand(3, *IMAGE), there[:1].expand(3, *IMAGE)
+    comparison = Comparison(plan(independent()), device)
+    got = comparison.program.run(there, torch.tensor([math.inf])).log_probs.cpu()
+    want = comparison.reference.run(x, torch.tensor([math.inf])).log_probs
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+
+
+def test_images_elsewhere_or_of_another_type_are_refused_or_converted(device: torch.device) -> None:
+    fast = fc.compile(independent(), backend="triton", device=device)
+    with pytest.raises(fc.FastCascadeError, match="meta"):
+        fast(images(2).to("meta"))
+    with pytest.raises(fc.FastCascadeError, match="int64"):
+        fast(torch.zeros(2, *IMAGE, dtype=torch.int64, device=device))
+    x = images(2).to(device)
+    assert torch.equal(fast(x.double()).label, fast(x).label)
