@@ -60,9 +60,9 @@ def calibrate(
         max_risk: (eps, delta). With probability ≥ 1 − delta over the draw of ``held_out``, new instances of
             the same distribution get another label than the last exit's at a rate of at most eps. If nothing
             can be certified the thresholds are +∞: never stop early.
-        exit_ms: (K,) milliseconds per instance of stopping at each exit, earlier stages included, as
-            ``fc.benchmark`` measures them (``exit_ms``). They replace MACs as the cost that is minimised or bounded;
-            ``mean_macs`` of the point is in MACs all the same.
+        exit_ms: (K,) milliseconds per instance of stopping at each exit, earlier stages included: the
+            ``exit_ms`` that ``fc.benchmark`` measures. They replace MACs as the cost that is minimised or
+            bounded; ``mean_macs`` of the point is in MACs all the same.
 
     Returns:
         the :class:`OperatingPoint`, with accuracy, cost, exit shares and risk as measured on ``held_out``.
@@ -180,10 +180,11 @@ def _check_target(
     given = {key: value for key, value in every.items() if value is not None}
     if len(given) != 1:
         raise InvalidArgument(f"got the targets {given}; expected exactly one of {', '.join(every)}")
-    for key in ("budget_macs", "budget_ms"):
-        if key in given and not given[key] > 0:
-            unit = key.removeprefix("budget_").replace("macs", "MACs")
-            raise InvalidArgument(f"{key} is {given[key]}; expected a positive number of {unit} per instance")
+    for budget, unit in ((budget_macs, "MACs"), (budget_ms, "ms")):
+        if budget is not None and not budget > 0:
+            raise InvalidArgument(
+                f"the budget is {budget}; expected a positive number of {unit} per instance"
+            )
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise InvalidArgument(f"min_accuracy is {min_accuracy}; expected a share between 0 and 1")
     if max_risk is not None and not (len(max_risk) == 2 and all(0 < x < 1 for x in max_risk)):
