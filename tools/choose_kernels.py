@@ -25,7 +25,7 @@ from fastcascade.plan import Conv2d, Flatten, Linear, Plan, Pool, StagePlan
 from fastcascade.types import InputSpec
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "choices.cpp"
-CHANNELS = (1, 3, 8, 16, 32, 64, 128, 256)
+CHANNELS = (8, 16, 32, 64, 128, 256)
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 16, 28, 32)
 KERNELS = ("conv_direct_f32", "conv3x3_winograd_f32")
 BATCH, BATCH_MACS = 8, 5e7  # as many images as make so much work, at most 8
@@ -58,6 +58,8 @@ size_t bucket(const int (&values)[N], int64_t x) {
 
 bool prefers_winograd(const std::string& isa, int64_t in_channels, int64_t out_channels, int64_t height,
                       int64_t width) {
+  // An image's few channels gain next to nothing, and an error made there goes through every layer.
+  if (in_channels < kChannels[0]) return false;
   constexpr size_t group = sizeof(kSides) / sizeof(kSides[0]) + 1;  // letters and the blank after them
   const auto side = static_cast<int64_t>(std::sqrt(static_cast<double>(height * width)));
   const size_t letter = bucket(kChannels, out_channels) * group + bucket(kSides, side);
