@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 __all__ = ["count_macs", "eval_mode"]
 
@@ -45,7 +44,10 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 class _MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton, where it is installed
+
         super().__init__()  # type: ignore[no-untyped-call]
+        self.registry = flop_registry
         self.macs = 0
         self.uncounted: set[str] = set()
 
@@ -54,8 +56,8 @@ class _MacCounter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if packet in flop_registry:
-            self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2
+        if packet in self.registry:
+            self.macs += self.registry[packet](*args, **(kwargs or {}), out_val=out) // 2
         elif not self._is_free(func):
             self.uncounted.add(str(packet))
         return out

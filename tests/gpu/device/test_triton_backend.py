@@ -171,7 +171,7 @@ def test_every_shape_with_one_launch_per_stage(device: torch.device, shape, prec
 
 
 @pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_every_shape_of_cascade(device: torch.device, shape, precision: Precision) -> None:
     cascade = shape()
@@ -181,7 +181,7 @@ def test_every_shape_of_cascade(device: torch.device, shape, precision: Precisio
     comparison.free(x, *middle_thresholds(cascade, x))
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 63, 65])
+@pytest.mark.parametrize("n", [1, 15, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 63, 65))])
 def test_batch_sizes(device: torch.device, n: int) -> None:
     Comparison(plan(multi_exit()), device).forced(images(n))
 
@@ -191,7 +191,7 @@ def test_batch_sizes(device: torch.device, n: int) -> None:
     [fc.MLPSelector("topk"), fc.MLPSelector("probs", hidden=5), fc.ThresholdSelector("entropy")],
     ids=["topk", "probs", "entropy"],
 )
-@pytest.mark.parametrize("combine", ["last", "mean"])
+@pytest.mark.parametrize("combine", ["last", pytest.param("mean", marks=pytest.mark.slow)])
 def test_selectors_and_combinations(device: torch.device, selector: nn.Module, combine: str) -> None:
     cascade = independent(selector=selector, combine=combine)
     x = images(17)
