@@ -60,8 +60,8 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Names the case in the results."""
-        return f"{self.model} batch {self.batch} threads {self.threads}"
+        """Names the case in the results; models of this checkout by their place in it."""
+        return f"{self.model.replace(f'{ROOT}/', '')} batch {self.batch} threads {self.threads}"
 
 
 _LOGIT_SD = 3.0
