@@ -1,4 +1,4 @@
-"""Measure direct convolution against Winograd and write the table that decides, csrc/choices.cpp.
+"""Measure direct convolution against Winograd and write the table that decides, csrc/choices.inl.
 
     python tools/choose_kernels.py        with fastcascade installed, on a quiet machine; takes minutes
 
@@ -24,7 +24,7 @@ from fastcascade.backends.cpu import CpuProgram
 from fastcascade.plan import Conv2d, Flatten, Linear, Plan, Pool, StagePlan
 from fastcascade.types import InputSpec
 
-TARGET = Path(__file__).resolve().parent.parent / "csrc" / "choices.cpp"
+TARGET = Path(__file__).resolve().parent.parent / "csrc" / "choices.inl"
 CHANNELS = (8, 16, 32, 64, 128, 256)
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 16, 28, 32)
 KERNELS = ("conv_direct_f32", "conv3x3_winograd_f32")
@@ -36,40 +36,6 @@ HEAD = """\
 //
 // One row per instruction set and input channels, one group of letters per output channels, one letter per
 // side of the output map: D where the direct kernel was faster, W where Winograd was.
-#include "choices.h"
-
-#include <cmath>
-
-namespace fastcascade {
-namespace {
-
-"""
-TAIL = """\
-
-// The last of the ascending values that is not above x; the first where all are.
-template <size_t N>
-size_t bucket(const int (&values)[N], int64_t x) {
-  size_t i = 0;
-  while (i + 1 < N && values[i + 1] <= x) ++i;
-  return i;
-}
-
-}  // namespace
-
-bool prefers_winograd(const std::string& isa, int64_t in_channels, int64_t out_channels, int64_t height,
-                      int64_t width) {
-  // An image's few channels gain next to nothing, and an error made there goes through every layer.
-  if (in_channels < kChannels[0]) return false;
-  constexpr size_t group = sizeof(kSides) / sizeof(kSides[0]) + 1;  // letters and the blank after them
-  const auto side = static_cast<int64_t>(std::sqrt(static_cast<double>(height * width)));
-  const size_t letter = bucket(kChannels, out_channels) * group + bucket(kSides, side);
-  for (const Row& row : kRows)
-    if (isa == row.isa && row.in_channels == kChannels[bucket(kChannels, in_channels)])
-      return row.faster[letter] == 'W';
-  return false;
-}
-
-}  // namespace fastcascade
 """
 
 
@@ -129,7 +95,7 @@ def table(rows: dict[str, str]) -> str:
     constants = [f"constexpr int {name}[] = {{{', '.join(map(str, v))}}};" for name, v in lists.items()]
     body = [f'    {{{key}, "{letters}"}},' for key, letters in rows.items()]
     struct = ["", "struct Row {", "  const char* isa;", "  int in_channels;", "  const char* faster;", "};"]
-    return HEAD + "\n".join([*constants, *struct, "constexpr Row kRows[] = {", *body, "};"]) + "\n" + TAIL
+    return HEAD + "\n".join([*constants, *struct, "constexpr Row kRows[] = {", *body, "};"]) + "\n"
 
 
 def main() -> None:
