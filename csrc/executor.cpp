@@ -301,9 +301,8 @@ class Run {
                   mine.size(), {}, nullptr);
       lock.lock();
       release(stage, mine);
-      const Waiting& tile = mine;
       lock.unlock();
-      hand_on(shared, stage, self, tile);
+      hand_on(shared, stage, self, mine);
       lock.lock();
       --shared.running;
       shared.changed.notify_all();
