@@ -14,6 +14,7 @@ namespace fastcascade {
 namespace {
 
 constexpr int kJoinSpins = 8000;       // how long a small batch waits for helpers, some 200 µs
+constexpr int64_t kSmallTiles = 2;     // tiles a thread, up to which threads go from stage to stage together
 constexpr int64_t kSmallestTile = 4;   // what is left of a large batch is shared out in tiles no smaller
 
 // One thread's buffers.
@@ -99,9 +100,9 @@ struct Context {
     }
   }
 
-  // Rows of features that can be alive at once between two stages: just written or being read by every
-  // thread, and fewer than a tile that wait.
-  static int64_t slot_count(const Executor& e) { return (2 * e.threads_ + 1) * e.tile_; }
+  // Rows of features that can be alive at once between two stages: those of a small batch, or of a large one
+  // just written or being read by every thread, and fewer than a tile that wait.
+  static int64_t slot_count(const Executor& e) { return (std::max<int64_t>(kSmallTiles, 2) * e.threads_ + 1) * e.tile_; }
 
   void start(const Executor& e, int64_t count) {
     const auto n = static_cast<size_t>(count);
@@ -129,7 +130,7 @@ class Run {
   }
 
   void run() {
-    if (images_.count <= e_.threads_ * e_.tile_)
+    if (images_.count <= kSmallTiles * e_.threads_ * e_.tile_)
       run_small();
     else
       run_large();
@@ -177,7 +178,8 @@ class Run {
                 context_.features[stage].data() + slot * floats);
   }
 
-  // -- small batches: all threads run the same stage; rows that do not divide among them are shared ---------
+  // -- small batches: all threads run the same stage, each on its own rows; they share step by step what does
+  // -- not divide among them, and everything where rows are too few ------------------------------------------
 
   struct Small {
     std::atomic<int> joined{0};  // helpers; −1 once the team is closed
@@ -222,7 +224,8 @@ class Run {
   void run_member(Small& team, int64_t member) const {
     Worker& self = context_.workers[static_cast<size_t>(member)];
     for (size_t stage = 0; stage < stages_ && team.active > 0; ++stage) {
-      const int64_t each = team.active / team.size, shared = each * team.size;
+      const int64_t even = team.active / team.size, each = even < e_.networks_[stage].rows_alone ? 0 : even;
+      const int64_t shared = each * team.size;
       for (int64_t first = member * each; first < (member + 1) * each; first += e_.networks_[stage].tile)
         run_rows(stage, self, self, first, std::min(e_.networks_[stage].tile, (member + 1) * each - first), {}, nullptr);
       if (shared < team.active) run_shared(team, stage, member, shared);

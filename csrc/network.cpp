@@ -17,6 +17,10 @@ namespace {
 constexpr int64_t kSubTileBytes = 384 << 10;
 constexpr int64_t kArenaBytes = 4 << 20;
 constexpr int64_t kMaxTile = 16;
+// Where an instance uses a weight less often than this on average, a few instances take as long as the weights
+// take to arrive: better all threads read them once than each of them all.
+constexpr int64_t kFewUses = 5;
+constexpr int64_t kFewRows = 5;
 
 class Builder {
  public:
@@ -404,13 +408,17 @@ class Builder {
   void measure() {
     net_.scratch_floats = net_.weight_bytes = 0;
     int64_t zeros = 0;
+    double weights = 0, uses = 0;
     for (const Step& step : net_.steps) {
       net_.weight_bytes += (step.weights.size() + static_cast<int64_t>(step.bias.size())) * 4;
+      weights += static_cast<double>(step.weights.size());
+      uses += static_cast<double>(step.weights.size()) * static_cast<double>(step.work);
       if (step.kind != StepKind::winograd) continue;
       const Winograd& c = step.winograd;
       zeros = std::max(zeros, c.in_width * c.in_pitch);
       net_.scratch_floats = std::max(net_.scratch_floats, winograd_scratch(c.tiles_at_once, c.in_pitch, c.pitch));
     }
+    net_.rows_alone = uses < kFewUses * weights ? kFewRows : 1;
     net_.zeros = Buffer(zeros);
     for (Step& step : net_.steps) step.winograd.zeros = net_.zeros.data();
   }

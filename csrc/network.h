@@ -118,6 +118,7 @@ struct Network {
   std::vector<Segment> segments;
   int64_t features, logits;  // values; features is -1 where no later stage reads them
   int64_t tile;           // instances that run together
+  int64_t rows_alone;     // with fewer a thread, threads share every step instead of each running its own rows
   int64_t arena_floats;   // activations of a tile
   int64_t scratch_floats; // of one thread
   int64_t weight_bytes;

@@ -15,10 +15,10 @@ namespace {
 constexpr int kSpins = 2000;  // a helper stays awake for some 50 µs after work, then sleeps
 
 struct Job {
-  const std::function<void(int)>* work;
-  int wanted;       // helpers still welcome
+  const std::function<void(int)>* work = nullptr;
+  int wanted = 0;   // helpers still welcome
   int next_rank = 1;
-  int running = 0;  // helpers inside work
+  std::atomic<int> running{0};  // helpers inside work
 };
 
 class HelperPool {
@@ -26,7 +26,9 @@ class HelperPool {
   const pid_t owner = getpid();
 
   void run(int threads, const std::function<void(int)>& work) {
-    Job job{&work, threads - 1};
+    Job job;
+    job.work = &work;
+    job.wanted = threads - 1;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       jobs_.push_back(&job);
@@ -42,7 +44,12 @@ class HelperPool {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     withdraw(&job);
-    done_.wait(lock, [&] { return job.running == 0; });
+    lock.unlock();
+    // Helpers mostly end together with this thread: going to sleep and being woken would take far longer.
+    Backoff backoff;
+    while (job.running.load() > 0 && backoff.count() < kSpins) backoff.pause();
+    lock.lock();
+    done_.wait(lock, [&] { return job.running.load() == 0; });
     lock.unlock();
     if (error) std::rethrow_exception(error);
   }

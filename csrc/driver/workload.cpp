@@ -173,7 +173,7 @@ std::vector<Case> cases() {
   return {
       {"winograd", {winograd_stage()}, 6, false, 0.f}, {"direct", {direct_stage()}, 6, false, 0.f},
       {"light", {light_stage()}, 6, false, 0.f},       {"layout", {layout_stage()}, 20, true, 0.f},
-      {"cascade", {direct_stage(), winograd_stage()}, 50, true, 0.4f},
+      {"cascade", {direct_stage(), winograd_stage()}, 100, true, 0.4f},
       {"few", {light_stage(), direct_stage()}, 7, true, 0.53f},
   };
 }

@@ -135,7 +135,7 @@ def test_random_networks(seed: int) -> None:
 
 
 @pytest.mark.parametrize("build", [independent, segments])
-@pytest.mark.parametrize("n", [1, 3, 16, 90])
+@pytest.mark.parametrize("n", [1, 3, 16, 200])
 def test_bits_do_not_depend_on_the_schedule(isa: str, build: Callable[..., fc.Cascade], n: int) -> None:
     cascade = build()
     x = images(n)
@@ -154,7 +154,7 @@ def test_bits_do_not_depend_on_the_schedule(isa: str, build: Callable[..., fc.Ca
 
 def test_program_gives_the_same_bits_again() -> None:
     cascade = segments()
-    plan, x = plan_of(cascade), images(100)
+    plan, x = plan_of(cascade), images(200)
     thresholds = balanced_thresholds(cascade, x[:30])
     program = CpuProgram(plan, 4)
     first = program.run(x, thresholds)
@@ -164,7 +164,7 @@ def test_program_gives_the_same_bits_again() -> None:
 
 
 @pytest.mark.parametrize("build", [independent, segments])
-@pytest.mark.parametrize("n", [9, 70])
+@pytest.mark.parametrize("n", [9, 150])
 def test_invalid_rows(build: Callable[..., fc.Cascade], n: int) -> None:
     cascade = build("mean")
     plan, x = plan_of(cascade), images(n)
@@ -200,7 +200,7 @@ def test_layouts_and_bytes() -> None:
 def test_two_callers_at_once() -> None:
     plan = plan_of(independent())
     program, thresholds = CpuProgram(plan, 2), torch.zeros(2)
-    batches = [images(n) for n in (1, 5, 40, 80)]
+    batches = [images(n) for n in (1, 5, 40, 150)]
     expected = [program.run(x, thresholds) for x in batches]
     failures: list[BaseException] = []
 
