@@ -8,12 +8,19 @@ at most one run of twenty.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.cases import Case, cascade_images, noise
@@ -22,69 +29,127 @@ from bench.measure import Engine, Timing, Worker, measure
 from bench.ratios import ratios_together
 from bench.worker import OURS
 
-__all__ = ["build", "main"]
+__all__ = ["build", "compare", "comparison_table", "main"]
 
-_CASES = (("resnet_cifar:20", 8), ("resnet_cifar:20", 256), ("resnet_cifar:56", 64), ("cascade:random", 64))
+CASES = (("resnet_cifar:20", 8), ("resnet_cifar:20", 256), ("resnet_cifar:56", 64), ("cascade:random", 64))
 _IMAGES = 512
 """Of the cascade's: a pass over more would leave fewer rounds in a minute."""
 
+Results = list[tuple[Case, list[Timing]]]
+progress = Console(stderr=True)
 
-def build(revision: str) -> Path:
-    """Check a commit out beside this one and install it into a folder of its own; cached by commit.
 
-    The worktree is removed when it is built; the installed packages stay in ``.benchmarks``.
+def resolve(revision: str) -> str:
+    """The full name of a commit.
+
+    Raises:
+        RuntimeError: there is no such commit.
+    """
+    try:
+        return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"got {revision!r}, which names no commit here; expected a branch, a tag or a hash (git log)"
+        ) from error
+
+
+def build(commit: str) -> Path:
+    """Check a commit out beside this one and install it into a folder of its own, once per commit.
+
+    The worktree is gone afterwards, also when the build fails or is interrupted; the installed packages stay
+    in ``.benchmarks``.
+
+    Args:
+        commit: its full name.
 
     Returns:
         the folder to import ``fastcascade`` from.
 
     Raises:
-        subprocess.CalledProcessError: no such revision, or it does not build.
+        RuntimeError: it does not build.
     """
-    commit = _output("git", "rev-parse", "--verify", f"{revision}^{{commit}}")
-    folder = CACHE / "commits" / commit
-    site = folder / "site"
-    if not (folder / "built").exists():
-        tree = folder / "tree"
-        _output("git", "worktree", "add", "--force", "--detach", str(tree), commit)
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        try:
-            subprocess.run([*install, "--upgrade", "--target", site, tree], check=True)
-        finally:
-            _output("git", "worktree", "remove", "--force", str(tree))
-        (folder / "built").touch()
+    folder = CACHE / "commits" / f"{commit}-{sys.implementation.cache_tag}"
+    site, built = folder / "site", folder / "built"
+    if not built.exists():
+        progress.print("building it, which takes a minute or two")
+        start = time.perf_counter()
+        shutil.rmtree(site, ignore_errors=True)
+        with _worktree(commit, folder / "tree") as tree:
+            _install(tree, site)
+        built.touch()
+        progress.print(f"built in {time.perf_counter() - start:.0f} s", highlight=False)
     return site
 
 
-def _output(*command: str) -> str:
+@contextmanager
+def _worktree(commit: str, tree: Path) -> Iterator[Path]:
+    _remove_worktree(tree)  # of a run that was killed
+    try:
+        _git("worktree", "add", "--detach", str(tree), commit)
+        yield tree
+    finally:
+        _remove_worktree(tree)
+
+
+def _remove_worktree(tree: Path) -> None:
+    # Forced twice: an interrupted checkout is locked.
+    command = ["git", "worktree", "remove", "--force", "--force", tree]
+    subprocess.run(command, cwd=ROOT, check=False, capture_output=True)
+    shutil.rmtree(tree, ignore_errors=True)
+
+
+def _install(tree: Path, site: Path) -> None:
+    """Build what is in ``tree`` with this environment's tools.
+
+    Raises:
+        RuntimeError: it does not build; what the compiler said is on stderr.
+    """
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", site, tree]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers too: their folder is about to go
+            raise
+    if code:
+        raise RuntimeError("pip could not build it; its messages are above")
+
+
+def _git(*arguments: str) -> str:
+    command = ("git", *arguments)
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def compare(a: Path, b: Path, threads: int, rounds: int, seconds: float) -> list[tuple[Case, list[Timing]]]:
+def compare(a: Path, b: Path, threads: int, rounds: int, seconds: float) -> Results:
     """Time the library in folder ``a`` and that in ``b`` on the quick set.
 
     Raises:
         RuntimeError: one of them fails a case or answers wrongly.
     """
     results = []
-    for model, batch in _CASES:
-        case = Case(model, batch, threads)
-        images = cascade_images(model, batch)[:_IMAGES] if case.is_cascade else noise(batch)
-        with ExitStack() as stack:
-            workers = []
-            for name, library in (("A", a), ("B", b)):
-                workers.append(stack.enter_context(Worker(Engine(name, OURS), threads, library)))
-                workers[-1].load(model)
-            timings = sorted(measure(case, workers, images, rounds, seconds, 0), key=lambda t: t.engine)
-        for timing in timings:
-            if timing.refused is not None:
-                raise RuntimeError(f"{case.key}: {timing.refused}")
-        results.append((case, timings))
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(Worker(Engine(name, OURS), threads, library))
+            for name, library in (("A", a), ("B", b))
+        ]
+        for i, (model, batch) in enumerate(CASES, 1):
+            case = Case(model, batch, threads)
+            progress.print(f"measuring {i} of {len(CASES)}: {case.key}", highlight=False)
+            images = cascade_images(model, batch)[:_IMAGES] if case.is_cascade else noise(batch)
+            for worker in workers:
+                worker.load(model)
+            timings = measure(case, workers, images, rounds, seconds, tuning=0)
+            for timing in timings:
+                if timing.refused is not None:
+                    raise RuntimeError(f"{case.key}: {timing.refused}")
+            results.append((case, timings))
     return results
 
 
-def comparison_table(results: list[tuple[Case, list[Timing]]]) -> Table:
+def comparison_table(results: Results) -> Table:
     """Per case: both rates, how many times faster B is, and whether that is more than noise."""
-    table = Table("case")
+    table = Table("case", caption="B over A: intervals that hold for all cases together, at 95 %")
     for column in ("A, images/s", "B, images/s", "B over A", ""):
         table.add_column(column, justify="right")
     values = ratios_together([(b.seconds, a.seconds) for _, (a, b) in results])
@@ -92,6 +157,10 @@ def comparison_table(results: list[tuple[Case, list[Timing]]]) -> Table:
         verdict = "noise" if value.is_noise else "B is faster" if value.value > 1 else "B is slower"
         table.add_row(case.key, f"{a.images_per_s:,.0f}", f"{b.images_per_s:,.0f}", f"{value:.3f}", verdict)
     return table
+
+
+def _end(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
 
 
 def main() -> None:
@@ -103,8 +172,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.2, help="of one turn")
     arguments = parser.parse_args()
-    a, b = build(arguments.a), build(arguments.b)
-    results = compare(a, b, arguments.threads, arguments.rounds, arguments.seconds)
+    signal.signal(signal.SIGTERM, _end)  # an exception, so that worktrees are removed
+    try:
+        commits = [resolve(arguments.a), resolve(arguments.b)]
+        sites = []
+        for name, commit in zip("AB", commits, strict=True):
+            title = _git("log", "-1", "--format=%h %s", commit)
+            progress.print(f"{name}: {escape(title)}", highlight=False)
+            sites.append(build(commit))
+        results = compare(*sites, arguments.threads, arguments.rounds, arguments.seconds)
+    except RuntimeError as error:
+        sys.exit(f"bench-compare: {error}")
     Console().print(comparison_table(results))
 
 

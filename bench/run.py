@@ -24,6 +24,7 @@ from bench.cases import BATCHES, NETWORKS, Case, cascade_images, noise
 from bench.engines import OURS, engines_for, left_out
 from bench.machine import ROOT, THREADS, ceilings, machine, machine_slug
 from bench.measure import Engine, Worker, measure
+from bench.stored import CEILING, beside, beside_table
 from bench.targets import target_table
 
 __all__ = ["main", "measure_cases", "measure_facts"]
@@ -144,7 +145,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.1, help="of one engine's turn in a round")
     parser.add_argument("--tuning", type=float, default=0.6, help="seconds to find a schedule in")
     parser.add_argument("--output", type=Path, help="results file; bench/results/<machine>.json by default")
-    return parser.parse_args()
+    parser.add_argument(
+        "--beside", type=Path, help="a stored results file to show this run beside (indicative)"
+    )
+    parser.add_argument("--baseline", default=CEILING, help="what to scale it by: this, or an engine's name")
+    arguments = parser.parse_args()
+    if arguments.beside is not None and not arguments.beside.is_file():
+        parser.error(f"--beside: {arguments.beside} is no file")
+    return arguments
 
 
 def main() -> None:
@@ -152,6 +160,7 @@ def main() -> None:
     arguments, start, console = _arguments(), time.perf_counter(), Console()
     path = arguments.output or ROOT / "bench" / "results" / f"{machine_slug(machine())}.json"
     results = load_results(path) | {"machine": machine()}
+    stored = None if arguments.beside is None else json.loads(arguments.beside.read_text())
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def wanted(name: str) -> bool:
@@ -160,14 +169,18 @@ def main() -> None:
     cascade = arguments.cascade.resolve()
     cases = [c for c in standard_cases(arguments.threads, cascade, arguments.everything) if wanted(c.key)]
     settings = (arguments.rounds, arguments.seconds, arguments.tuning)
+    measured = {}
     for case, entry in measure_cases(cases, arguments.everything, arguments.engines, *settings):
-        results["cases"][case.key] = entry
+        results["cases"][case.key] = measured[case.key] = entry
         path.write_text(json.dumps(results, indent=1) + "\n")
         console.print(results_table(entry, case.key))
     if wanted("facts"):
         results["facts"] = measure_facts(cascade, arguments.threads, arguments.rounds, arguments.seconds)
         path.write_text(json.dumps(results, indent=1) + "\n")
     console.print(target_table(results))
+    if stored is not None:
+        rows = beside(measured, stored["cases"], arguments.baseline)
+        console.print(beside_table(rows, arguments.beside.name, arguments.baseline))
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes; results: {path}", soft_wrap=True)
 
 

@@ -56,6 +56,7 @@ class Executor {
   const std::vector<Network>& networks() const { return networks_; }
   const KernelTable& kernels() const { return *kernels_; }
   int64_t classes() const { return classes_; }
+  int threads() const { return static_cast<int>(threads_); }
   Shape features_shape(int64_t stage) const;
   int64_t memory_bytes() const;  // of one call, without the per-row tables
 

@@ -7,10 +7,12 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 
 #include "executor.h"
+#include "step_times.h"
 
 namespace py = pybind11;
 
@@ -205,9 +207,7 @@ class Cascade {
   }
 
   py::tuple run_stage(int64_t stage, const py::array& rows, const std::optional<FloatArray>& table) const {
-    if (stage < 0 || stage >= static_cast<int64_t>(executor_->networks().size()))
-      fail("stage " + std::to_string(stage) + " does not exist");
-    const Images input = check_images(rows, static_cast<size_t>(stage), table);
+    const Images input = check_images(rows, check_stage(stage), table);
     FloatArray logits({input.count, executor_->classes()});
     const Shape shape = executor_->features_shape(stage);
     FloatArray features({input.count, shape.c, shape.h, shape.w});
@@ -236,10 +236,44 @@ class Cascade {
     return stages;
   }
 
+  // Per step of a stage: (operation, kernel, macs, bytes, seconds), the last three per instance.
+  py::list time_steps(int64_t stage, const py::array& rows, const std::optional<FloatArray>& table,
+                      double seconds) const {
+    const Network& net = executor_->networks()[check_stage(stage)];
+    const Images input = check_images(rows, static_cast<size_t>(stage), table);
+    if (input.count == 0) fail("got 0 rows to time steps with, expected at least one");
+    if (!(seconds >= 0)) fail("seconds is " + std::to_string(seconds) + ", expected 0 or more");
+    std::vector<int64_t> numbers(static_cast<size_t>(std::min(input.count, net.tile)));
+    std::iota(numbers.begin(), numbers.end(), 0);
+    Source source;
+    source.images = input.data;
+    source.bytes = input.bytes;
+    source.table = input.table;
+    std::copy_n(input.strides, 4, source.strides);
+    source.rows = numbers.data();
+    std::vector<StepTime> times;
+    {
+      py::gil_scoped_release release;
+      times = fastcascade::time_steps(net, source, static_cast<int64_t>(numbers.size()), executor_->threads(), seconds);
+    }
+    py::list list;
+    for (size_t i = 0; i < times.size(); ++i) {
+      const Step& step = net.steps[i];
+      list.append(py::make_tuple(step.operation, step.kernel, step.macs, times[i].bytes, times[i].seconds));
+    }
+    return list;
+  }
+
   int64_t memory_bytes() const { return executor_->memory_bytes(); }
 
  private:
   std::unique_ptr<Executor> executor_;
+
+  size_t check_stage(int64_t stage) const {
+    if (stage < 0 || stage >= static_cast<int64_t>(executor_->networks().size()))
+      fail("stage " + std::to_string(stage) + " does not exist");
+    return static_cast<size_t>(stage);
+  }
 
   Images check_images(const py::array& images, size_t stage, const std::optional<FloatArray>& table) const {
     const Network& net = executor_->networks()[stage];
@@ -286,6 +320,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("threads") = 1, py::arg("isa") = "", py::arg("kernel") = "")
       .def("run", &Cascade::run, py::arg("images"), py::arg("table"), py::arg("thresholds").noconvert())
       .def("run_stage", &Cascade::run_stage, py::arg("stage"), py::arg("rows"), py::arg("table") = py::none())
+      .def("time_steps", &Cascade::time_steps, py::arg("stage"), py::arg("rows"), py::arg("table"), py::arg("seconds"))
       .def("describe", &Cascade::describe)
       .def("memory_bytes", &Cascade::memory_bytes);
 }

@@ -136,6 +136,7 @@ class Builder {
     step.operation = operation + " -> " + out.text();
     step.kernel = kernel;
     step.work = out.h * out.w;
+    step.macs = out.c * step.work * op.weight_shape[1] * op.weight_shape[2] * op.weight_shape[3];
     step.layout = OpSpec();
     return step;
   }

@@ -90,6 +90,7 @@ struct Step {
   std::vector<int64_t> inputs;
   int64_t output = 0, residual = -1;
   std::string operation, kernel;  // for describe()
+  int64_t macs = 0;    // per instance, as the plan defines it, whatever the kernel does
   std::vector<float> bias;
   std::vector<int64_t> taps;
   Buffer weights;

@@ -1,8 +1,9 @@
 """Where the time of a cascade goes: each stage alone, exits, schedule, whole batches, single calls.
 
-Nothing inside the engine is instrumented, so measuring costs nothing when it is off. The cascade and parts of
-it (a stage alone, a stage with its exit, the last network alone) are programs of the same engine, timed in
-turns within one run, so that a machine that slows down slows all of them.
+Nothing that a call runs through is instrumented, so measuring costs nothing when it is off. The cascade and
+parts of it (a stage alone, a stage with its exit, the last network alone) are programs of the same engine,
+timed in turns within one run, so that a machine that slows down slows all of them. Single steps are timed in
+turn with them, by an entry of the engine that nothing else uses.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
-from fastcascade.backends import Precision
+from fastcascade.backends import Precision, StepTime, TimesSteps
 from fastcascade.bench_parts import stage_alone, stage_with_exit, without_stage
-from fastcascade.bench_results import BatchTiming, Benchmark, Spread, StageTiming, WhatIf
+from fastcascade.bench_results import BatchTiming, Benchmark, Spread, StageTiming, StepTiming, WhatIf
 from fastcascade.cascade import Cascade
 from fastcascade.cost import eval_mode
 from fastcascade.data import Data
@@ -39,7 +40,16 @@ from fastcascade.plan import Plan
 from fastcascade.testing import forced_exit
 from fastcascade.types import CascadeOutput, InputSpec, OperatingPointLike
 
-__all__ = ["BatchTiming", "Benchmark", "Ceilings", "Spread", "StageTiming", "WhatIf", "benchmark"]
+__all__ = [
+    "BatchTiming",
+    "Benchmark",
+    "Ceilings",
+    "Spread",
+    "StageTiming",
+    "StepTiming",
+    "WhatIf",
+    "benchmark",
+]
 
 MAX_IMAGES = 4096
 """More images than this only make a run longer."""
@@ -204,6 +214,33 @@ class _Turns:
         return Spread.of([1 / t for t in self.per_image])
 
 
+class _StepTurns:
+    """A stage alone whose steps are timed one by one, and how long they took by round."""
+
+    def __init__(self, program: TimesSteps, rows: Tensor) -> None:
+        self.program, self.rows = program, rows
+        self.rounds: list[list[StepTime]] = []
+
+    def take(self, seconds: float) -> list[StepTime]:
+        """One turn."""
+        return self.program.time_steps(0, self.rows, seconds)
+
+    def timings(self) -> Iterator[StepTiming]:
+        """What is known about each step."""
+        for rounds in zip(*self.rounds, strict=True):
+            step, seconds = rounds[0], [step.seconds for step in rounds]
+            median = statistics.median(seconds)
+            yield StepTiming(
+                operation=step.operation,
+                kernel=step.kernel,
+                macs=step.macs,
+                bytes_per_image=step.bytes_moved,
+                ms_per_image=Spread.of([1e3 * s for s in seconds]),
+                gflops=2e-9 * step.macs / median,
+                gbs=1e-9 * step.bytes_moved / median,
+            )
+
+
 def _different_batches(count: int, size: int) -> Iterator[Tensor]:
     whole = count - count % size
     order, generator = torch.arange(count), torch.Generator().manual_seed(0)
@@ -212,13 +249,27 @@ def _different_batches(count: int, size: int) -> Iterator[Tensor]:
         order = torch.randperm(count, generator=generator)
 
 
-def _take_turns(turns: Sequence[_Turns], rounds: int, seconds: float) -> None:
+class _Timed(Protocol):
+    """What takes turns."""
+
+    rounds: list[Any]
+
+    def take(self, seconds: float) -> Any: ...
+
+
+def _take_turns(turns: Sequence[_Timed], rounds: int, seconds: float) -> None:
     """Every program once a round, after one call that warms up; the order alternates."""
     for turn in turns:
         turn.take(0)
     for r in range(rounds):
         for turn in turns[:: 1 if r % 2 == 0 else -1]:
             turn.rounds.append(turn.take(seconds))
+
+
+def _steps_of(alone: _Turns) -> _StepTurns | None:
+    """The steps of a stage that runs alone, where its program can time them."""
+    program = cast(CompiledCascade, alone.call).program
+    return _StepTurns(program, alone.rows[: alone.size]) if isinstance(program, TimesSteps) else None
 
 
 def _fastest(candidates: Sequence[_Turns]) -> _Turns:
@@ -264,6 +315,7 @@ class _Run:
         self.exit = [
             _Turns(build(stage_with_exit(plan, k)), rows[k], self.alone[k].size, always) for k in stages[:-1]
         ]
+        self.steps = {k: steps for k, alone in enumerate(self.alone) if (steps := _steps_of(alone))}
         self.cascade = {size: self.turns_of(self.program, size) for size in sizes}
         self.dense = {size: self._dense(self.alone[-1].call, size) for size in sizes}
         self.other_precisions = {
@@ -288,10 +340,11 @@ class _Run:
         """The whole cascade on all images."""
         return _Turns(program, self.images, size, self.thresholds)
 
-    def turns(self) -> list[_Turns]:
+    def turns(self) -> list[_Timed]:
         """Everything of this engine that is timed."""
         others = [turns for stages in self.other_precisions.values() for turns in stages]
-        return [*self.cascade.values(), *self.dense.values(), *self.alone, *self.exit, *others]
+        whole = [*self.cascade.values(), *self.dense.values(), *self.alone, *self.exit, *others]
+        return [*whole, *self.steps.values()]
 
     def plain_torch(self, cascade: Cascade) -> dict[str, dict[int, _Turns]]:
         """The cascade's own forward, and its last exit on everything, by batch size."""
@@ -381,6 +434,7 @@ class _Run:
             gflops_share=gflops / ceilings.gflops,
             bytes_per_image=moved,
             bandwidth_share=moved / seconds / 1e9 / ceilings.copy_gbs,
+            steps=tuple(self.steps[k].timings()) if k in self.steps else (),
         )
 
     def batch_timing(self, size: int) -> BatchTiming:

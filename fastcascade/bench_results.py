@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcascade.machine import Ceilings
 
-__all__ = ["BatchTiming", "Benchmark", "Spread", "StageTiming", "WhatIf"]
+__all__ = ["BatchTiming", "Benchmark", "Spread", "StageTiming", "StepTiming", "WhatIf"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,30 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class StepTiming:
+    """One step of a stage that runs alone, in the order of a run, with all threads at work.
+
+    Attributes:
+        operation, kernel: what is computed, and by what.
+        macs: multiplies per image of the plain definition, whatever algorithm computes it; 0 for steps that
+            only move, add or compare.
+        bytes_per_image: read and written: inputs and output once, weights divided by the images that share
+            one reading. Most of it stays in cache.
+        ms_per_image: over the rounds.
+        gflops: two operations per multiply.
+        gbs: those bytes per second, in GB.
+    """
+
+    operation: str
+    kernel: str
+    macs: int
+    bytes_per_image: float
+    ms_per_image: Spread
+    gflops: float
+    gbs: float
+
+
+@dataclass(frozen=True)
 class StageTiming:
     """One stage with its exit, at the operating point.
 
@@ -53,6 +77,7 @@ class StageTiming:
         gflops_share: of the ceiling.
         bytes_per_image: input and logits once, weights once per batch: the least that must move.
         bandwidth_share: of the ceiling, for those bytes.
+        steps: one entry per step; empty where the backend cannot time them.
     """
 
     name: str
@@ -68,6 +93,7 @@ class StageTiming:
     gflops_share: float
     bytes_per_image: float
     bandwidth_share: float
+    steps: tuple[StepTiming, ...]
 
 
 @dataclass(frozen=True)
@@ -131,8 +157,8 @@ class Benchmark:
         compile_s: packing the plan into a program, apart from everything else.
         first_call_ms: the first call, at the largest batch.
         max_error: largest difference of a probability from the reference backend's, at forced exits.
-        instrumentation_share: what reading the clocks adds to the shortest call. Nothing inside the engine
-            is instrumented, so it costs nothing when nobody measures.
+        instrumentation_share: what reading the clocks adds to the shortest call. Nothing that a call runs
+            through is instrumented, so it costs nothing when nobody measures.
         threads: by number, images/s at the largest batch.
         mac_share: mean MACs over dense MACs.
         peers: images/s by name and batch size; empty unless asked for.

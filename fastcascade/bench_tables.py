@@ -6,17 +6,32 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from fastcascade.bench_results import Benchmark, Spread
+from fastcascade.bench_results import Benchmark, Spread, StepTiming
 
-__all__ = ["bench_tables"]
+__all__ = ["KERNEL_COLUMNS", "bench_tables", "kernel_cells"]
+
+KERNEL_COLUMNS = (
+    "stage",
+    "kernel",
+    "steps",
+    "µs/image",
+    "of stage",
+    "GFLOP/s",
+    "of ceiling",
+    "GB/s",
+    "of bandwidth",
+)
 
 
 def bench_tables(measured: Benchmark) -> list[Table]:
-    """Tables for ``rich``'s console: stages, batch sizes, time; if there are any, threads, peers, what-ifs.
+    """Tables for ``rich``'s console: stages, batch sizes, time; if there are any, kernels, threads, peers and
+    what-ifs.
 
     Names of stages may come from outside and are shown as plain text.
     """
     tables = [_stages(measured), _batches(measured), _time(measured)]
+    if any(stage.steps for stage in measured.stages):
+        tables.append(_kernels(measured))
     if measured.threads:
         tables.append(_threads(measured))
     if measured.peers:
@@ -26,11 +41,10 @@ def bench_tables(measured: Benchmark) -> list[Table]:
     return tables
 
 
-def _new(title: str, columns: Sequence[str], caption: str | None = None) -> Table:
+def _new(title: str, columns: Sequence[str], caption: str | None = None, text_columns: int = 1) -> Table:
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text_columns else "right")
     return table
 
 
@@ -106,6 +120,50 @@ def _time(measured: Benchmark) -> Table:
             f"{1e6 / batch.images_per_s.median:.2f}",
         )
     return table
+
+
+def _kernels(measured: Benchmark) -> Table:
+    table = _new(
+        "Kernels: the steps of each stage alone, all threads at work",
+        KERNEL_COLUMNS,
+        "bytes that steps read and write, most of them in cache: more than the copy's bandwidth is possible",
+        text_columns=2,
+    )
+    for stage, *cells in kernel_cells(measured):
+        table.add_row(_plain(stage), *cells)
+    return table
+
+
+def kernel_cells(measured: Benchmark) -> list[tuple[str, ...]]:
+    """One row of :data:`KERNEL_COLUMNS` per stage and kernel, in the order of stages, longest first."""
+    rows = []
+    for stage in measured.stages:
+        by_kernel: dict[str, list[StepTiming]] = {}
+        for step in stage.steps:
+            by_kernel.setdefault(step.kernel, []).append(step)
+        whole = _ms(stage.steps)
+        for kernel, steps in sorted(by_kernel.items(), key=lambda item: -_ms(item[1])):
+            ms = _ms(steps)
+            gflops = 2e-6 * sum(step.macs for step in steps) / ms
+            gbs = 1e-6 * sum(step.bytes_per_image for step in steps) / ms
+            rows.append(
+                (
+                    stage.name,
+                    kernel,
+                    str(len(steps)),
+                    f"{1e3 * ms:.2f}",
+                    f"{ms / whole:.0%}",
+                    f"{gflops:,.0f}" if gflops else "–",
+                    f"{gflops / measured.ceilings.gflops:.0%}" if gflops else "–",
+                    f"{gbs:.1f}",
+                    f"{gbs / measured.ceilings.copy_gbs:.0%}",
+                )
+            )
+    return rows
+
+
+def _ms(steps: Sequence[StepTiming]) -> float:
+    return sum(step.ms_per_image.median for step in steps)
 
 
 def _peers(measured: Benchmark) -> Table:

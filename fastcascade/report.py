@@ -16,9 +16,10 @@ from html import escape
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from fastcascade.bench_results import Benchmark, StageTiming
+from fastcascade.bench_results import Benchmark, StageTiming, StepTiming
+from fastcascade.bench_tables import KERNEL_COLUMNS, kernel_cells
 from fastcascade.curve import Curves, plot_curves
 from fastcascade.errors import InvalidArgument
 from fastcascade.files import write_atomically
@@ -26,13 +27,17 @@ from fastcascade.types import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
 # Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
 _BLUE, _GREEN, _RED, _GREY = "#0072B2", "#009E73", "#D55E00", "#999999"
 _COLOURS = (_BLUE, "#E69F00", _GREEN, "#CC79A7", _RED, "#56B4E9", "#000000", _GREY)
+_SOFT = "#57606a"
 _MARKERS = "os^Dv<>P"
+_NAMED_SHARE = 0.05
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _STYLE = """
@@ -102,6 +107,7 @@ def write_report(
 def _page(
     title: str, measured: Benchmark, evaluation: Evaluation | None, pictures: Sequence[_Picture]
 ) -> str:
+    kernels = kernel_cells(measured)
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in measured.machine.items()))}</p>',
@@ -109,6 +115,7 @@ def _page(
         *map(_figure, pictures),
         "<h2>Stages</h2>",
         _stage_table(measured),
+        *(["<h2>Kernels</h2>", _table(KERNEL_COLUMNS, kernels)] if kernels else []),
         "<h2>Batch sizes</h2>",
         _batch_table(measured),
         *(["<h2>What if</h2>", _what_if_table(measured)] if measured.what_if else []),
@@ -222,23 +229,25 @@ def _pictures(
         _Picture(
             "flow",
             "How many images stop after each stage, and how many of those are right.",
-            _renderer(lambda axes: _draw_flow(axes, measured, evaluation)),
+            _renderer(lambda figure: _draw_flow(figure.subplots(), measured, evaluation)),
         ),
         _Picture(
             "time",
             "Where the time of an image goes at the largest batch, averaged over all images.",
-            _renderer(lambda axes: _draw_time(axes, measured)),
+            _renderer(lambda figure: _draw_time(figure.subplots(), measured)),
         ),
         _Picture(
             "roofline",
-            "Each stage alone under the ceilings measured in the same run. Winograd convolutions may exceed "
-            "the arithmetic one: they do fewer multiplies than they are credited with.",
-            _renderer(lambda axes: _draw_roofline(axes, measured)),
+            "Each stage, and each of its steps where the engine times them, under the ceilings measured in the "
+            "same run; the larger, the more of the cascade's time. Winograd convolutions may exceed the "
+            "arithmetic ceiling, as they do fewer multiplies than they are credited with; data in cache the "
+            "other.",
+            _renderer(lambda figure: _draw_roofline(figure, measured)),
         ),
         _Picture(
             "throughput",
             "Throughput by batch size.",
-            _renderer(lambda axes: _draw_throughput(axes, measured, peers)),
+            _renderer(lambda figure: _draw_throughput(figure.subplots(), measured, peers)),
         ),
     ]
     if curves is None:
@@ -254,7 +263,7 @@ def _render_curves(curves: Curves, kind: str) -> bytes:
         return path.read_bytes()
 
 
-def _renderer(draw: Callable[[Axes], None]) -> Callable[[str], bytes]:
+def _renderer(draw: Callable[[Figure], None]) -> Callable[[str], bytes]:
     """A function that draws to PNG or SVG bytes; the same numbers give the same bytes."""
 
     def render(kind: str) -> bytes:
@@ -266,9 +275,9 @@ def _renderer(draw: Callable[[Axes], None]) -> Callable[[str], bytes]:
         # Names come from outside, and a dollar sign must not start a formula.
         with matplotlib.rc_context({"svg.hashsalt": "fastcascade", "text.parse_math": False}):
             figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-            axes = figure.subplots()
-            draw(axes)
-            axes.spines[["top", "right"]].set_visible(False)
+            draw(figure)
+            for axes in figure.axes:
+                axes.spines[["top", "right"]].set_visible(False)
             buffer = BytesIO()
             metadata = {"Date": None} if kind == "svg" else {"Software": None}
             figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata=metadata)
@@ -316,28 +325,121 @@ def _exit_us(stage: StageTiming, measured: Benchmark) -> float:
     return 1e3 * stage.exit_ms_per_image.median * stage.images_in / measured.images
 
 
-def _draw_roofline(axes: Axes, measured: Benchmark) -> None:
+class _Point(NamedTuple):
+    """A step on the roofline; ``share`` is of the time that all steps take for the images that reach them."""
+
+    stage: int
+    step: StepTiming
+    share: float
+
+
+def _points(measured: Benchmark) -> list[_Point]:
+    steps = [
+        (k, step, step.ms_per_image.median * stage.images_in)
+        for k, stage in enumerate(measured.stages)
+        for step in stage.steps
+    ]
+    whole = sum(ms for _, _, ms in steps)
+    return [_Point(k, step, ms / whole) for k, step, ms in steps]
+
+
+def _draw_roofline(figure: Figure, measured: Benchmark) -> None:
+    """Steps that multiply under both roofs; those that do not, in a strip of their own by bandwidth alone."""
+    points = _points(measured)
+    multiplying = [point for point in points if point.step.macs]
+    moving = [point for point in points if not point.step.macs]
+    kernels = dict.fromkeys(point.step.kernel for point in (*multiplying, *moving))
+    colours = dict(zip(kernels, cycle(_COLOURS), strict=False))
+    if moving:
+        roof, strip = figure.subplots(1, 2, width_ratios=(5, 1))
+        _draw_strip(strip, measured, moving, colours)
+    else:
+        roof = figure.subplots()
+    _draw_roofs(roof, measured, [2 * p.step.macs / p.step.bytes_per_image for p in multiplying])
+    for point in multiplying:
+        step = point.step
+        intensity = 2 * step.macs / step.bytes_per_image
+        _draw_point(roof, intensity, step.gflops, point, colours[step.kernel])
+    _name_longest(roof, multiplying)
+    for k, stage in enumerate(measured.stages):
+        style = {"color": "black", "fillstyle": "none", "linestyle": "none"}
+        intensity = 2 * stage.macs / stage.bytes_per_image
+        roof.plot(intensity, stage.gflops, _marker(k), label=f"{stage.name}, whole", **style)
+    for kernel, colour in colours.items():
+        roof.plot([], [], "s", color=colour, label=kernel)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize="small")
+
+
+def _marker(stage: int) -> str:
+    return _MARKERS[stage % len(_MARKERS)]
+
+
+def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -> None:
+    ceilings = measured.ceilings
+    ridge = ceilings.gflops / ceilings.copy_gbs
+    stages = (2 * stage.macs / stage.bytes_per_image for stage in measured.stages)
+    everything = (ridge, *intensities, *stages)
+    left, right = min(everything) / 3, max(everything) * 3
+    axes.plot([left, ridge], [left * ceilings.copy_gbs, ceilings.gflops], color=_GREY)
+    axes.plot([ridge, right], [ceilings.gflops] * 2, color=_GREY)
+    style = {"color": _SOFT, "fontsize": "small"}
+    axes.annotate(
+        f"copy, {ceilings.copy_gbs:.0f} GB/s",
+        (left, left * ceilings.copy_gbs),
+        xytext=(4, 10),
+        textcoords="offset points",
+        **style,
+    )
+    axes.annotate(
+        f"matrix product, {ceilings.gflops:,.0f} GFLOP/s",
+        (right, ceilings.gflops),
+        xytext=(0, -12),
+        textcoords="offset points",
+        ha="right",
+        **style,
+    )
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
+    _plain_decades(axes.xaxis)
+    _plain_decades(axes.yaxis)
+
+
+def _plain_decades(axis: Axis) -> None:
     from matplotlib.ticker import LogLocator
 
-    intensities = [2 * stage.macs / stage.bytes_per_image for stage in measured.stages]
-    ridge = measured.ceilings.gflops / measured.ceilings.copy_gbs
-    left, right = min(*intensities, ridge) / 4, max(*intensities, ridge) * 4
-    axes.plot(
-        [left, ridge, right],
-        [left * measured.ceilings.copy_gbs, measured.ceilings.gflops, measured.ceilings.gflops],
-        color=_GREY,
-        label="ceilings",
-    )
-    for stage, intensity, colour, marker in zip(
-        measured.stages, intensities, cycle(_COLOURS), cycle(_MARKERS), strict=False
-    ):
-        axes.plot(intensity, stage.gflops, marker, color=colour, label=stage.name)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="GFLOP/s")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is axes.yaxis else (1,)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("")
-    axes.legend(frameon=False, loc="lower right")
+    axis.set_major_locator(LogLocator())
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
+def _draw_strip(
+    axes: Axes, measured: Benchmark, moving: Sequence[_Point], colours: Mapping[str, str]
+) -> None:
+    kernels = list(dict.fromkeys(point.step.kernel for point in moving))
+    axes.axhline(measured.ceilings.copy_gbs, color=_GREY)
+    for point in moving:
+        _draw_point(axes, kernels.index(point.step.kernel), point.step.gbs, point, colours[point.step.kernel])
+    axes.set(yscale="log", xlabel="no multiplies", ylabel="GB/s", xlim=(-0.7, len(kernels) - 0.3))
+    axes.set_xticks([])
+    _plain_decades(axes.yaxis)
+
+
+def _draw_point(axes: Axes, x: float, y: float, point: _Point, colour: str) -> None:
+    size = 12 + 600 * point.share
+    axes.scatter(x, y, size, colour, marker=_marker(point.stage), alpha=0.7, linewidths=0)
+
+
+def _name_longest(axes: Axes, points: Sequence[_Point]) -> None:
+    """Write the operation at the kinds of steps that take at least a twentieth of the time."""
+    kinds: dict[str, list[_Point]] = {}
+    for point in points:
+        name = point.step.operation.partition(" + ")[0].partition(" -> ")[0]
+        kinds.setdefault(name, []).append(point)
+    for name, kind in kinds.items():
+        if sum(point.share for point in kind) < _NAMED_SHARE:
+            continue
+        top = max((point.step for point in kind), key=lambda step: step.gflops)
+        place = (2 * top.macs / top.bytes_per_image, top.gflops)
+        axes.annotate(name, place, xytext=(0, 10), textcoords="offset points", ha="center", fontsize="small")
 
 
 def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mapping[int, float]]) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -18,10 +19,11 @@ from rich.console import Console
 from torch import nn
 
 import fastcascade as fc
-from fastcascade.backends import load_backend
+from fastcascade.backends import StepTime, load_backend
+from fastcascade.backends.cpu import CpuProgram
 from fastcascade.bench import Benchmark, Spread, _check, benchmark
 from fastcascade.bench_parts import stage_alone, stage_with_exit, without_stage
-from fastcascade.bench_tables import bench_tables
+from fastcascade.bench_tables import bench_tables, kernel_cells
 from fastcascade.engine import CompiledCascade
 from fastcascade.errors import DataError, FastCascadeError, InvalidArgument
 from fastcascade.lower import plan as lower_plan
@@ -257,6 +259,100 @@ def test_threads_are_compared_where_the_backend_takes_them(cascade: fc.Cascade, 
     measured = measure(cascade, images, backend="cpu", threads=[1, 2])
     assert list(measured.threads) == [1, 2]
     assert measured.machine["threads"] == "1"
+
+
+def cpu_program(stages: Sequence[nn.Module | fc.Stage], shape: tuple[int, int, int]) -> CpuProgram:
+    reason = load_backend("cpu").unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"the cpu backend cannot run: {reason}")
+    selector = fc.MLPSelector() if len(stages) > 1 else None
+    program = fc.compile(fc.Cascade(list(stages), selector, 16, shape), backend="cpu", threads=2).program
+    assert isinstance(program, CpuProgram)
+    return program
+
+
+def test_multiplies_and_bytes_of_every_step_are_those_counted_by_hand() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+    )
+    steps = cpu_program([network], (3, 8, 8)).time_steps(0, torch.randn(1, 3, 8, 8), 0.0)
+    assert [step.macs for step in steps if step.macs] == [
+        16 * 8 * 8 * 3 * 3 * 3,
+        32 * 4 * 4 * 16 * 3 * 3,
+        32 * 4 * 4 * 3 * 3,
+        32 * 16,
+    ]
+    # Channels that fill vectors, so that what is stored does not depend on their width.
+    strided, linear = (s for s in steps if s.macs in (32 * 4 * 4 * 16 * 3 * 3, 32 * 16))
+    assert strided.bytes_moved == 4 * (16 * 10 * 10 + 32 * 4 * 4 + 32 * (16 * 3 * 3 + 1))
+    assert linear.bytes_moved == 4 * (32 + 16 + 16 * (32 + 1))
+    pool = next(step for step in steps if step.kernel == "pool_average_f32")
+    assert (pool.macs, pool.bytes_moved) == (0, 4 * (32 * 4 * 4 + 32))
+
+
+def test_images_of_a_tile_share_one_reading_of_the_weights() -> None:
+    program = cpu_program([nn.Sequential(nn.Flatten(), nn.Linear(192, 16))], (3, 8, 8))
+    one, four = (program.time_steps(0, torch.randn(n, 3, 8, 8), 0.0)[-1].bytes_moved for n in (1, 4))
+    assert one - four == pytest.approx(0.75 * 4 * 16 * (192 + 1))
+
+
+def test_steps_of_a_stage_multiply_as_often_as_the_stage_and_none_is_missing() -> None:
+    segments = cut_into_segments(resnet_cifar(8, num_classes=16), after=[1, 2])
+    shared = [fc.Stage(m, e, input="previous" if k else "image") for k, (m, e) in enumerate(segments)]
+    grouped = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.Conv2d(32, 8, 3, groups=2),
+        nn.Conv2d(8, 8, (1, 3), groups=8),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.LazyLinear(16),
+    )
+    grouped(torch.randn(1, 3, 32, 32))
+    for program in (cpu_program(shared, (3, 32, 32)), cpu_program([grouped], (3, 32, 32))):
+        for k, (stage, report) in enumerate(zip(program.plan.stages, program.describe(), strict=True)):
+            steps = program.time_steps(k, torch.randn(3, *stage.shapes[0]), 0.0)
+            assert 2 * sum(step.macs for step in steps) == 2 * stage.macs
+            assert [step[:2] for step in steps] == list(report.kernels[:-1])  # the exit head is no step
+            assert all(step.seconds > 0 and step.bytes_moved > 0 for step in steps)
+
+
+def test_steps_become_rates_and_rows(
+    cascade: fc.Cascade, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(stage.steps == () for stage in measure(cascade, images).stages)  # the reference has none
+    seconds = iter([1.0] * 3 + [2.0] * 3 + [4.0] * 3)  # warm-up, then two rounds, of three stages
+
+    def invented(self: CpuProgram, k: int, x: torch.Tensor, turn: float) -> list[StepTime]:
+        took = next(seconds)
+        return [StepTime("a", "conv", 6_000_000_000, 3e9, took), StepTime("b", "load", 0, 1e9, took / 3)]
+
+    cpu_program([small_network(16).append(nn.Linear(4, 16))], SHAPE)  # skips where there is none
+    monkeypatch.setattr(CpuProgram, "time_steps", invented)
+    measured = measure(cascade, images, backend="cpu", rounds=2)
+    step, other = measured.stages[0].steps
+    assert step.ms_per_image == Spread.of([2000.0, 4000.0])
+    assert (step.gflops, step.gbs) == (pytest.approx(4.0), pytest.approx(1.0))
+    assert (other.gflops, other.gbs) == (0, pytest.approx(1.0))
+    assert json.loads(json.dumps(measured.to_json()))["stages"][0]["steps"][0]["kernel"] == "conv"
+    first, second = kernel_cells(measured)[:2]
+    assert first == ("w2", "conv", "1", "3000000.00", "75%", "4", "4%", "1.0", "10%")
+    assert second == ("w2", "load", "1", "1000000.00", "25%", "–", "–", "1.0", "10%")
+
+
+@pytest.mark.parametrize(
+    ("stage", "count", "seconds", "message"),
+    [(1, 1, 0.0, "stage 1 does not exist"), (0, 0, 0.0, "got 0 rows"), (0, 1, math.nan, "seconds is nan")],
+)
+def test_steps_that_cannot_be_timed_are_refused(stage: int, count: int, seconds: float, message: str) -> None:
+    program = cpu_program([nn.Sequential(nn.Flatten(), nn.Linear(192, 16))], (3, 8, 8))
+    with pytest.raises(ValueError, match=message):
+        program.time_steps(stage, torch.zeros(count, 3, 8, 8), seconds)
 
 
 def test_leaves_torch_threads_as_they_were(cascade: fc.Cascade, images: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import fastcascade as fc
@@ -24,6 +26,7 @@ from bench.engines import OURS, engines_for, left_out
 from bench.handmade import PeerCascade
 from bench.measure import Engine, Timing, Worker, check, measure
 from bench.peers import PEERS, Schedule, make_peer
+from bench.stored import CEILING, beside, beside_table
 from bench.targets import TRAINING, Row, target_rows
 
 
@@ -217,6 +220,37 @@ def test_the_document_gets_its_tables_and_nothing_else_changes() -> None:
     assert tables.write_tables(written, full_results()) == written
     kept = re.compile(r"(<!-- table: \S+ -->).*?<!-- end -->", re.DOTALL)
     assert kept.sub(r"\1", written) == kept.sub(r"\1", text)
+
+
+def run_at(speed: float, gain: float = 1.0) -> dict[str, Any]:
+    """The cases of a run on a machine of some speed, on which our engine has become faster by ``gain``."""
+    engines = {"fastcascade": timing(300 * speed * gain), "ncnn": timing(100 * speed)}
+    entry = {"engines": engines, "ceilings": {"threads": 2.0, "fp32_avx2_gflops": 50.0 * speed}}
+    return {"resnet_cifar:20 batch 8 threads 2": entry}
+
+
+@pytest.mark.parametrize("baseline", [CEILING, "ncnn"])
+def test_a_stored_run_is_compared_through_its_own_baseline(baseline: str) -> None:
+    (row,) = beside(run_at(0.5, gain=1.2), run_at(2.0), baseline)
+    assert row.baseline == pytest.approx(0.25)
+    assert row.ratio == pytest.approx(1.2)
+    assert (row.then, row.now) == (pytest.approx(600), pytest.approx(180))
+
+
+def test_without_a_common_baseline_nothing_is_claimed() -> None:
+    rows = beside(run_at(1.0), run_at(2.0), "OpenVINO")
+    assert [row.ratio for row in rows] == [None]
+    assert beside(run_at(1.0), {}) == []
+
+
+def test_a_comparison_with_a_stored_run_is_marked_as_indicative() -> None:
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    for baseline in (CEILING, "OpenVINO"):
+        console.print(beside_table(beside(run_at(1.0), run_at(2.0), baseline), "old.json", baseline))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("INDICATIVE: now over old.json, scaled by the") == 2
+    assert "≈ 1.00×" in text
+    assert "no baseline" in text
 
 
 def test_every_peer_is_measured_or_named_as_left_out() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcascade.bench_results import BatchTiming, Benchmark, Spread, StageTiming, WhatIf
+from fastcascade.bench_results import BatchTiming, Benchmark, Spread, StageTiming, StepTiming, WhatIf
 from fastcascade.curve import Curves
 from fastcascade.errors import InvalidArgument
 from fastcascade.machine import Ceilings
@@ -29,6 +29,19 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def spread(value: float) -> Spread:
     return Spread(value, 0.9 * value, 1.1 * value)
+
+
+def step(operation: str, kernel: str, macs: int) -> StepTiming:
+    return StepTiming(operation, kernel, macs, 1e5, spread(1e-2), 2e-4 * macs, 10.0)
+
+
+STEPS = (
+    step("read image -> (3, 32, 32)", "load_f32", 0),
+    step("conv 3x3 (3, 32, 32) + relu -> (16, 32, 32)", "conv_direct_f32", 442_368),
+    step("conv 3x3 (16, 32, 32) + relu -> (16, 32, 32)", "conv3x3_winograd_f32", 2_359_296),
+    step("conv 3x3 (16, 32, 32) + relu -> (16, 32, 32)", "conv3x3_winograd_f32", 2_359_296),
+    step("average pool 32x32 (16, 32, 32) -> (16, 1, 1)", "pool_average_f32", 0),
+)
 
 
 def stage(name: str, images_in: int, images_out: int, macs: int) -> StageTiming:
@@ -46,6 +59,7 @@ def stage(name: str, images_in: int, images_out: int, macs: int) -> StageTiming:
         gflops_share=1.7,
         bytes_per_image=2e4,
         bandwidth_share=0.02,
+        steps=STEPS,
     )
 
 
@@ -117,11 +131,16 @@ class Page(HTMLParser):
         self.text += data
 
     @property
-    def pictures(self) -> list[ElementTree.Element]:
-        """The pictures as parsed SVG."""
+    def sources(self) -> list[str]:
+        """The pictures as SVG."""
         prefix = "data:image/svg+xml;base64,"
         assert all(address.startswith(prefix) for address in self.addresses)
-        return [ElementTree.fromstring(base64.b64decode(a.removeprefix(prefix))) for a in self.addresses]
+        return [base64.b64decode(address.removeprefix(prefix)).decode() for address in self.addresses]
+
+    @property
+    def pictures(self) -> list[ElementTree.Element]:
+        """The pictures, parsed."""
+        return [ElementTree.fromstring(source) for source in self.sources]
 
 
 @pytest.fixture
@@ -155,6 +174,29 @@ def test_page_shows_the_figures(page: Page) -> None:
     assert "operating point fast" in page.text
     assert "energy was not measured: no counter" in page.text
     assert len(page.pictures) == 5
+
+
+ROOFLINE = -2
+"""Place among the pictures."""
+
+
+def points(page: Page) -> int:
+    groups = page.pictures[ROOFLINE].iter(f"{SVG}g")
+    return sum(element.get("id", "").startswith("PathCollection") for element in groups)
+
+
+def test_every_step_has_a_point_on_the_roofline_and_its_kernel_a_row_and_a_colour(page: Page) -> None:
+    assert points(page) == 2 * len(STEPS)
+    for kernel in {step.kernel for step in STEPS}:
+        assert page.text.count(kernel) == 2  # once a stage
+        assert f"<!-- {kernel} -->" in page.sources[ROOFLINE]
+
+
+def test_without_steps_the_roofline_holds_the_stages(tmp_path: Path, measured: Benchmark) -> None:
+    stages = tuple(replace(stage, steps=()) for stage in measured.stages)
+    page = Page(write_report(tmp_path, replace(measured, stages=stages)).read_text())
+    assert points(page) == 0
+    assert "Kernels" not in page.text
 
 
 def test_writes_a_png_for_every_picture(tmp_path: Path, measured: Benchmark) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, NamedTuple, Protocol, cast, get_args
+from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ __all__ = [
     "Precision",
     "Program",
     "StageReport",
+    "StepTime",
+    "TimesSteps",
     "choose_backend",
     "load_backend",
 ]
@@ -100,6 +102,33 @@ class Program(Protocol):
 
     def describe(self) -> list[StageReport]:
         """One report per stage, in order."""
+
+
+class StepTime(NamedTuple):
+    """What one step of a stage does for one image.
+
+    Attributes:
+        operation, kernel: as in :class:`KernelChoice`.
+        macs: multiplies of the plain definition, whatever algorithm computes it; 0 where it only moves or
+            compares.
+        bytes_moved: read and written as stored: inputs and output once, weights divided by the images that
+            share one reading of them.
+        seconds: with all threads at work.
+    """
+
+    operation: str
+    kernel: str
+    macs: int
+    bytes_moved: float
+    seconds: float
+
+
+@runtime_checkable
+class TimesSteps(Protocol):
+    """A program that can also time its steps one by one, through an entry that ``run`` does not use."""
+
+    def time_steps(self, k: int, x: Tensor, seconds: float) -> list[StepTime]:
+        """Run stage k on images ``x`` for about this long, at least once; one entry per step, in order."""
 
 
 class Backend(Protocol):

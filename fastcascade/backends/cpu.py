@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcascade.backends import ExitResults, KernelChoice, Precision, StageReport
+from fastcascade.backends import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
 from fastcascade.errors import BackendUnavailable
 from fastcascade.plan import Activation, Conv2d, Op, Plan, SelectorPlan, StagePlan
@@ -108,6 +108,14 @@ class CpuProgram:
         """One report per stage."""
         reports = self._cascade.describe()
         return [_report(stage, report) for stage, report in zip(self.plan.stages, reports, strict=True)]
+
+    def time_steps(self, k: int, x: Tensor, seconds: float) -> list[StepTime]:
+        """How long every step of stage k takes; see :class:`fastcascade.backends.TimesSteps`.
+
+        Args:
+            x: (N, C, H, W) of the stage's input shape, N ≥ 1; at most a tile of them is used.
+        """
+        return [StepTime(*step) for step in self._cascade.time_steps(k, x.numpy(), self._table, seconds)]
 
     @property
     def memory_bytes(self) -> int:
