@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcascade.backends import ExitResults, KernelChoice, StageReport
+from fastcascade.backends.exact import exact_float32
 from fastcascade.backends.reference import move_stage, run_stage
 from fastcascade.errors import FastCascadeError
 from fastcascade.kernels.reference import ExitTables, MLPWeights, exit_step, exit_tables
@@ -181,6 +182,7 @@ class BreadthFirstProgram:
         self.selectors = [stage.selector for stage in moved]
 
     @torch.no_grad()
+    @exact_float32()
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
         """Classify a batch on the current stream; see :meth:`fastcascade.backends.Program.run`.
 

@@ -149,6 +149,32 @@ def test_a_selector_of_ones_own_runs_through_torch(launch: Launch) -> None:
     Comparison(launch, cascade).free(cascade, torch.randn(40, *SHAPE) * 2)
 
 
+class Watching(nn.Module):
+    """A stage that no graph expresses, and that keeps what torch computes its convolutions with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = random_network(0, input_shape=SHAPE)
+        self.seen: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return self.network(x) if float(x.abs().sum()) >= 0 else self.network(-x)
+
+
+@pytest.mark.filterwarnings("ignore:Watching uses")
+def test_torch_does_not_round_a_stage_to_tf32(launch: Launch) -> None:
+    cascade = fc.Cascade([Watching()], None, 5, SHAPE)
+    program = Comparison(launch, cascade).program
+    (watching,) = (m for m in program.runners[0].stage.module.modules() if isinstance(m, Watching))
+    watching.seen.clear()
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before == "tf32"
+    program.run(torch.randn(2, *SHAPE, device=program.device), torch.empty(0))
+    assert watching.seen == ["ieee"]
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
 # ---- where it cannot run ----
 
 
