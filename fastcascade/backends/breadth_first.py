@@ -187,7 +187,7 @@ class BreadthFirstProgram:
         """Classify a batch on the current stream; see :meth:`fastcascade.backends.Program.run`.
 
         Raises:
-            FastCascadeError: the device ran out of memory, or a kernel failed.
+            FastCascadeError: the device ran out of memory, or a stage failed; says which, or what to try.
         """
         limits = thresholds.to(self.device, non_blocking=True)
         try:
@@ -214,9 +214,9 @@ class BreadthFirstProgram:
                 break
             try:
                 active = self._step(k, runner, images, active, tables, thresholds)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, FastCascadeError):
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise FastCascadeError(
                     f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. If this is a "
                     "CUDA error the process cannot use the device any more: restart it, and set "

@@ -19,6 +19,10 @@ from fastcascade.resnet import BasicBlock, Head, ResNet, cut_into_segments
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton.runtime.errors import OutOfResources, TritonError
+
+from fastcascade.kernels.triton import conv
+
 IMAGE = (3, 8, 8)
 CLASSES = 10
 NORMALIZE = fc.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
@@ -268,6 +272,39 @@ def test_out_of_memory_names_a_batch_size(device: torch.device, monkeypatch: pyt
     monkeypatch.setattr(program.runners[0], "run", exhausted)
     with pytest.raises(fc.FastCascadeError, match="batches of 8"):
         program.run(images(17).to(device), torch.zeros(1))
+
+
+class TooLarge:
+    """In place of a kernel: one that the device has no room for, or that cannot be compiled."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.fn = conv.conv_kernel.fn
+
+    def __getitem__(self, grid: tuple[int, ...]):  # type: ignore[no-untyped-def]
+        def start(*arguments: object, **constants: object) -> None:
+            raise self.error
+
+        return start
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OutOfResources(300_000, 232_448, "shared memory"),
+            "conv_kernel needs 300000 of shared memory .*232448",
+        ),
+        (TritonError("ptxas"), "conv_kernel failed: ptxas"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_named(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    program = Comparison(plan(independent()), device).program
+    monkeypatch.setattr(conv, "conv_kernel", TooLarge(error))
+    with pytest.raises(fc.FastCascadeError, match=f"(?s)stage 0 .*{said}"):
+        program.run(images(2).to(device), torch.zeros(1))
 
 
 def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> None:
