@@ -426,6 +426,7 @@ OPTIONAL = {
     "matplotlib": "pictures of the cost–accuracy curve",
     "triton": "the triton backend",
     "cupy": "the cuda backend",
+    "cuda-bindings": "GPU stages through torch without reading a count back",
 }
 """Package → what does not work without it."""
 
@@ -436,6 +437,7 @@ def doctor() -> None:
     import torch
 
     from fastcascade.backends import NAMES, load_backend
+    from fastcascade.backends.while_node import unavailable_reason
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(
@@ -443,7 +445,7 @@ def doctor() -> None:
     )
     isa = torch.backends.cpu.get_cpu_capability()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU with {isa}")
-    for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA"):
+    for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_TORCH_STAGES"):
         if variable in os.environ:
             console.print(
                 f"{variable}={printable(os.environ[variable])} is set: it is used or an error, never replaced"
@@ -454,7 +456,17 @@ def doctor() -> None:
     packages = Table("package", "version", "needed for", title="optional packages")
     for name, use in OPTIONAL.items():
         packages.add_row(name, _version(name) or "missing", use)
-    console.print(backends, packages)
+    repeated = unavailable_reason()
+    console.print(backends)
+    console.print(
+        "GPU stages that run through torch: "
+        + (
+            f"one readback of the count each, because {repeated}"
+            if repeated
+            else "in chunks, without readback"
+        )
+    )
+    console.print(packages)
 
 
 def _version(package: str) -> str | None:

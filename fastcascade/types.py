@@ -118,11 +118,16 @@ class InputSpec:
             f"or (N, {height}, {width}, {channels})"
         )
 
-    def to_float(self, x: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) → float32 through the preprocessing table; float input comes back as it is."""
+    def to_float(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """uint8 (N, C, H, W) → float32 through the preprocessing table; float input comes back as it is.
+
+        Args:
+            table: the preprocessing table, where it has been moved to x's device before.
+        """
         if x.dtype != torch.uint8 or self.preprocess is None:
             return x
-        table = self.preprocess.table().to(x.device)
+        if table is None:
+            table = self.preprocess.table().to(x.device)
         return torch.stack([row[plane.long()] for row, plane in zip(table, x.unbind(1), strict=True)], 1)
 
 

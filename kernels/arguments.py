@@ -21,6 +21,8 @@ __all__ = [
 
 MLP_FEATURES = ("stats", "topk", "probs")
 SCORES = ("max_prob", "margin", "entropy")
+TABLES = (torch.float32, torch.int32, torch.int32, torch.float32, torch.int64, torch.int64)
+"""Dtypes of :class:`ExitTables`, as the kernels read and write them."""
 
 
 class Keep(NamedTuple):
@@ -52,23 +54,19 @@ def check_exit_head(
         block_rows: rows of a block of the kernel; the rest is as the kernels' wrappers take it.
 
     Raises:
-        ValueError: says what came and what was expected.
+        ValueError: a tensor of another dtype, on another device or not contiguous, and what does not fit
+            together; says what came and what was expected.
     """
     capacity, num_classes = logits.shape
-    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not logits.is_contiguous():
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"logits are {logits.dtype}; expected fp16, bf16 or fp32")
+    _check(logits=(logits, logits.dtype), **_int32(index=index, count=count), **_flags(keep))
+    _check(logits=(logits, logits.dtype), **_named("tables", tables, TABLES))
+    if tables.log_probs.shape[1:] != (num_classes,):
+        raise ValueError(f"tables hold {tuple(tables.log_probs.shape)}; expected {num_classes} classes")
+    if len(index) < capacity:
         raise ValueError(
-            f"logits are {logits.dtype} with strides {logits.stride()}; "
-            "expected contiguous fp16, bf16 or fp32"
-        )
-    if tables.log_probs.shape[1:] != (num_classes,) or tables.log_probs.dtype != torch.float32:
-        raise ValueError(
-            f"tables hold {tuple(tables.log_probs.shape)} {tables.log_probs.dtype}; "
-            f"expected float32 with {num_classes} classes"
-        )
-    if index.dtype != torch.int32 or count.dtype != torch.int32 or len(index) < capacity:
-        raise ValueError(
-            f"index is {tuple(index.shape)} {index.dtype} and count {count.dtype}; "
-            f"expected int32 and at least {capacity} entries"
+            f"index has {len(index)} entries; expected at least {capacity}, one per row of logits"
         )
     if keep.rows != block_rows or len(keep.flags) < capacity:
         raise ValueError(f"keep is not from new_keep({capacity}, {num_classes}, …)")
@@ -78,22 +76,27 @@ def check_exit_head(
         raise ValueError(f"selector {selector!r} and weights={weights is not None} do not go together")
     if (selector is None) != (threshold is None):
         raise ValueError("a threshold is needed at every exit but the last, and only there")
+    if weights is not None:
+        float32 = (torch.float32,) * len(weights)
+        _check(logits=(logits, logits.dtype), **_named("weights", weights, float32))
+    if threshold is not None:
+        _check(logits=(logits, logits.dtype), threshold=(threshold, torch.float32))
 
 
-def check_index(index: Tensor, count: Tensor, out_index: Tensor, out_count: Tensor) -> None:
+def check_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, out_count: Tensor) -> None:
     """Refuse what the compaction of an index list would misread, with a ValueError."""
     if out_index.data_ptr() == index.data_ptr() or out_count.data_ptr() == count.data_ptr():
         raise ValueError("compact_index cannot work in place; pass another index and count for the output")
-    _check_int32(index=index, count=count, out_index=out_index, out_count=out_count)
+    lists = _int32(index=index, count=count, out_index=out_index, out_count=out_count)
+    _check(**lists, **_flags(keep))
 
 
-def check_in_place(rows: Tensor, index: Tensor, count: Tensor, out_count: Tensor) -> None:
+def check_in_place(rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count: Tensor) -> None:
     """Refuse what the compaction of feature rows in place would misread, with a ValueError."""
-    if not rows.is_contiguous():
-        raise ValueError(f"feature rows have strides {rows.stride()}; expected contiguous rows")
     if out_count.data_ptr() == count.data_ptr():
         raise ValueError("fill_holes reads count while it writes out_count; pass another tensor")
-    _check_int32(index=index, count=count, out_count=out_count)
+    lists = _int32(index=index, count=count, out_count=out_count)
+    _check(rows=(rows, rows.dtype), **lists, **_flags(keep))
 
 
 def check_bucket(
@@ -106,21 +109,44 @@ def check_bucket(
     bucket_count: Tensor,
 ) -> None:
     """Refuse what the gather into a bucket would misread, with a ValueError."""
-    if source.shape[1:] != bucket.shape[1:] or source.dtype != bucket.dtype:
+    if source.shape[1:] != bucket.shape[1:]:
         raise ValueError(
-            f"bucket rows are {tuple(bucket.shape[1:])} {bucket.dtype}; "
-            f"expected {tuple(source.shape[1:])} {source.dtype}"
+            f"bucket rows are {tuple(bucket.shape[1:])}; expected {tuple(source.shape[1:])}, as in the source"
         )
-    if not (source.is_contiguous() and bucket.is_contiguous()):
-        raise ValueError(f"strides are {source.stride()} and {bucket.stride()}; expected contiguous rows")
-    _check_int32(index=index, count=count, chunk=chunk, bucket_index=bucket_index, bucket_count=bucket_count)
+    lists = _int32(
+        index=index, count=count, chunk=chunk, bucket_index=bucket_index, bucket_count=bucket_count
+    )
+    _check(source=(source, source.dtype), bucket=(bucket, source.dtype), **lists)
     if len(bucket) == 0 or len(index) == 0:
         raise ValueError(
             f"got a bucket of {len(bucket)} rows and an index of {len(index)}; expected at least one"
         )
 
 
-def _check_int32(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} is {tensor.dtype}; expected int32")
+Typed = tuple[Tensor, torch.dtype]
+"""A tensor and the dtype that it must have."""
+
+
+def _named(name: str, tensors: ExitTables | MLPWeights, dtypes: tuple[torch.dtype, ...]) -> dict[str, Typed]:
+    fields = zip(tensors._fields, tensors, dtypes, strict=True)
+    return {f"{name}.{field}": (tensor, dtype) for field, tensor, dtype in fields}
+
+
+def _int32(**tensors: Tensor) -> dict[str, Typed]:
+    return {name: (tensor, torch.int32) for name, tensor in tensors.items()}
+
+
+def _flags(keep: Keep) -> dict[str, Typed]:
+    return {"keep.flags": (keep.flags, torch.int8), "keep.counts": (keep.counts, torch.int32)}
+
+
+def _check(**wanted: Typed) -> None:
+    """Each of its dtype, contiguous, and on the device of the first."""
+    first, device = next((name, tensor.device) for name, (tensor, _) in wanted.items())
+    for name, (tensor, dtype) in wanted.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; expected {dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {device}; expected one device")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; expected it contiguous")

@@ -19,6 +19,7 @@ from pyarrow import parquet
 import fastcascade as fc
 from fastcascade import cli
 from fastcascade.backends import NAMES, load_backend
+from fastcascade.backends.while_node import unavailable_reason
 from fastcascade.resnet import build_network
 
 COMMANDS = "train calibrate evaluate predict bench report inspect doctor download".split()
@@ -222,6 +223,9 @@ def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.
     for package, use in cli.OPTIONAL.items():
         assert any(package in line and "missing" in line and use in line for line in done.out.splitlines())
     assert "FASTCASCADE_ISA=portable" in done.out
+    reason = unavailable_reason()
+    assert "GPU stages that run through torch: " + ("one readback" if reason else "in chunks") in done.out
+    assert reason is None or reason in done.out
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 The number of active rows stays on the device. Own kernels read it there, so between two stages that run as
 own kernels the host waits for nothing. A stage that runs through torch needs the number once, to size its
-batch; :class:`TorchStage` says so in its report.
+batch (:class:`TorchStage`), or runs in chunks of a fixed size (:mod:`fastcascade.backends.chunked`); its
+report says which.
 
 Feature rows are kept as (rows, H, W, C) or (rows, F), contiguous: one row is one instance, and a view with
 the channels first is what torch calls channels_last.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcascade.backends import ExitResults, KernelChoice, StageReport
+from fastcascade.backends.exact import exact_float32
 from fastcascade.backends.reference import move_stage, run_stage
 from fastcascade.errors import FastCascadeError
 from fastcascade.kernels.reference import ExitTables, MLPWeights, exit_step, exit_tables
@@ -98,6 +100,9 @@ class TorchStage:
     """A stage through torch: gather the active rows into a bucket of exactly their number, run, answer.
 
     Asks the device for the number of active rows, once per call, unless it is the first stage.
+
+    Args:
+        reason: why it runs through torch; counting: why it asks.
     """
 
     def __init__(
@@ -108,10 +113,13 @@ class TorchStage:
         kernels: ExitKernels,
         device: torch.device,
         dtype: torch.dtype,
+        counting: str,
     ) -> None:
         self.stage = move_stage(stage, device, dtype)
         self.reason = reason
+        self.counting = counting
         self.spec = spec
+        self.table = None if spec.preprocess is None else spec.preprocess.table().to(device)
         self.kernels = kernels
         self.dtype = dtype
 
@@ -123,26 +131,32 @@ class TorchStage:
         if n == 0:
             empty = images.new_empty((0, self.spec.shape[0]), dtype=self.dtype)
             return empty, empty
-        x = self._images(images, active, n) if self.stage.input == "image" else self._features(active, n)
-        features, logits = run_stage(self.stage, x)
-        rows = channels_last(features)
+        reads_images = self.stage.input == "image"
+        x = self._gather(images, active, n) if reads_images else cast(Tensor, active.features)[:n]
+        rows, logits = self.forward(x)
         # Rows are compacted in place, which must not reach the caller's images.
         shared = rows.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
-        return rows.clone() if shared else rows, logits.contiguous()
+        return rows.clone() if shared else rows, logits
 
-    def _images(self, images: Tensor, active: Active, n: int) -> Tensor:
-        if n < len(images):
-            rows = channels_last(images)
-            bucket = rows.new_empty(n, *rows.shape[1:])
-            scratch = active.index.new_empty(n), torch.empty_like(active.count)
-            chunk = torch.zeros_like(active.count)
-            self.kernels.gather_rows(rows, active.index, active.count, chunk, bucket, *scratch)
-            images = channels_first(bucket)
-        return self.spec.to_float(images).to(self.dtype)
+    def _gather(self, images: Tensor, active: Active, n: int) -> Tensor:
+        if n == len(images):
+            return images.permute(0, 2, 3, 1)
+        rows = channels_last(images)
+        bucket = rows.new_empty(n, *rows.shape[1:])
+        scratch = active.index.new_empty(n), torch.empty_like(active.count)
+        chunk = torch.zeros_like(active.count)
+        self.kernels.gather_rows(rows, active.index, active.count, chunk, bucket, *scratch)
+        return bucket
 
-    def _features(self, active: Active, n: int) -> Tensor:
-        channels = self.stage.shapes[0][0]  # rows of own kernels are padded
-        return channels_first(cast(Tensor, active.features)[:n, ..., :channels]).to(self.dtype)
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, …) images or features, channels last → features, channels last, and logits."""
+        x = channels_first(rows)
+        if self.stage.input == "image":
+            x = self.spec.to_float(x, self.table)
+        else:
+            x = x[:, : self.stage.shapes[0][0]]  # rows of own kernels are padded
+        features, logits = run_stage(self.stage, x.to(self.dtype))
+        return channels_last(features), logits.contiguous()
 
     def report(self) -> StageReport:
         """Torch does the work; the reason says why, and that the host waits."""
@@ -154,7 +168,7 @@ class TorchStage:
             name=self.stage.name,
             opaque_reason=self.reason,
             kernels=(
-                KernelChoice("count of active rows", "one readback, none at the first stage"),
+                KernelChoice("readback of row count", f"one, none at the first stage: {self.counting}"),
                 *(KernelChoice(str(op), "torch") for op in work),
             ),
             isa="torch",
@@ -181,11 +195,12 @@ class BreadthFirstProgram:
         self.selectors = [stage.selector for stage in moved]
 
     @torch.no_grad()
+    @exact_float32()
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
         """Classify a batch on the current stream; see :meth:`fastcascade.backends.Program.run`.
 
         Raises:
-            FastCascadeError: the device ran out of memory, or a kernel failed.
+            FastCascadeError: the device ran out of memory, or a stage failed; says which, or what to try.
         """
         limits = thresholds.to(self.device, non_blocking=True)
         try:
@@ -212,9 +227,9 @@ class BreadthFirstProgram:
                 break
             try:
                 active = self._step(k, runner, images, active, tables, thresholds)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, FastCascadeError):
                 raise
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise FastCascadeError(
                     f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. If this is a "
                     "CUDA error the process cannot use the device any more: restart it, and set "

@@ -12,7 +12,9 @@ from functools import partial
 import torch
 
 from fastcascade.backends import Precision
-from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, StageRunner, TorchStage
+from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels
+from fastcascade.backends.chunked import torch_stage
+from fastcascade.backends.while_node import Choice, choose_loops
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.cuda import compact, exit_head
 from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
@@ -67,22 +69,25 @@ class CudaBackend:
         """Move weights to the device; the kernels are compiled at the first launch."""
         if threads is not None:
             raise InvalidArgument(f"threads={threads}: the cuda backend has no CPU threads; leave it out")
-        return lower_with(DeviceLaunch(device), plan, precision)
+        return lower_with(DeviceLaunch(device), plan, precision, choose_loops(device))
 
 
-def lower_with(launch: Launch, plan: Plan, precision: Precision) -> BreadthFirstProgram:
+def lower_with(launch: Launch, plan: Plan, precision: Precision, choice: Choice) -> BreadthFirstProgram:
     """A program whose kernels are started by ``launch``, on its device."""
     kernels = exit_kernels(launch)
-    runners: list[StageRunner] = [
-        TorchStage(
+    inputs: list[str | None] = [*(stage.input for stage in plan.stages[1:]), None]
+    runners = [
+        torch_stage(
             stage,
+            next_input,
             stage.opaque_reason or "the cuda backend leaves stages to torch and cuDNN",
             plan.input,
             kernels,
             launch.device,
             DTYPES[precision],
+            choice,
         )
-        for stage in plan.stages
+        for stage, next_input in zip(plan.stages, inputs, strict=True)
     ]
     return BreadthFirstProgram(plan, runners, kernels, launch.device)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcascade.backends import ExitResults, KernelChoice, Precision, StageReport
+from fastcascade.backends.exact import exact_float32
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import (
     ExitTables,
@@ -160,6 +161,7 @@ class ReferenceProgram:
         self.device = device
 
     @torch.no_grad()
+    @exact_float32()
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
         """Classify a batch; see :meth:`fastcascade.backends.Program.run`."""
         plan = self.plan

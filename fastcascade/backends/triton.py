@@ -11,7 +11,9 @@ import os
 import torch
 
 from fastcascade.backends import Precision
-from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, StageRunner, TorchStage
+from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, StageRunner
+from fastcascade.backends.chunked import torch_stage
+from fastcascade.backends.while_node import Choice, choose_loops
 from fastcascade.errors import InvalidArgument
 from fastcascade.plan import Plan, StagePlan
 from fastcascade.types import InputSpec
@@ -46,6 +48,7 @@ def stage_runner(
     kernels: ExitKernels,
     device: torch.device,
     dtype: torch.dtype,
+    choice: Choice,
 ) -> StageRunner:
     """The first of: one launch for the stage, a launch per layer, torch. Reasons end up in the report."""
     from fastcascade.backends.fused import FusedStage
@@ -55,7 +58,7 @@ def stage_runner(
 
     reason = unfused_reason(stage, next_input)
     if reason is not None:
-        return TorchStage(stage, reason, spec, kernels, device, dtype)
+        return torch_stage(stage, next_input, reason, spec, kernels, device, dtype, choice)
     layers = stage_layers(stage, dtype, device)
     table = layer_table(layers, stage.features if next_input == "previous" else None)
     reason = per_layer_reason(stage, layers, table)
@@ -94,11 +97,10 @@ class TritonBackend:
         if threads is not None:
             raise InvalidArgument(f"threads={threads}: the triton backend has no CPU threads; leave it out")
         kernels = exit_kernels()
-        dtype = DTYPES[precision]
-
+        dtype, choice = DTYPES[precision], choose_loops(device)
         inputs: list[str | None] = [*(stage.input for stage in plan.stages[1:]), None]
         runners = [
-            stage_runner(stage, next_input, plan.input, kernels, device, dtype)
+            stage_runner(stage, next_input, plan.input, kernels, device, dtype, choice)
             for stage, next_input in zip(plan.stages, inputs, strict=True)
         ]
         return BreadthFirstProgram(plan, runners, kernels, device)

@@ -36,12 +36,12 @@ def compact_index(
         out_index, out_count: like the inputs, other memory.
 
     Raises:
-        ValueError: input and output share memory, or dtypes are not int32.
+        ValueError: input and output share memory, or a tensor has another dtype or is on another device.
 
     Example:
         compact_index(launch, active, count, keep, next_active, next_count)
     """
-    check_index(index, count, out_index, out_count)
+    check_index(index, count, keep, out_index, out_count)
     blocks = max(len(keep.counts), 1)
     launch(
         "compact_index_kernel",
@@ -69,12 +69,12 @@ def fill_holes(
         count: (1,) int32; keep: from the exit head; out_count: (1,) int32, other memory than count.
 
     Raises:
-        ValueError: rows that are not contiguous, a shared count, or dtypes other than int32.
+        ValueError: rows that are not contiguous, a shared count, another dtype or another device.
 
     Example:
         fill_holes(launch, features, active, count, keep, next_count)
     """
-    check_in_place(rows, index, count, out_count)
+    check_in_place(rows, index, count, keep, out_count)
     holes, tail = torch.empty_like(index), torch.empty_like(index)
     moves = torch.empty_like(count)
     blocks = max(len(keep.counts), 1)
@@ -117,7 +117,7 @@ def gather_rows(
             ``index`` (0 beyond); bucket_count: (1,) int32, how many rows are real.
 
     Raises:
-        ValueError: shapes, dtypes or strides that do not match.
+        ValueError: shapes, dtypes, strides or devices that do not match.
 
     Example:
         gather_rows(launch, images, active, count, chunk, bucket, bucket_index, bucket_count)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcascade.kernels.arguments import Keep, check_bucket, check_in_place, check_index
+from fastcascade.kernels.triton.launch import launch
 
 __all__ = ["compact_index", "fill_holes", "gather_rows"]
 
@@ -122,16 +123,17 @@ def compact_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, o
         out_index, out_count: like the inputs, other memory.
 
     Raises:
-        ValueError: input and output share memory, or dtypes are not int32.
+        ValueError: input and output share memory, or a tensor has another dtype or is on another device.
 
     Example:
         compact_index(active, count, keep, next_active, next_count)
     """
-    check_index(index, count, out_index, out_count)
+    check_index(index, count, keep, out_index, out_count)
     grid = (max(len(keep.counts), 1),)
-    compact_index_kernel[grid](
-        index, count, keep.flags, keep.counts, out_index, out_count, BLOCK_ROWS=keep.rows, num_warps=4
-    )
+    launch(
+        compact_index_kernel, grid, index, count, keep.flags, keep.counts, out_index, out_count,
+        BLOCK_ROWS=keep.rows, num_warps=4,
+    )  # fmt: skip
 
 
 def fill_holes(rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count: Tensor) -> None:
@@ -144,25 +146,27 @@ def fill_holes(rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count
         count: (1,) int32; keep: from the exit head; out_count: (1,) int32, other memory than count.
 
     Raises:
-        ValueError: rows that are not contiguous, a shared count, or dtypes other than int32.
+        ValueError: rows that are not contiguous, a shared count, another dtype or another device.
 
     Example:
         fill_holes(features, active, count, keep, next_count)
     """
-    check_in_place(rows, index, count, out_count)
+    check_in_place(rows, index, count, keep, out_count)
     words = _as_words(_word_type(rows), rows)
     holes, tail = torch.empty_like(index), torch.empty_like(index)
     moves = torch.empty_like(count)
-    plan_holes_kernel[(max(len(keep.counts), 1),)](
-        count, keep.flags, keep.counts, holes, tail, moves, out_count, BLOCK_ROWS=keep.rows, num_warps=4
-    )
+    launch(
+        plan_holes_kernel, (max(len(keep.counts), 1),), count, keep.flags, keep.counts, holes, tail, moves,
+        out_count, BLOCK_ROWS=keep.rows, num_warps=4,
+    )  # fmt: skip
     if words.shape[1] == 0 or len(rows) == 0:
         return
     programs = min(len(rows), MOVE_PROGRAMS)
     block = min(triton.next_power_of_2(words.shape[1]), 1024)
-    move_rows_kernel[(programs,)](
-        words, index, holes, tail, moves, ROW=words.shape[1], BLOCK=block, num_warps=4
-    )
+    launch(
+        move_rows_kernel, (programs,), words, index, holes, tail, moves,
+        ROW=words.shape[1], BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def gather_rows(
@@ -183,7 +187,7 @@ def gather_rows(
             ``index`` (0 beyond); bucket_count: (1,) int32, how many rows are real.
 
     Raises:
-        ValueError: shapes, dtypes or strides that do not match.
+        ValueError: shapes, dtypes, strides or devices that do not match.
 
     Example:
         gather_rows(images, active, count, chunk, bucket, bucket_index, bucket_count)
@@ -193,7 +197,8 @@ def gather_rows(
     words = _as_words(word, source)
     row = words.shape[1]
     block = min(triton.next_power_of_2(max(row, 1)), 1024)
-    gather_rows_kernel[(len(bucket), max(triton.cdiv(row, block), 1))](
+    launch(
+        gather_rows_kernel, (len(bucket), max(triton.cdiv(row, block), 1)),
         words, index, count, chunk, _as_words(word, bucket), bucket_index, bucket_count,
         BUCKET=len(bucket), ROW=row, BLOCK=block, num_warps=4,
     )  # fmt: skip

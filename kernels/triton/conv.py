@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcascade.kernels.layers import Conv, Layer, Pooling, View, Work, padded
+from fastcascade.kernels.triton.launch import launch
 
 __all__ = ["ConvTile", "Kind", "conv_layer", "conv_tile", "elementwise_layer", "kind", "pool_layer", "run"]
 
@@ -370,7 +371,8 @@ def run(
         tile = conv_tile(work.shape.channels, padded(work.shape.out_channels), image)
         columns = padded(work.shape.out_channels) // tile.channels
         strides = (x.stride(0), x.stride(2), x.stride(3), x.stride(1)) if image else (x.stride(0), 0, 0, 1)
-        conv_kernel[_grid(x.device, triton.cdiv(pixels, tile.pixels) * columns)](
+        launch(
+            conv_kernel, _grid(x.device, triton.cdiv(pixels, tile.pixels) * columns),
             x, layer.weight, layer.vectors, second, count if index is None else index,
             count if table is None else table, out, *strides, count, KIND=constants,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -379,7 +381,7 @@ def run(
     block_pixels, block = constants[-2:]
     grid = _grid(x.device, triton.cdiv(pixels, int(block_pixels)) * (work.out[2] // int(block)))
     if isinstance(work, Pooling):
-        pool_kernel[grid](x, out, count, KIND=constants, num_warps=4)
+        launch(pool_kernel, grid, x, out, count, KIND=constants, num_warps=4)
     else:
         vectors = count if layer.vectors is None else layer.vectors
-        elementwise_kernel[grid](x, second, vectors, out, count, KIND=constants, num_warps=4)
+        launch(elementwise_kernel, grid, x, second, vectors, out, count, KIND=constants, num_warps=4)

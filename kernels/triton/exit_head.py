@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastcascade.kernels.arguments import Keep, check_exit_head
 from fastcascade.kernels.reference import LOG_ODDS_LIMIT, ExitTables, MLPWeights
+from fastcascade.kernels.triton.launch import launch
 
 __all__ = ["ExitTile", "Keep", "exit_head", "exit_tile", "new_keep"]
 
@@ -353,7 +354,8 @@ def exit_head(
         threshold: (1,) float32 on the device; None at the last exit.
 
     Raises:
-        ValueError: shapes, dtypes or strides that the kernel would misread.
+        ValueError: shapes, dtypes, strides or devices that the kernel would misread.
+        RuntimeError: the device cannot run the kernel.
 
     Example:
         keep = new_keep(len(logits), 10, logits.device)
@@ -365,7 +367,8 @@ def exit_head(
     if capacity == 0:
         return
     arguments = selector_arguments(weights, logits)
-    exit_head_kernel[(triton.cdiv(capacity, tile.rows),)](
+    launch(
+        exit_head_kernel, (triton.cdiv(capacity, tile.rows),),
         logits, index, count, *tables, index if threshold is None else threshold, *arguments.pointers,
         keep.flags, keep.counts, stage,
         SELECTOR=selector or "last", MEAN=combine == "mean", CLASSES=num_classes,

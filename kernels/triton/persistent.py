@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastcascade.kernels.layers import Conv, Layer, Pooling, Work
 from fastcascade.kernels.triton.conv import Kind, conv_layer, elementwise_layer, kind, pool_layer
+from fastcascade.kernels.triton.launch import launch
 
 __all__ = ["LayerTable", "layer_table", "persistent"]
 
@@ -264,7 +265,8 @@ def persistent(
     queue = torch.zeros(1, dtype=torch.int32, device=device)
     images = table.input_size == 0
     strides = (source.stride(0), source.stride(2), source.stride(3), source.stride(1)) if images else (0,) * 4
-    persistent_kernel[(programs,)](
+    launch(
+        persistent_kernel, (programs,),
         source, index, count, queue if pixels is None else pixels, scratch if images else source,
         scratch if features is None else features, logits, table.entries, table.weights, table.vectors,
         scratch, queue, *strides,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastcascade as fc
 from fastcascade.backends import ExitResults, load_backend
 from fastcascade.backends.cuda import lower_with
+from fastcascade.backends.while_node import Choice
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.kernels import reference
 from fastcascade.kernels.cuda import exit_head
@@ -29,6 +30,7 @@ from fastcascade.plan import Plan
 from fastcascade.testing import forced_exit, random_network
 
 SHAPE = (3, 9, 8)
+READBACK = Choice(None, "a test")
 TOLERANCE = 2e-4
 BAND = 2e-4
 
@@ -59,13 +61,13 @@ def segments(selector: nn.Module, combine: str) -> fc.Cascade:
 class Comparison:
     """One cascade on the reference backend and with the CUDA kernels."""
 
-    def __init__(self, launch: Launch, cascade: fc.Cascade) -> None:
+    def __init__(self, launch: Launch, cascade: fc.Cascade, choice: Choice = READBACK) -> None:
         self.plan: Plan = fc.plan(cascade)
         cpu = torch.device("cpu")
         self.reference = load_backend("reference").lower(
             self.plan, precision="fp32", device=cpu, threads=None
         )
-        self.program = lower_with(launch, self.plan, "fp32")
+        self.program = lower_with(launch, self.plan, "fp32", choice)
 
     def run(self, x: Tensor, thresholds: Tensor) -> tuple[ExitResults, ExitResults]:
         """What the two answer."""
@@ -131,7 +133,7 @@ def test_it_answers_as_the_reference_does(
     lines = [[choice.kernel for choice in report.kernels] for report in reports]
     assert all("cuda exit_head" in line for line in lines)
     assert ("cuda fill_holes" if shape is segments else "cuda compact_index") in lines[0]
-    assert all(any("readback" in kernel for kernel in line) for line in lines)
+    assert all("one, none at the first stage: a test" in line for line in lines)
     assert all("torch and cuDNN" in (report.opaque_reason or "") for report in reports)
 
 
@@ -147,6 +149,32 @@ def test_a_selector_of_ones_own_runs_through_torch(launch: Launch) -> None:
 
     cascade = independent(Own(), "last")
     Comparison(launch, cascade).free(cascade, torch.randn(40, *SHAPE) * 2)
+
+
+class Watching(nn.Module):
+    """A stage that no graph expresses, and that keeps what torch computes its convolutions with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = random_network(0, input_shape=SHAPE)
+        self.seen: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return self.network(x) if float(x.abs().sum()) >= 0 else self.network(-x)
+
+
+@pytest.mark.filterwarnings("ignore:Watching uses")
+def test_torch_does_not_round_a_stage_to_tf32(launch: Launch) -> None:
+    cascade = fc.Cascade([Watching()], None, 5, SHAPE)
+    program = Comparison(launch, cascade).program
+    (watching,) = (m for m in program.runners[0].stage.module.modules() if isinstance(m, Watching))
+    watching.seen.clear()
+    before = torch.backends.cudnn.conv.fp32_precision
+    assert before == "tf32"
+    program.run(torch.randn(2, *SHAPE, device=program.device), torch.empty(0))
+    assert watching.seen == ["ieee"]
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 # ---- where it cannot run ----

@@ -271,9 +271,16 @@ def test_exit_arguments_that_would_be_misread_are_refused(launch: Launch) -> Non
             run(**{**good, name: value})
     with pytest.raises(ValueError, match="contiguous"):
         run(**{**good, "logits": torch.zeros(10, n, device=device).T})
-    for name in ("logits", "count"):
-        with pytest.raises(ValueError, match=r"on meta; expected all of them on"):
+    for name in ("index", "count", "threshold"):
+        with pytest.raises(ValueError, match=f"{name} is on meta, logits on {device}; expected one device"):
             run(**{**good, name: good[name].to("meta")})
+        with pytest.raises(ValueError, match=f"{name} is torch.int16; expected"):
+            run(**{**good, name: good[name].to(torch.int16)})
+    for name, table in good["tables"]._asdict().items():
+        with pytest.raises(ValueError, match=rf"tables\.{name} is on meta"):
+            run(**{**good, "tables": good["tables"]._replace(**{name: table.to("meta")})})
+        with pytest.raises(ValueError, match=rf"tables\.{name} is torch.int16"):
+            run(**{**good, "tables": good["tables"]._replace(**{name: table.to(torch.int16)})})
 
 
 # ---- compaction ----
@@ -377,8 +384,14 @@ def test_compaction_arguments_that_would_be_misread_are_refused(launch: Launch) 
     bucket = torch.zeros(2, 5, device=device)
     with pytest.raises(ValueError, match="bucket"):
         compact.gather_rows(launch, features, index, count, count, bucket, index, count)
-    with pytest.raises(ValueError, match="on meta"):
+    with pytest.raises(ValueError, match=f"index is on {device}, rows on meta"):
         compact.fill_holes(launch, features.to("meta"), index, count, keep, int32(device, 0))
+    elsewhere, wide = keep._replace(flags=keep.flags.to("meta")), keep._replace(counts=keep.counts.long())
+    for strange, said in ((elsewhere, r"keep\.flags is on meta"), (wide, r"keep\.counts is torch.int64")):
+        with pytest.raises(ValueError, match=said):
+            compact.compact_index(launch, index, count, strange, index.clone(), int32(device, 0))
+    with pytest.raises(ValueError, match=f"chunk is on meta, source on {device}"):
+        compact.gather_rows(launch, features, index, count, count.to("meta"), features.clone(), index, count)
 
 
 @pytest.mark.usefixtures("few_threads")

@@ -118,6 +118,14 @@ def test_arguments_that_would_be_misread_are_refused(device: torch.device) -> No
         compact.fill_holes(torch.zeros(4, n, device=device).T, index, count, keep, device_count(0, device))
     with pytest.raises(ValueError, match="out_count"):
         compact.fill_holes(torch.zeros(n, 4, device=device), index, count, keep, count)
+    rows = torch.zeros(n, 4, device=device)
+    elsewhere = keep._replace(flags=keep.flags.to("meta"))
+    with pytest.raises(ValueError, match=r"keep\.flags is on meta, index on"):
+        compact.compact_index(index, count, elsewhere, index.clone(), device_count(0, device))
+    with pytest.raises(ValueError, match=r"keep\.counts is torch.int64"):
+        compact.fill_holes(rows, index, count, keep._replace(counts=keep.counts.long()), count.clone())
+    with pytest.raises(ValueError, match="chunk is on meta, source on"):
+        compact.gather_rows(rows, index, count, count.to("meta"), rows.clone(), index, count)
     with pytest.raises(ValueError, match="bucket"):
         compact.gather_rows(
             torch.zeros(n, 4, device=device),

@@ -260,3 +260,33 @@ def test_arguments_that_would_be_misread_are_refused(device: torch.device) -> No
             exit_head.exit_head(**{**good, name: value})
     with pytest.raises(ValueError, match="contiguous"):
         exit_head.exit_head(**{**good, "logits": case.logits.to(device).T.contiguous().T})
+
+
+def test_every_tensor_must_have_its_dtype_and_be_on_one_device(device: torch.device) -> None:
+    case = Case(device, 17)
+    weights = MLPWeights(*(w.to(device) for w in weights_for("stats", 10)))
+    index, count = case.index.to(device), torch.tensor([17], dtype=torch.int32, device=device)
+    threshold = torch.zeros(1, device=device)
+
+    def run(
+        tables: ExitTables = case.got,
+        keep: exit_head.Keep = case.keep,
+        weights: MLPWeights = weights,
+        **changes: torch.Tensor,
+    ) -> None:
+        lists = {"index": index, "count": count, "threshold": threshold, **changes}
+        logits, options = case.logits.to(device), {"combine": "last", "selector": "stats"}
+        exit_head.exit_head(tables, logits, stage=0, keep=keep, weights=weights, **lists, **options)
+
+    run()
+    for bad, said in ((lambda t: t.to("meta"), "on meta"), (lambda t: t.to(torch.int16), "int16")):
+        for name, tensor in (("index", index), ("count", count), ("threshold", threshold)):
+            with pytest.raises(ValueError, match=f"{name} is .*{said}"):
+                run(**{name: bad(tensor)})
+        for group, good in (("tables", case.got), ("weights", weights)):
+            for name, tensor in good._asdict().items():
+                with pytest.raises(ValueError, match=rf"{group}\.{name} is .*{said}"):
+                    run(**{group: good._replace(**{name: bad(tensor)})})
+        for name in ("flags", "counts"):
+            with pytest.raises(ValueError, match=rf"keep\.{name} is .*{said}"):
+                run(keep=case.keep._replace(**{name: bad(getattr(case.keep, name))}))

@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from host_threads import HostLoops
+from readback import NoReadback
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcascade as fc
 from fastcascade.backends import ExitResults, Precision, load_backend
+from fastcascade.backends.while_node import Choice
 from fastcascade.lower import plan
 from fastcascade.plan import Plan
 from fastcascade.resnet import BasicBlock, Head, ResNet, cut_into_segments
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.runtime.errors import OutOfResources, TritonError
+
+from fastcascade.kernels.triton import conv
 
 IMAGE = (3, 8, 8)
 CLASSES = 10
@@ -270,6 +277,74 @@ def test_out_of_memory_names_a_batch_size(device: torch.device, monkeypatch: pyt
         program.run(images(17).to(device), torch.zeros(1))
 
 
+class Opaque(nn.Module):
+    """A stage that becomes no operations, though its graph is the same for every image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x + 0 * torch.fft.rfft(x).real.mean())
+
+
+@pytest.mark.filterwarnings("ignore:Opaque uses")
+def test_opaque_stages_are_repeated_in_chunks(
+    device: torch.device, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between own kernels, with the loop of a WHILE node on the host and the kernels that steer it."""
+    loops = HostLoops(library)
+    if device.type == "cpu":
+        monkeypatch.setattr("fastcascade.backends.triton.choose_loops", lambda device: Choice(loops, ""))
+    monkeypatch.setattr("fastcascade.backends.chunked.CHUNK", 4)
+    stages = [tiny_network(16, 1), Opaque(tiny_network(16, 1)), tiny_network(16, 1)]
+    cascade = spread(fc.Cascade(stages, fc.MLPSelector(), CLASSES, IMAGE, preprocess=NORMALIZE))
+    comparison = Comparison(plan(cascade), device)
+    x = images(9)
+    comparison.forced(x)
+    comparison.free(x, *middle_thresholds(cascade, x))
+    report = comparison.program.describe()[1]
+    assert report.opaque_reason is not None
+    assert "a WHILE node repeats chunks" in report.kernels[0].kernel
+    assert device.type != "cpu" or loops.repetitions[:3] == [0, 3, 3]
+    thresholds = torch.full((2,), math.inf)
+    with no_synchronisation(device):
+        comparison.program.run(x.to(device), thresholds)
+
+
+class TooLarge:
+    """In place of a kernel: one that the device has no room for, or that cannot be compiled."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.fn = conv.conv_kernel.fn
+
+    def __getitem__(self, grid: tuple[int, ...]):  # type: ignore[no-untyped-def]
+        def start(*arguments: object, **constants: object) -> None:
+            raise self.error
+
+        return start
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OutOfResources(300_000, 232_448, "shared memory"),
+            "conv_kernel needs 300000 of shared memory .*232448",
+        ),
+        (TritonError("ptxas"), "conv_kernel failed: ptxas"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_named(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    program = Comparison(plan(independent()), device).program
+    monkeypatch.setattr(conv, "conv_kernel", TooLarge(error))
+    with pytest.raises(fc.FastCascadeError, match=f"(?s)stage 0 .*{said}"):
+        program.run(images(2).to(device), torch.zeros(1))
+
+
 def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> None:
     backend = load_backend("triton")
     lowered = plan(independent())
@@ -277,16 +352,6 @@ def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> No
     assert reason is not None
     assert "int8" in reason
     assert backend.unsupported_reason(lowered, precision="fp32", device=torch.device("meta")) is not None
-
-
-class NoReadback(TorchDispatchMode):
-    """Refuses every torch operation whose answer the host must wait for."""
-
-    WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        assert func.overloadpacket not in self.WAITS, f"the host waits for {func}"
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
