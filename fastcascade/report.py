@@ -319,8 +319,8 @@ def _draw_time(axes: Axes, measured: Benchmark) -> None:
     axes.barh(names, microseconds, color=_BLUE)
     for name, value in zip(names, microseconds, strict=True):
         # To the right of negative bars too, where no name of a part is in the way.
-        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(f"{value:.2f}", (max(value, 0), name), **place)
+        end = (max(value, 0), name)
+        axes.annotate(f"{value:.2f}", end, xytext=(4, 0), textcoords="offset points", va="center")
     axes.margins(x=0.12)
     axes.set(xlabel=f"µs per image at batch {batch.batch}")
 
@@ -393,14 +393,14 @@ def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -
     left, right = min(everything) / 3, max(everything) * 3
     axes.plot([left, ridge], [left * ceilings.copy_gbs, ceilings.gflops], color=_GREY)
     axes.plot([ridge, right], [ceilings.gflops] * 2, color=_GREY)
-    style = {"color": _SOFT, "fontsize": "small"}
     axes.annotate(
         f"copy, {ceilings.copy_gbs:.0f} GB/s",
         (math.sqrt(left * ridge), math.sqrt(left * ridge) * ceilings.copy_gbs),
         xytext=(8, 0),
         textcoords="offset points",
         va="top",
-        **style,
+        color=_SOFT,
+        fontsize="small",
     )
     axes.annotate(
         f"matrix product, {ceilings.gflops:,.0f} GFLOP/s",
@@ -408,7 +408,8 @@ def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -
         xytext=(0, -12),
         textcoords="offset points",
         ha="right",
-        **style,
+        color=_SOFT,
+        fontsize="small",
     )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
     axes.margins(y=0.15)
