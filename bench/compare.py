@@ -149,13 +149,20 @@ def compare(a: Path, b: Path, threads: int, rounds: int, seconds: float) -> Resu
 
 def comparison_table(results: Results) -> Table:
     """Per case: both rates, how many times faster B is, and whether that is more than noise."""
-    table = Table("case", caption="B over A: intervals that hold for all cases together, at 95 %")
-    for column in ("A, images/s", "B, images/s", "B over A", ""):
+    table = Table(
+        "case, batch",
+        title=f"images/s, threads {results[0][0].threads}",
+        title_justify="left",
+        caption="intervals hold for all cases together, at 95 %",
+        caption_justify="left",
+    )
+    for column in ("A", "B", "B over A", "B is"):
         table.add_column(column, justify="right")
     values = ratios_together([(b.seconds, a.seconds) for _, (a, b) in results])
     for (case, (a, b)), value in zip(results, values, strict=True):
-        verdict = "noise" if value.is_noise else "B is faster" if value.value > 1 else "B is slower"
-        table.add_row(case.key, f"{a.images_per_s:,.0f}", f"{b.images_per_s:,.0f}", f"{value:.3f}", verdict)
+        verdict = "noise" if value.is_noise else "faster" if value.value > 1 else "slower"
+        rates = (f"{timing.images_per_s:,.0f}" for timing in (a, b))
+        table.add_row(f"{case.model}, {case.batch}", *rates, f"{value:.3f}", verdict)
     return table
 
 

@@ -14,18 +14,31 @@ double seconds_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
 
-// One thread's buffers, and what its steps took.
+// More do not make a median better. Room for them is made beforehand: helpers must not run out of memory.
+constexpr size_t kMaxPasses = 64;
+
+// One thread's buffers, and what each step took in each pass.
 struct Worker {
   Buffer arena, scratch;
-  std::vector<double> seconds;
-  int64_t passes = 0;
+  std::vector<std::vector<double>> seconds;  // [step][pass]
+  size_t passes = 0;
 
   explicit Worker(const Network& net)
-      : arena(net.arena_floats), scratch(net.scratch_floats), seconds(net.steps.size()) {}
+      : arena(net.arena_floats),
+        scratch(net.scratch_floats),
+        seconds(net.steps.size(), std::vector<double>(kMaxPasses)) {}
+
+  // A pass that the machine interrupted must not make a step look slow.
+  double median(size_t step) {
+    const auto begin = seconds[step].begin(), middle = begin + static_cast<std::ptrdiff_t>(passes / 2);
+    std::nth_element(begin, middle, begin + static_cast<std::ptrdiff_t>(passes));
+    return *middle;
+  }
 };
 
 // All steps in the order of a run, so that each finds in cache what it would find there.
 void run_pass(const Network& net, const Source& source, int64_t instances, Worker& worker) {
+  for (auto& passes : worker.seconds) passes[worker.passes] = 0;
   Clock::time_point before = Clock::now();
   for (const Segment& segment : net.segments)
     for (int64_t first = 0; first < instances; first += segment.instances) {
@@ -33,20 +46,19 @@ void run_pass(const Network& net, const Source& source, int64_t instances, Worke
       for (size_t i = segment.begin; i < segment.end; ++i) {
         run_step(net, net.steps[i], source, worker.arena.data(), worker.scratch.data(), first, count, {});
         const Clock::time_point after = Clock::now();
-        worker.seconds[i] += seconds_between(before, after);
+        worker.seconds[i][worker.passes] += seconds_between(before, after);
         before = after;
       }
     }
 }
 
 void run_passes(const Network& net, const Source& source, int64_t instances, double seconds, Worker& worker) {
-  run_pass(net, source, instances, worker);  // warms up
-  std::fill(worker.seconds.begin(), worker.seconds.end(), 0.0);
+  run_pass(net, source, instances, worker);  // warms up, and is written over
   const Clock::time_point start = Clock::now();
   do {
     run_pass(net, source, instances, worker);
     ++worker.passes;
-  } while (seconds_between(start, Clock::now()) < seconds);
+  } while (worker.passes < kMaxPasses && seconds_between(start, Clock::now()) < seconds);
 }
 
 double bytes_read_from(const Network& net, const Source& source) {
@@ -79,8 +91,8 @@ std::vector<StepTime> time_steps(const Network& net, const Source& source, int64
     for (size_t i = segment.begin; i < segment.end; ++i) {
       // Threads add up in instances a second; a helper that never came adds none.
       double per_second = 0;
-      for (const Worker& w : workers)
-        if (w.passes) per_second += static_cast<double>(w.passes * instances) / w.seconds[i];
+      for (Worker& w : workers)
+        if (w.passes) per_second += static_cast<double>(instances) / w.median(i);
       const int64_t sharing_weights = std::min(segment.instances, instances);
       times[i] = {bytes_of(net, net.steps[i], source, sharing_weights), 1 / per_second};
     }

@@ -125,9 +125,10 @@ def benchmark(
         plain = run.plain_torch(model) if isinstance(model, Cascade) and peers else {}
         others = [turns for of_peer in plain.values() for turns in of_peer.values()]
         _take_turns([*run.turns(), *counts.values(), *others], rounds, seconds)
+        machine = describe_machine(run.program)
         energy, note = measure_energy(lambda: run.program(run.images[: sizes[-1]], run.thresholds), sizes[-1])
     return Benchmark(
-        machine=describe_machine(run.program),
+        machine=machine,
         backend=run.program.backend,
         precision=precision,
         images=len(images),

@@ -136,7 +136,7 @@ def _kernels(measured: Benchmark) -> Table:
 
 def kernel_cells(measured: Benchmark) -> list[tuple[str, ...]]:
     """One row of :data:`KERNEL_COLUMNS` per stage and kernel, in the order of stages, longest first."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage in measured.stages:
         by_kernel: dict[str, list[StepTiming]] = {}
         for step in stage.steps:

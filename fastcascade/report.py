@@ -37,7 +37,8 @@ _BLUE, _GREEN, _RED, _GREY = "#0072B2", "#009E73", "#D55E00", "#999999"
 _COLOURS = (_BLUE, "#E69F00", _GREEN, "#CC79A7", _RED, "#56B4E9", "#000000", _GREY)
 _SOFT = "#57606a"
 _MARKERS = "os^Dv<>P"
-_NAMED_SHARE = 0.05
+_NAMED = 5
+"""Kinds of steps."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _STYLE = """
@@ -49,8 +50,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
        max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--rule); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+.text { text-align: left; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; background: #fff; border-radius: 8px; }
+@media (prefers-color-scheme: dark) { figure img { filter: invert(.92) hue-rotate(180deg) brightness(1.2); } }
 figcaption, .soft { color: var(--soft); } .wide { overflow-x: auto; }
 """
 
@@ -115,7 +117,7 @@ def _page(
         *map(_figure, pictures),
         "<h2>Stages</h2>",
         _stage_table(measured),
-        *(["<h2>Kernels</h2>", _table(KERNEL_COLUMNS, kernels)] if kernels else []),
+        *(["<h2>Kernels</h2>", _table(KERNEL_COLUMNS, kernels, text_columns=2)] if kernels else []),
         "<h2>Batch sizes</h2>",
         _batch_table(measured),
         *(["<h2>What if</h2>", _what_if_table(measured)] if measured.what_if else []),
@@ -154,9 +156,11 @@ def _summary(measured: Benchmark, evaluation: Evaluation | None) -> str:
     return f"<p>{escape('; '.join(facts))}.</p>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        opening = [f'<{tag} class="text">' if i < text_columns else f"<{tag}>" for i in range(len(cells))]
+        parts = (f"{start}{escape(cell)}</{tag}>" for start, cell in zip(opening, cells, strict=True))
+        return f"<tr>{''.join(parts)}</tr>"
 
     lines = [row(head, "th"), *(row(cells, "td") for cells in rows)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
@@ -238,10 +242,10 @@ def _pictures(
         ),
         _Picture(
             "roofline",
-            "Each stage, and each of its steps where the engine times them, under the ceilings measured in the "
-            "same run; the larger, the more of the cascade's time. Winograd convolutions may exceed the "
-            "arithmetic ceiling, as they do fewer multiplies than they are credited with; data in cache the "
-            "other.",
+            "Each stage, and each of its steps where the engine times them, under the ceilings measured in "
+            "the same run; the larger, the more of the cascade's time, and the longest kinds are named. "
+            "Winograd convolutions may exceed the arithmetic ceiling, as they do fewer multiplies than they "
+            "are credited with; data in cache the other.",
             _renderer(lambda figure: _draw_roofline(figure, measured)),
         ),
         _Picture(
@@ -312,8 +316,12 @@ def _draw_time(axes: Axes, measured: Benchmark) -> None:
     parts.append(("compaction, call", 1e3 * batch.compaction_ms_per_image.median))
     parts.append(("idle", 1e3 * batch.idle_ms_per_image.median))
     names, microseconds = zip(*reversed(parts), strict=True)
-    bars = axes.barh(names, microseconds, color=_BLUE)
-    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.barh(names, microseconds, color=_BLUE)
+    for name, value in zip(names, microseconds, strict=True):
+        # To the right of negative bars too, where no name of a part is in the way.
+        end = (max(value, 0), name)
+        axes.annotate(f"{value:.2f}", end, xytext=(4, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.12)
     axes.set(xlabel=f"µs per image at batch {batch.batch}")
 
 
@@ -345,6 +353,8 @@ def _points(measured: Benchmark) -> list[_Point]:
 
 def _draw_roofline(figure: Figure, measured: Benchmark) -> None:
     """Steps that multiply under both roofs; those that do not, in a strip of their own by bandwidth alone."""
+    from matplotlib.patches import Patch
+
     points = _points(measured)
     multiplying = [point for point in points if point.step.macs]
     moving = [point for point in points if not point.step.macs]
@@ -365,9 +375,10 @@ def _draw_roofline(figure: Figure, measured: Benchmark) -> None:
         style = {"color": "black", "fillstyle": "none", "linestyle": "none"}
         intensity = 2 * stage.macs / stage.bytes_per_image
         roof.plot(intensity, stage.gflops, _marker(k), label=f"{stage.name}, whole", **style)
-    for kernel, colour in colours.items():
-        roof.plot([], [], "s", color=colour, label=kernel)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize="small")
+    roof.legend(frameon=False, loc="lower right", fontsize="small")
+    patches = [Patch(color=colour, label=kernel) for kernel, colour in colours.items()]
+    if patches:
+        figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4, fontsize="small")
 
 
 def _marker(stage: int) -> str:
@@ -382,13 +393,14 @@ def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -
     left, right = min(everything) / 3, max(everything) * 3
     axes.plot([left, ridge], [left * ceilings.copy_gbs, ceilings.gflops], color=_GREY)
     axes.plot([ridge, right], [ceilings.gflops] * 2, color=_GREY)
-    style = {"color": _SOFT, "fontsize": "small"}
     axes.annotate(
         f"copy, {ceilings.copy_gbs:.0f} GB/s",
-        (left, left * ceilings.copy_gbs),
-        xytext=(4, 10),
+        (math.sqrt(left * ridge), math.sqrt(left * ridge) * ceilings.copy_gbs),
+        xytext=(8, 0),
         textcoords="offset points",
-        **style,
+        va="top",
+        color=_SOFT,
+        fontsize="small",
     )
     axes.annotate(
         f"matrix product, {ceilings.gflops:,.0f} GFLOP/s",
@@ -396,9 +408,11 @@ def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -
         xytext=(0, -12),
         textcoords="offset points",
         ha="right",
-        **style,
+        color=_SOFT,
+        fontsize="small",
     )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
+    axes.margins(y=0.15)
     _plain_decades(axes.xaxis)
     _plain_decades(axes.yaxis)
 
@@ -429,17 +443,24 @@ def _draw_point(axes: Axes, x: float, y: float, point: _Point, colour: str) -> N
 
 
 def _name_longest(axes: Axes, points: Sequence[_Point]) -> None:
-    """Write the operation at the kinds of steps that take at least a twentieth of the time."""
+    """Names of the kinds of steps that take the most time, in the corner that the roofs leave empty."""
     kinds: dict[str, list[_Point]] = {}
     for point in points:
         name = point.step.operation.partition(" + ")[0].partition(" -> ")[0]
         kinds.setdefault(name, []).append(point)
-    for name, kind in kinds.items():
-        if sum(point.share for point in kind) < _NAMED_SHARE:
-            continue
-        top = max((point.step for point in kind), key=lambda step: step.gflops)
-        place = (2 * top.macs / top.bytes_per_image, top.gflops)
-        axes.annotate(name, place, xytext=(0, 10), textcoords="offset points", ha="center", fontsize="small")
+    longest = sorted(kinds, key=lambda name: -sum(point.share for point in kinds[name]))[:_NAMED]
+    slowest_last = sorted(longest, key=lambda name: -max(point.step.gflops for point in kinds[name]))
+    for line, name in enumerate(slowest_last):
+        top = max((point.step for point in kinds[name]), key=lambda step: step.gflops)
+        axes.annotate(
+            f"{name}, {sum(point.share for point in kinds[name]):.0%}",
+            (2 * top.macs / top.bytes_per_image, top.gflops),
+            xytext=(0.02, 0.98 - 0.07 * line),
+            textcoords="axes fraction",
+            va="top",
+            fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.5, "relpos": (1, 0.5)},
+        )
 
 
 def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mapping[int, float]]) -> None:

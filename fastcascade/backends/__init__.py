@@ -113,7 +113,7 @@ class StepTime(NamedTuple):
             compares.
         bytes_moved: read and written as stored: inputs and output once, weights divided by the images that
             share one reading of them.
-        seconds: with all threads at work.
+        seconds: with all threads at work; the median over passes.
     """
 
     operation: str
