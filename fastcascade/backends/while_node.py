@@ -237,7 +237,7 @@ def compile_setters(architecture: str) -> bytes:
     program = _call(nvrtc.nvrtcCreateProgram, source("conditional.cu").encode(), b"conditional.cu", 0, [], [])
     options = [option.encode() for option in (*COMPILE_OPTIONS, f"--gpu-architecture={architecture}")]
     _call(nvrtc.nvrtcCompileProgram, program, len(options), options)
-    code = b" " * _call(nvrtc.nvrtcGetCUBINSize, program)
+    code: bytes = b" " * _call(nvrtc.nvrtcGetCUBINSize, program)
     _call(nvrtc.nvrtcGetCUBIN, program, code)
     return code
 
