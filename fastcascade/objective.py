@@ -118,7 +118,8 @@ def imitation_loss(scores: Tensor, reward: Tensor) -> Tensor:
     """Cross-entropy against the best exit in hindsight, weighted by what a wrong decision loses.
 
     At k the teacher stops if r_k ≥ max_{j>k} r_j (ties stop: the cheaper exit); the weight is the gap
-    between the two. The rewards are constants here: only the selector learns.
+    between the two, but at most one nat: a network that errs confidently loses many nats, and a few such
+    instances would outweigh all others. The rewards are constants here: only the selector learns.
 
     Args:
         scores: (K−1, N), reward: (K, N).
@@ -126,7 +127,7 @@ def imitation_loss(scores: Tensor, reward: Tensor) -> Tensor:
     reward = reward.detach()
     later = reward.flip(0).cummax(0).values.flip(0)[1:]  # (K−1, N) best reward after k
     gap = reward[:-1] - later
-    return F.binary_cross_entropy_with_logits(scores, (gap >= 0).to(scores), weight=gap.abs())
+    return F.binary_cross_entropy_with_logits(scores, (gap >= 0).to(scores), weight=gap.abs().clamp(max=1.0))
 
 
 def objective_loss(
