@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -178,10 +179,13 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
             axes.plot(x, y, line, color=colour, linewidth=2, label=name, zorder=top)
         singles = [(macs / 1e6, 100 * accuracy) for macs, accuracy in curves.single_stages]
         axes.plot(*zip(*singles, strict=True), "s", color=_INK, markersize=6, label="single stages")
-        for name, point in curves.points.items():
+        by_cost = sorted(curves.points.items(), key=lambda item: item[1].mean_macs)
+        # Names of neighbours on opposite sides of the curve do not meet.
+        sides = cycle([((-6, 7), "right"), ((6, -14), "left")])
+        for (name, point), (offset, side) in zip(by_cost, sides, strict=False):
             at = (point.mean_macs / 1e6, 100 * point.accuracy)
             axes.plot(*at, "o", color=_STYLES[0][0], markeredgecolor="white", markersize=8, zorder=3)
-            axes.annotate(name, at, xytext=(-6, 7), textcoords="offset points", ha="right", weight="bold")
+            axes.annotate(name, at, xytext=offset, textcoords="offset points", ha=side, weight="bold")
         axes.set(xscale="log", xlabel="million multiplies per image", ylabel="accuracy, %", title=title)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
