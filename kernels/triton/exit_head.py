@@ -31,14 +31,17 @@ class ExitTile(NamedTuple):
 
 
 def exit_tile(num_classes: int) -> ExitTile:
-    """Tile sizes that keep about 2,048 scores in a program's registers.
+    """Tile sizes that keep a program in its registers: about 2,048 scores.
+
+    Half as many where rows are long and do not start on 16 bytes: every score then has an address of its own.
 
     Example:
-        >>> exit_tile(10), exit_tile(1000)
-        (ExitTile(rows=64, classes=16), ExitTile(rows=16, classes=128))
+        >>> exit_tile(10), exit_tile(1000), exit_tile(1001)
+        (ExitTile(rows=64, classes=16), ExitTile(rows=16, classes=128), ExitTile(rows=16, classes=64))
     """
     classes = min(max(triton.next_power_of_2(num_classes), 16), 128)
-    return ExitTile(rows=min(max(2048 // classes, 16), 64), classes=classes)
+    rows = min(max(2048 // classes, 16), 64)
+    return ExitTile(rows, 64 if num_classes > 128 and num_classes % 8 else classes)
 
 
 def new_keep(capacity: int, num_classes: int, device: torch.device | str) -> Keep:

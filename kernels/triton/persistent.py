@@ -27,9 +27,9 @@ from fastcascade.kernels.triton.launch import launch
 __all__ = ["LayerTable", "layer_table", "persistent"]
 
 PROGRAMS_PER_UNIT = 1
-"""Programs per multiprocessor: one of 8 warps at 255 registers a thread, as compiled, fills its registers."""
+"""Programs per multiprocessor: one of 256 threads, which need up to 255 registers (AMD: 512), fills it."""
 
-NUM_WARPS = 8
+THREADS = 256
 NUM_STAGES = 2
 
 # Where a value lies: row of the stage's input, the program's scratch, row of the features, row of the logits.
@@ -270,8 +270,19 @@ def persistent(
         source, index, count, queue if pixels is None else pixels, scratch if images else source,
         scratch if features is None else features, logits, table.entries, table.weights, table.vectors,
         scratch, queue, *strides,
-        **constants(table, pixels is not None), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        **constants(table, pixels is not None),
+        num_warps=num_warps(hip=torch.version.hip is not None), num_stages=NUM_STAGES,
     )  # fmt: skip
+
+
+def num_warps(hip: bool) -> int:
+    """Of a program; AMD's have 64 threads.
+
+    Example:
+        >>> num_warps(hip=False), num_warps(hip=True)
+        (8, 4)
+    """
+    return THREADS // (64 if hip else 32)
 
 
 def constants(table: LayerTable, byte_images: bool) -> dict[str, object]:
