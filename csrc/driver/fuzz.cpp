@@ -353,9 +353,20 @@ bool same_where_clean(const Answer& a, const Answer& b, const std::vector<bool>&
   return true;
 }
 
+// Neighbouring groups of a convolution are merged, with zeros between them, until their outputs fill vectors of the
+// instruction set, and NaN times zero is NaN: which other groups it reaches depends on the width.
+bool merges_groups(const Case& c) {
+  for (const StageSpec& stage : c.spec.stages)
+    for (const OpSpec& op : stage.ops)
+      if (op.groups > 1) return true;
+  return false;
+}
+
 const char* check_isa(const Case& c, const Case& clean, const Answer& expected, const char* isa) {
-  if (!(answer(c, isa, 1, "conv_direct_f32") == expected)) return "direct kernels differ";
-  if (!(answer(c, isa, 3, "conv_direct_f32") == expected)) return "threads change the answer";
+  const Answer direct = answer(c, isa, 1, "conv_direct_f32");
+  const bool same = merges_groups(c) ? same_where_clean(direct, expected, c.poisoned) : direct == expected;
+  if (!same) return "direct kernels differ";
+  if (!(answer(c, isa, 3, "conv_direct_f32") == direct)) return "threads change the answer";
   const Answer winograd = answer(c, isa, 1, "conv3x3_winograd_f32");
   if (!c.clipped && !near(winograd, expected, c.poisoned)) return "Winograd is off";
   Case forced = clean;
