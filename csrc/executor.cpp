@@ -13,8 +13,7 @@
 namespace fastcascade {
 namespace {
 
-constexpr int kJoinSpins = 8000;       // how long a small batch waits for helpers, some 200 µs
-constexpr int64_t kSmallTiles = 2;     // tiles a thread, up to which threads go from stage to stage together
+constexpr int kJoinSpins = 8000;       // how long eight images wait for helpers, some 200 µs
 constexpr int64_t kSmallestTile = 4;   // what is left of a large batch is shared out in tiles no smaller
 
 // One thread's buffers.
@@ -100,9 +99,9 @@ struct Context {
     }
   }
 
-  // Rows of features that can be alive at once between two stages: those of a small batch, or of a large one
-  // just written or being read by every thread, and fewer than a tile that wait.
-  static int64_t slot_count(const Executor& e) { return (std::max<int64_t>(kSmallTiles, 2) * e.threads_ + 1) * e.tile_; }
+  // Rows of features that can be alive at once between two stages: just written or being read by every
+  // thread, and fewer than a tile that wait.
+  static int64_t slot_count(const Executor& e) { return (2 * e.threads_ + 1) * e.tile_; }
 
   void start(const Executor& e, int64_t count) {
     const auto n = static_cast<size_t>(count);
@@ -130,7 +129,7 @@ class Run {
   }
 
   void run() {
-    if (images_.count <= kSmallTiles * e_.threads_ * e_.tile_)
+    if (images_.count <= e_.threads_ * e_.tile_)
       run_small();
     else
       run_large();
@@ -201,10 +200,11 @@ class Run {
     run_on_helpers(static_cast<int>(e_.threads_), std::ref(work));  // a copy would be allocated
   }
 
-  // Waits for helpers a moment, then closes the team to those who come later.
+  // Waits for helpers, the longer the more there is to do, then closes the team to those who come later.
   int64_t gather(Small& team, std::atomic<bool>& open) const {
+    const int64_t patience = kJoinSpins * std::max<int64_t>(1, images_.count / 8);
     Backoff backoff;
-    while (team.joined.load() < e_.threads_ - 1 && backoff.count() < kJoinSpins) backoff.pause();
+    while (team.joined.load() < e_.threads_ - 1 && backoff.count() < patience) backoff.pause();
     team.size = 1 + team.joined.exchange(-1);
     team.barrier.set_size(static_cast<int>(team.size));
     open.store(true);

@@ -194,7 +194,7 @@ class _Turns:
         calls: list[_Call] = []
         while len(calls) < len(self.batches) and (not calls or sum(c.seconds for c in calls) < seconds):
             batch = self.next
-            part = self.rows[self.batches[batch]]
+            part = _gather(self.rows, self.batches[batch])
             calls.append(_Call(batch, *clocks_of(partial(self.call, part, *self.arguments), part.device)))
             self.next = (batch + 1) % len(self.batches)
         return calls
@@ -240,6 +240,11 @@ class _StepTurns:
                 gflops=2e-9 * step.macs / median,
                 gbs=1e-9 * step.bytes_moved / median,
             )
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    """``rows[index]`` without torch's threads, which would go on spinning while the next call is timed."""
+    return torch.from_numpy(rows.numpy()[index.numpy()]) if rows.device.type == "cpu" else rows[index]
 
 
 def _different_batches(count: int, size: int) -> Iterator[Tensor]:
