@@ -33,8 +33,8 @@ class Configuration:
         default: compiled by ``make test`` (the others by ``make test-all``).
         wide_loads, tensor_cores: whether these must appear.
         spills: allowed local-memory instructions (NVIDIA) or spilled registers (AMD), per target. A few stand
-            before and after a long loop where NVIDIA's assembler stops at 96 or 128 registers by itself, to let
-            more programs onto a multiprocessor.
+            before and after a long loop where NVIDIA's assembler stops at 96 or 128 registers by itself, to
+            let more programs onto a multiprocessor.
     """
 
     name: str
