@@ -32,9 +32,8 @@ class Configuration:
         num_warps, amd_warps: of a program on NVIDIA and on AMD GPUs.
         default: compiled by ``make test`` (the others by ``make test-all``).
         wide_loads, tensor_cores: whether these must appear.
-        spills: allowed local-memory instructions (NVIDIA) or spilled registers (AMD), per target. A few stand
-            before and after a long loop where NVIDIA's assembler stops at 96 or 128 registers by itself, to
-            let more programs onto a multiprocessor.
+        spills: allowed local-memory instructions (NVIDIA) or spilled registers (AMD), per target.
+            Some kernels spill a little at 96 or 128 registers of 255: NVIDIA's assembler chooses so.
     """
 
     name: str
