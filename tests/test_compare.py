@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,7 +109,15 @@ def test_being_ended_removes_the_worktree(repository: Path, monkeypatch: pytest.
     assert worktrees(repository) == 1
 
 
-def test_an_interrupted_build_takes_its_compilers_along(tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where this process was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_build_takes_its_compilers_along(tmp_path: Path, interruptible: None) -> None:
     pipe, tree = tmp_path / "pipe", tmp_path / "tree"
     tree.mkdir()
     os.mkfifo(pipe)
