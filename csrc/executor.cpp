@@ -43,14 +43,9 @@ struct Waiting {
 // Runs all steps of a network on up to a tile of rows; several threads with a barrier share every step.
 void run_network(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances,
                  Share share, Barrier* barrier) {
-  for (const Segment& segment : net.segments)
-    for (int64_t first = 0; first < instances; first += segment.instances) {
-      const int64_t count = std::min(segment.instances, instances - first);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
-        run_step(net, net.steps[i], source, arena, scratch, first, count, share);
-        if (barrier) barrier->wait();
-      }
-    }
+  run_steps(net, source, arena, scratch, instances, share, [&](size_t) {
+    if (barrier) barrier->wait();
+  });
 }
 
 const float* value_row(const Network& net, int64_t value, const float* arena, int64_t instance) {
@@ -65,6 +60,16 @@ void copy_out(const Value& v, const float* from, float* to) {
 }
 
 }  // namespace
+
+Source image_source(const Images& images, const int64_t* rows) {
+  Source source;
+  source.images = images.data;
+  source.bytes = images.bytes;
+  source.table = images.table;
+  std::copy_n(images.strides, 4, source.strides);
+  source.rows = rows;
+  return source;
+}
 
 // Everything that one call needs; kept and used again by later calls.
 struct Context {
@@ -144,19 +149,12 @@ class Run {
   ExitTables tables_;
 
   Source source(size_t stage, const int64_t* rows, const int64_t* slots) const {
+    if (!e_.networks_[stage].reads_previous) return image_source(images_, rows);
+    const Network& before = e_.networks_[stage - 1];
     Source s;
-    if (e_.networks_[stage].reads_previous) {
-      const Network& before = e_.networks_[stage - 1];
-      s.features = context_.features[stage - 1].data();
-      s.feature_floats = before.values[before.features].floats;
-      s.rows = slots;
-      return s;
-    }
-    s.images = images_.data;
-    s.bytes = images_.bytes;
-    s.table = images_.table;
-    std::copy_n(images_.strides, 4, s.strides);
-    s.rows = rows;
+    s.features = context_.features[stage - 1].data();
+    s.feature_floats = before.values[before.features].floats;
+    s.rows = slots;
     return s;
   }
 
@@ -481,12 +479,7 @@ void Executor::run_stage(int64_t stage, const Images& input, float* logits, floa
     Worker& self = context->workers[static_cast<size_t>(rank)];
     for (int64_t first; (first = next.fetch_add(net.tile)) < input.count;) {
       const int64_t count = std::min(net.tile, input.count - first);
-      Source source;
-      source.images = input.data;
-      source.bytes = input.bytes;
-      source.table = input.table;
-      std::copy_n(input.strides, 4, source.strides);
-      source.rows = all.rows.data() + first;
+      const Source source = image_source(input, all.rows.data() + first);
       run_network(net, source, self.arena.data(), self.scratch.data(), count, {}, nullptr);
       for (int64_t i = 0; i < count; ++i) {
         copy_out(net.values[net.logits], value_row(net, net.logits, self.arena.data(), i),

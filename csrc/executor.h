@@ -33,6 +33,8 @@ struct Images {
   int64_t strides[4];
 };
 
+Source image_source(const Images& images, const int64_t* rows);
+
 struct Results {
   float* log_probs;  // [count][classes]
   int64_t* label;

@@ -245,12 +245,7 @@ class Cascade {
     if (!(seconds >= 0)) fail("seconds is " + std::to_string(seconds) + ", expected 0 or more");
     std::vector<int64_t> numbers(static_cast<size_t>(std::min(input.count, net.tile)));
     std::iota(numbers.begin(), numbers.end(), 0);
-    Source source;
-    source.images = input.data;
-    source.bytes = input.bytes;
-    source.table = input.table;
-    std::copy_n(input.strides, 4, source.strides);
-    source.rows = numbers.data();
+    const Source source = image_source(input, numbers.data());
     std::vector<StepTime> times;
     {
       py::gil_scoped_release release;

@@ -40,16 +40,11 @@ struct Worker {
 void run_pass(const Network& net, const Source& source, int64_t instances, Worker& worker) {
   for (auto& passes : worker.seconds) passes[worker.passes] = 0;
   Clock::time_point before = Clock::now();
-  for (const Segment& segment : net.segments)
-    for (int64_t first = 0; first < instances; first += segment.instances) {
-      const int64_t count = std::min(segment.instances, instances - first);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
-        run_step(net, net.steps[i], source, worker.arena.data(), worker.scratch.data(), first, count, {});
-        const Clock::time_point after = Clock::now();
-        worker.seconds[i][worker.passes] += seconds_between(before, after);
-        before = after;
-      }
-    }
+  run_steps(net, source, worker.arena.data(), worker.scratch.data(), instances, {}, [&](size_t i) {
+    const Clock::time_point after = Clock::now();
+    worker.seconds[i][worker.passes] += seconds_between(before, after);
+    before = after;
+  });
 }
 
 void run_passes(const Network& net, const Source& source, int64_t instances, double seconds, Worker& worker) {

@@ -1,6 +1,8 @@
 // Running one step of a network on a sub-tile of instances.
 #pragma once
 
+#include <algorithm>
+
 #include "network.h"
 
 namespace fastcascade {
@@ -24,5 +26,20 @@ struct Source {
 // Runs a step for `instances` instances starting at `first` of the tile.
 void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch,
               int64_t first, int64_t instances, Share share);
+
+// Runs all steps of a network on up to a tile of instances, one sub-tile after the other; calls after(i) when step i
+// is done on a sub-tile.
+template <class After>
+void run_steps(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances, Share share,
+               After after) {
+  for (const Segment& segment : net.segments)
+    for (int64_t first = 0; first < instances; first += segment.instances) {
+      const int64_t count = std::min(segment.instances, instances - first);
+      for (size_t i = segment.begin; i < segment.end; ++i) {
+        run_step(net, net.steps[i], source, arena, scratch, first, count, share);
+        after(i);
+      }
+    }
+}
 
 }  // namespace fastcascade

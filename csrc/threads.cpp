@@ -15,8 +15,8 @@ namespace {
 constexpr int kSpins = 2000;  // a helper stays awake for some 50 µs after work, then sleeps
 
 struct Job {
-  const std::function<void(int)>* work = nullptr;
-  int wanted = 0;   // helpers still welcome
+  const std::function<void(int)>* work;
+  int wanted;       // helpers still welcome
   int next_rank = 1;
   std::atomic<int> running{0};  // helpers inside work
 };
@@ -26,9 +26,7 @@ class HelperPool {
   const pid_t owner = getpid();
 
   void run(int threads, const std::function<void(int)>& work) {
-    Job job;
-    job.work = &work;
-    job.wanted = threads - 1;
+    Job job{&work, threads - 1};
     {
       std::lock_guard<std::mutex> lock(mutex_);
       jobs_.push_back(&job);

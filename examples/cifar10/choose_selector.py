@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from study import with_selector
 from torch import Tensor
 
 import fastcascade as fc
@@ -42,21 +43,6 @@ class Choice(NamedTuple):
 
 
 CHOICES = [Choice(*pair) for pair in product(("last", "mean"), ("exact", "reinforce", "imitation"))]
-
-
-def with_choice(trained: fc.Cascade, choice: Choice) -> fc.Cascade:
-    """The trained stages with a new selector."""
-    cascade = fc.Cascade(
-        list(trained.stages),
-        fc.MLPSelector(),
-        trained.num_classes,
-        trained.input.shape,
-        choice.combine,
-        trained.input.preprocess,
-        trained.classes,
-    )
-    cascade.seen_images = trained.seen_images
-    return cascade
 
 
 def held_out_accuracy(
@@ -90,11 +76,13 @@ def main() -> None:
 
     targets = {name: point["budget"] * trained.dense_macs for name, point in config.operating_points.items()}
     scores = {
-        choice: held_out_accuracy(with_choice(trained, choice), choice, z, y, list(targets.values()))
+        choice: held_out_accuracy(
+            with_selector(trained, fc.MLPSelector(), choice.combine), choice, z, y, list(targets.values())
+        )
         for choice in track(CHOICES, "judging", console=Console(stderr=True))
     }
     best = max(scores, key=lambda choice: scores[choice])
-    cascade = with_choice(trained, best)
+    cascade = with_selector(trained, fc.MLPSelector(), best.combine)
     fit_selector(cascade, logits[0], labels[spans[0]], best.objective)
     seen = Trace.from_logits(cascade, logits[1], labels[spans[1]])
     for name, macs in targets.items():

@@ -91,7 +91,17 @@ class Logits:
 
 def with_selector(trained: fc.Cascade, selector: nn.Module, combine: str) -> fc.Cascade:
     """The trained stages under another selector."""
-    return fc.Cascade(list(trained.stages), selector, trained.num_classes, trained.input.shape, combine)
+    cascade = fc.Cascade(
+        list(trained.stages),
+        selector,
+        trained.num_classes,
+        trained.input.shape,
+        combine,
+        trained.input.preprocess,
+        trained.classes,
+    )
+    cascade.seen_images = trained.seen_images
+    return cascade
 
 
 def accuracies(trained: fc.Cascade, method: Method, combine: str, logits: Logits, seed: int) -> list[float]:

@@ -34,6 +34,7 @@ __all__ = [
     "TorchStage",
     "channels_first",
     "channels_last",
+    "next_inputs",
 ]
 
 MAX_ROWS = 65_536
@@ -175,6 +176,11 @@ class TorchStage:
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             arena_bytes=0,
         )
+
+
+def next_inputs(plan: Plan) -> list[str | None]:
+    """What the stage after each one reads; None after the last."""
+    return [*(stage.input for stage in plan.stages[1:]), None]
 
 
 class BreadthFirstProgram:

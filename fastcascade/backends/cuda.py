@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from fastcascade.backends import Precision
-from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels
+from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, next_inputs
 from fastcascade.backends.chunked import torch_stage
 from fastcascade.backends.while_node import Choice, choose_loops
 from fastcascade.errors import InvalidArgument
@@ -75,7 +75,6 @@ class CudaBackend:
 def lower_with(launch: Launch, plan: Plan, precision: Precision, choice: Choice) -> BreadthFirstProgram:
     """A program whose kernels are started by ``launch``, on its device."""
     kernels = exit_kernels(launch)
-    inputs: list[str | None] = [*(stage.input for stage in plan.stages[1:]), None]
     runners = [
         torch_stage(
             stage,
@@ -87,7 +86,7 @@ def lower_with(launch: Launch, plan: Plan, precision: Precision, choice: Choice)
             DTYPES[precision],
             choice,
         )
-        for stage, next_input in zip(plan.stages, inputs, strict=True)
+        for stage, next_input in zip(plan.stages, next_inputs(plan), strict=True)
     ]
     return BreadthFirstProgram(plan, runners, kernels, launch.device)
 

@@ -11,7 +11,7 @@ import os
 import torch
 
 from fastcascade.backends import Precision
-from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, StageRunner
+from fastcascade.backends.breadth_first import BreadthFirstProgram, ExitKernels, StageRunner, next_inputs
 from fastcascade.backends.chunked import torch_stage
 from fastcascade.backends.while_node import Choice, choose_loops
 from fastcascade.errors import InvalidArgument
@@ -98,10 +98,9 @@ class TritonBackend:
             raise InvalidArgument(f"threads={threads}: the triton backend has no CPU threads; leave it out")
         kernels = exit_kernels()
         dtype, choice = DTYPES[precision], choose_loops(device)
-        inputs: list[str | None] = [*(stage.input for stage in plan.stages[1:]), None]
         runners = [
             stage_runner(stage, next_input, plan.input, kernels, device, dtype, choice)
-            for stage, next_input in zip(plan.stages, inputs, strict=True)
+            for stage, next_input in zip(plan.stages, next_inputs(plan), strict=True)
         ]
         return BreadthFirstProgram(plan, runners, kernels, device)
 
