@@ -148,7 +148,7 @@ class CompiledCascade(nn.Module):
         if self._settings.output == "log_probs":
             return results.log_probs
         cost = self._exit_macs[results.exit_stage]
-        return CascadeOutput(results.log_probs.exp(), results.label, results.exit_stage, cost)
+        return CascadeOutput(_exp(results.log_probs), results.label, results.exit_stage, cost)
 
     def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """(N, C, H, W) uint8 or float32 on the program's device: everything that programs rely on."""
@@ -208,6 +208,11 @@ class CompiledCascade(nn.Module):
     def extra_repr(self) -> str:
         stages = ", ".join(repr(stage.name) for stage in self.plan.stages)
         return f"backend={self.backend!r}, precision={self._settings.precision!r}, stages=[{stages}]"
+
+
+def _exp(log_probs: Tensor) -> Tensor:
+    """exp; on the CPU without torch's threads, which would spin beside the next call's for milliseconds."""
+    return torch.from_numpy(np.exp(log_probs.numpy())) if log_probs.device.type == "cpu" else log_probs.exp()
 
 
 def _stage_text(report: StageReport) -> str:
