@@ -189,7 +189,7 @@ def exit_entry(run: Run, classes: int) -> dict[str, Any]:
     threshold = torch.tensor([0.0])
     want = reference.exit_tables(n, classes)
     index = torch.arange(n, dtype=torch.int32)
-    options = {"combine": "last", "selector": "stats"}
+    options = {"stage_weight": None, "selector": "stats"}
     reference.exit_head(want, logits.float(), index, 0, **options, weights=weights)
     tables = reference.exit_tables(n, classes, run.device)
     keep = kernels.new_keep(n, classes, run.device)
@@ -350,7 +350,7 @@ class Model:
                 logits,
                 index,
                 k,
-                combine=self.plan.combine,
+                stage_weight=self.plan.stage_weights[k],
                 score=score,
                 threshold=math.inf if last else float(self.thresholds[k]),
             )

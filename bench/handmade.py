@@ -32,7 +32,7 @@ class PeerCascade:
     def __init__(self, peer: str, cascade: Cascade, thresholds: np.ndarray, threads: int) -> None:
         if any(cascade.stage(k).input != "image" for k in _indices(cascade)):
             raise ValueError("the hand-written cascade is for networks that all read the image")
-        self.combine = cascade.combine
+        self.stage_weights = cascade.stage_weights
         self.peers: list[Peer] = []
         for k in _indices(cascade):
             self.peers.append(make_peer(peer))
@@ -51,9 +51,10 @@ class PeerCascade:
             if k == 0:
                 log_probs = np.empty_like(own)
             previous, label = label, own.argmax(1)
-            if self.combine == "mean":
-                total = np.logaddexp(total, own)
-                own = total - np.float32(np.log(k + 1))
+            weight = self.stage_weights[k]
+            if weight is not None:
+                total = np.logaddexp(total, own + np.float32(np.log(weight)))
+                own = total - np.float32(np.log(sum(self.stage_weights[: k + 1])))
             log_probs[active], exits[active] = own, k
             if k == len(self.scores):
                 break

@@ -1,6 +1,7 @@
 #include "executor.h"
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstring>
 #include <functional>
@@ -74,8 +75,8 @@ Source image_source(const Images& images, const int64_t* rows) {
 // Everything that one call needs; kept and used again by later calls.
 struct Context {
   std::vector<Worker> workers;
-  std::vector<float> log_sum;
-  std::vector<int32_t> visits, previous_label;
+  std::vector<float> log_sum, weight_sum;
+  std::vector<int32_t> previous_label;
   std::vector<uint8_t> keep;
   std::vector<Waiting> waiting;                  // per stage
   std::vector<Waiting> taken;                    // per thread: the tile it runs
@@ -110,8 +111,10 @@ struct Context {
 
   void start(const Executor& e, int64_t count) {
     const auto n = static_cast<size_t>(count);
-    if (e.combine_mean_) log_sum.assign(n * static_cast<size_t>(e.classes_), -std::numeric_limits<float>::infinity());
-    visits.assign(n, 0);
+    if (!e.stage_weights_.empty()) {
+      log_sum.assign(n * static_cast<size_t>(e.classes_), -std::numeric_limits<float>::infinity());
+      weight_sum.assign(n, 0.f);
+    }
     previous_label.assign(n, -1);
     for (Waiting& w : waiting) {
       w.clear();
@@ -129,8 +132,8 @@ class Run {
  public:
   Run(const Executor& e, Context& context, const Images& images, const float* thresholds, const Results& results)
       : e_(e), context_(context), images_(images), thresholds_(thresholds), stages_(e.networks_.size()) {
-    tables_ = {context.log_sum.data(), context.visits.data(), context.previous_label.data(),
-               results.log_probs,      results.label,         results.exit_stage};
+    tables_ = {context.log_sum.data(), context.weight_sum.data(), context.previous_label.data(),
+               results.log_probs,      results.label,             results.exit_stage};
   }
 
   void run() {
@@ -162,8 +165,9 @@ class Run {
   bool leave(size_t stage, const Worker& owner, Worker& self, int64_t instance, int64_t row) const {
     const Network& net = e_.networks_[stage];
     const float threshold = stage + 1 < stages_ ? thresholds_[stage] : 0.f;
+    const float weight = e_.stage_weights_.empty() ? 0.f : e_.stage_weights_[stage];
     return exit_row(tables_, value_row(net, net.logits, owner.arena.data(), instance), row,
-                    static_cast<int64_t>(stage), e_.classes_, e_.combine_mean_, e_.selectors_[stage], threshold,
+                    static_cast<int64_t>(stage), e_.classes_, weight, e_.selectors_[stage], threshold,
                     self.head.data());
   }
 
@@ -397,9 +401,15 @@ Executor::Executor(const CascadeSpec& spec)
       classes_(spec.classes),
       threads_(spec.threads),
       tile_(1),
-      combine_mean_(spec.combine_mean) {
+      stage_weights_(spec.stage_weights) {
   if (spec.stages.empty() || spec.stages.size() != spec.selectors.size())
     throw std::invalid_argument("expected at least one stage and a selector entry for each");
+  if (!stage_weights_.empty() && stage_weights_.size() != spec.stages.size())
+    throw std::invalid_argument(std::to_string(stage_weights_.size()) + " stage weights for " +
+                                std::to_string(spec.stages.size()) + " stages");
+  for (const float weight : stage_weights_)
+    if (!(weight > 0.f) || std::isinf(weight))
+      throw std::invalid_argument("a stage weight is " + std::to_string(weight) + ", expected a positive number");
   if (spec.threads < 1 || spec.threads > 1024)
     throw std::invalid_argument("threads is " + std::to_string(spec.threads) + ", expected 1 to 1024");
   for (size_t k = 0; k < spec.stages.size(); ++k) {

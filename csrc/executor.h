@@ -18,7 +18,7 @@ struct CascadeSpec {
   std::vector<StageSpec> stages;
   std::vector<Selector> selectors;  // one per stage, Score::none at the last
   int64_t classes = 0;
-  bool combine_mean = false;
+  std::vector<float> stage_weights;  // positive, one per stage, of the mean of the stages; empty: the last alone
   int threads = 1;
   std::string isa;            // "" for FASTCASCADE_ISA or the best
   std::string forced_kernel;  // "" for the table's choice
@@ -67,7 +67,7 @@ class Executor {
   std::vector<Network> networks_;
   std::vector<Selector> selectors_;
   int64_t classes_, threads_, tile_;
-  bool combine_mean_;
+  std::vector<float> stage_weights_;
   // Contexts that no call uses. Exchanged atomically, without a lock that a fork could leave locked.
   static constexpr int kSpare = 8;
   mutable std::atomic<Context*> spare_[kSpare] = {};

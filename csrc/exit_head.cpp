@@ -107,7 +107,7 @@ void retire(const ExitTables& t, int64_t row, int64_t stage, int64_t n, const fl
 }  // namespace
 
 bool exit_row(const ExitTables& t, const float* logits, int64_t row, int64_t stage, int64_t classes,
-              bool combine_mean, const Selector& selector, float threshold, float* work) {
+              float stage_weight, const Selector& selector, float threshold, float* work) {
   const bool last = selector.score == Score::none;
   if (!all_finite(logits, classes)) {
     t.previous_label[row] = -1;
@@ -120,12 +120,12 @@ bool exit_row(const ExitTables& t, const float* logits, int64_t row, int64_t sta
   const int64_t own_label = arg_max(own, classes);
   const float agreement = own_label == t.previous_label[row] ? 1.f : 0.f;
   t.previous_label[row] = static_cast<int32_t>(own_label);
-  if (combine_mean) {
+  if (stage_weight > 0.f) {
     float* log_sum = t.log_sum + row * classes;
-    const float log_visits = std::log(static_cast<float>(++t.visits[row]));
+    const float log_weight = std::log(stage_weight), log_weight_sum = std::log(t.weight_sum[row] += stage_weight);
     for (int64_t i = 0; i < classes; ++i) {
-      log_sum[i] = log_add_exp(log_sum[i], own[i]);
-      combined[i] = log_sum[i] - log_visits;
+      log_sum[i] = log_add_exp(log_sum[i], own[i] + log_weight);
+      combined[i] = log_sum[i] - log_weight_sum;
     }
   } else {
     std::copy_n(own, classes, combined);

@@ -18,8 +18,8 @@ struct Selector {
 
 // State and results of a batch, one row per instance.
 struct ExitTables {
-  float* log_sum;           // [N][classes], log of the summed probabilities; combine "mean" only
-  int32_t* visits;          // valid stages so far
+  float* log_sum;           // [N][classes], log of the weighted sum of probabilities; used with a stage weight only
+  float* weight_sum;        // of the valid stages so far; used with a stage weight only
   int32_t* previous_label;  // of the previous stage, -1 where it was invalid
   float* log_probs;         // [N][classes]
   int64_t* label;
@@ -27,8 +27,9 @@ struct ExitTables {
 };
 
 // Combines, scores, decides and retires one row. `work` has 3 * classes + features floats.
+// `stage_weight` is this stage's in the mean of the stages; 0: the answer is this stage's alone.
 // Returns true where the row stays active.
 bool exit_row(const ExitTables& tables, const float* logits, int64_t row, int64_t stage, int64_t classes,
-              bool combine_mean, const Selector& selector, float threshold, float* work);
+              float stage_weight, const Selector& selector, float threshold, float* work);
 
 }  // namespace fastcascade

@@ -174,14 +174,14 @@ Selector read_selector(const py::handle& item) {
 
 class Cascade {
  public:
-  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, bool combine_mean, int threads,
+  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, const std::vector<float>& stage_weights, int threads,
           const std::string& isa, const std::string& kernel) {
     if (classes < 1 || classes > (int64_t{1} << 20)) fail("classes is " + std::to_string(classes));
     CascadeSpec spec;
     for (const py::handle& stage : stages) spec.stages.push_back(read_stage(as_dict(stage, "a stage")));
     for (const py::handle& selector : selectors) spec.selectors.push_back(read_selector(selector));
     spec.classes = classes;
-    spec.combine_mean = combine_mean;
+    spec.stage_weights = stage_weights;
     spec.threads = threads;
     spec.isa = isa;
     spec.forced_kernel = kernel;
@@ -310,8 +310,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("chosen_isa", [](const std::string& name) { return choose_isa(name).isa; }, py::arg("name") = "");
   py::class_<Cascade>(m, "Cascade")
-      .def(py::init<const py::list&, const py::list&, int64_t, bool, int, const std::string&, const std::string&>(),
-           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(), py::arg("combine_mean") = false,
+      .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&, const std::string&>(),
+           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(), py::arg("stage_weights") = std::vector<float>(),
            py::arg("threads") = 1, py::arg("isa") = "", py::arg("kernel") = "")
       .def("run", &Cascade::run, py::arg("images"), py::arg("table"), py::arg("thresholds").noconvert())
       .def("run_stage", &Cascade::run_stage, py::arg("stage"), py::arg("rows"), py::arg("table") = py::none())

@@ -22,11 +22,14 @@ from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.selector import Selector
 from fastcascade.types import (
     CascadeOutput,
+    Combine,
     InputSpec,
     Normalize,
     OperatingPoint,
     OperatingPointLike,
+    checked_combine,
     resolve_thresholds,
+    stage_weights,
 )
 
 __all__ = ["Cascade", "ExitJudgement", "Stage"]
@@ -97,7 +100,7 @@ class Cascade(nn.Module):
         num_classes: at least 2; every stage must answer this many logits.
         input_shape: (C, H, W) of one image.
         combine: "last" answers with the stopping stage's probabilities, "mean" with the mean over the
-            stages visited.
+            stages visited, K numbers with the mean that weighs the stages so.
         preprocess: applied to uint8 images only.
         classes: names, in label order.
 
@@ -127,7 +130,7 @@ class Cascade(nn.Module):
         selector: nn.Module | None,
         num_classes: int,
         input_shape: tuple[int, int, int],
-        combine: Literal["last", "mean"] = "last",
+        combine: Combine | Sequence[float] = "last",
         preprocess: Normalize | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
@@ -136,7 +139,7 @@ class Cascade(nn.Module):
         self.selector = selector
         self.num_classes = num_classes
         self.input = InputSpec(cast(tuple[int, int, int], tuple(input_shape)), preprocess)
-        self.combine = combine
+        self.combine = checked_combine(combine, len(self.stages))
         self.classes = None if classes is None else tuple(classes)
         self.operating_points: dict[str, OperatingPoint] = {}
         self.seen_images = np.empty(0, np.uint64)
@@ -151,8 +154,6 @@ class Cascade(nn.Module):
         if (self.selector is None) != (len(self.stages) == 1):
             expected = "no selector" if len(self.stages) == 1 else "a selector, for example fc.MLPSelector()"
             raise InvalidArgument(f"{len(self.stages)} stage(s) need {expected}, got {self.selector!r}")
-        if self.combine not in ("last", "mean"):
-            raise InvalidArgument(f"combine is {self.combine!r}; expected 'last' or 'mean'")
         if self.num_classes < 2:
             raise InvalidArgument(f"num_classes is {self.num_classes}; expected at least 2")
         if self.stage(0).input != "image":
@@ -192,6 +193,11 @@ class Cascade(nn.Module):
     def stage(self, k: int) -> Stage:
         """Stage k, typed."""
         return cast(Stage, self.stages[k])
+
+    @property
+    def stage_weights(self) -> tuple[float | None, ...]:
+        """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
+        return stage_weights(self.combine, len(self.stages))
 
     @property
     def device(self) -> torch.device:
@@ -261,9 +267,11 @@ class Cascade(nn.Module):
         own = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(2)
         labels = own.argmax(2)
         log_probs = own
-        if self.combine == "mean":
-            total = own.masked_fill(~valid[:, :, None], -math.inf).logcumsumexp(0)
-            log_probs = total - valid.cumsum(0)[:, :, None].to(own.dtype).log()
+        if self.combine != "last":
+            weights = own.new_tensor(self.stage_weights)[:, None]  # (K, 1)
+            weighted = own + weights[:, :, None].log()
+            total = weighted.masked_fill(~valid[:, :, None], -math.inf).logcumsumexp(0)
+            log_probs = total - (weights * valid).cumsum(0)[:, :, None].log()
         log_probs = torch.where(valid[:, :, None], log_probs, math.nan)
         safe = torch.where(valid[:, :, None], log_probs, -math.log(self.num_classes))
         previous = labels.masked_fill(~valid, -1).roll(1, 0)
@@ -305,7 +313,13 @@ class Cascade(nn.Module):
                 last = k == len(self.stages) - 1
                 score = None if last else partial(self.score, k)
                 keep = exit_step(
-                    tables, logits, active, k, combine=self.combine, score=score, threshold=thresholds[k]
+                    tables,
+                    logits,
+                    active,
+                    k,
+                    stage_weight=self.stage_weights[k],
+                    score=score,
+                    threshold=thresholds[k],
                 )
                 active, features = compact_index(active, keep), features[keep]
         cost = self.exit_macs.to(images.device)[tables.exit_stage]

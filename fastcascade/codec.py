@@ -80,8 +80,7 @@ class Reader:
         if hint is Tensor:
             return self.tensor(value, path)
         if origin in (Union, UnionType):
-            present = next(arg for arg in args if arg is not type(None))
-            return None if value is None else self.decode(present, value, path)
+            return self.union(args, value, path)
         if origin is Literal:
             return value if value in args else refuse(path, value, f"one of {args}")
         if origin is tuple:
@@ -92,6 +91,14 @@ class Reader:
         if is_dataclass(hint):
             return self.record(cast(type, hint), value, path)
         return _scalar(hint, value, path)
+
+    def union(self, arms: tuple[Any, ...], value: Any, path: str) -> Any:
+        """None where that is an arm; a list by the arm that is a tuple, if there is one."""
+        if value is None and type(None) in arms:
+            return None
+        present = [arm for arm in arms if arm is not type(None)]
+        tuples = [arm for arm in present if _is_tuple(arm)] if isinstance(value, list) else []
+        return self.decode([*tuples, *present][0], value, path)
 
     def tensor(self, value: Any, path: str) -> Tensor:
         if not isinstance(value, str) or value not in self.tensors:
@@ -124,6 +131,11 @@ class Reader:
         return cls(
             **{name: self.decode(hint, value[name], f"{path}.{name}") for name, hint in expected.items()}
         )
+
+
+def _is_tuple(hint: Any) -> bool:
+    origin: Any = get_origin(hint)
+    return origin is tuple
 
 
 def _scalar(hint: type, value: Any, path: str) -> Any:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastcascade.objective import Objective
 from fastcascade.resnet import build_network
 from fastcascade.selector import FeatureKind, MLPSelector, ScoreKind, Selector, ThresholdSelector
 from fastcascade.train import Recipe, fit
-from fastcascade.types import Normalize
+from fastcascade.types import Combine, Normalize
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,7 +54,7 @@ class TrainingConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     splits: Mapping[str, tuple[int, int]]
-    combine: Literal["last", "mean"] = "last"
+    combine: Combine = "last"
     features: FeatureKind = "stats"
     score: ScoreKind | None = None
     objective: Objective = "exact"

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from fastcascade.codec import NOT_SAVED
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import MLPWeights
-from fastcascade.types import InputSpec, OperatingPoint, OperatingPointLike, resolve_thresholds
+from fastcascade.types import (
+    Combine,
+    InputSpec,
+    OperatingPoint,
+    OperatingPointLike,
+    checked_combine,
+    resolve_thresholds,
+    stage_weights,
+)
 
 __all__ = [
     "Activation",
@@ -506,7 +514,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     input: InputSpec
     num_classes: int
-    combine: Literal["last", "mean"]
+    combine: Combine
     dense_macs: int
     default_thresholds: Tensor | None
     classes: tuple[str, ...] | None = None
@@ -530,6 +538,7 @@ class Plan:
                 len(point.thresholds) == exits and len(point.exit_shares) == exits + 1,
                 f"operating point {name!r} does not have {exits} thresholds and {exits + 1} exit shares",
             )
+        checked_combine(self.combine, len(self.stages))
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -550,6 +559,11 @@ class Plan:
             if stage.selector is not None:
                 stage.selector.check(self.num_classes)
             features = stage.shapes[stage.features] if stage.shapes else ()
+
+    @property
+    def stage_weights(self) -> tuple[float | None, ...]:
+        """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
+        return stage_weights(self.combine, len(self.stages))
 
     @property
     def exit_macs(self) -> Tensor:

@@ -22,7 +22,7 @@ from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgumen
 from fastcascade.files import BundleFormat, load_bundle, save_bundle
 from fastcascade.resnet import build_module
 from fastcascade.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
-from fastcascade.types import InputSpec, OperatingPoint
+from fastcascade.types import Combine, InputSpec, OperatingPoint
 
 __all__ = ["load_cascade", "save_cascade"]
 
@@ -84,7 +84,7 @@ class _Cascade:
     selector: _Selector | None
     num_classes: int
     input: InputSpec
-    combine: Literal["last", "mean"]
+    combine: Combine
     classes: tuple[str, ...] | None
     operating_points: Mapping[str, OperatingPoint]
     costs: _Costs

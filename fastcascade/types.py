@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,13 +14,22 @@ from fastcascade.errors import InvalidArgument
 
 __all__ = [
     "CascadeOutput",
+    "Combine",
     "Evaluation",
     "InputSpec",
     "Normalize",
     "OperatingPoint",
     "OperatingPointLike",
+    "checked_combine",
     "resolve_thresholds",
+    "stage_weights",
 ]
+
+Combine: TypeAlias = Literal["last", "mean"] | tuple[float, ...]
+"""How the visited stages' probabilities make the answer: the last one's, their mean, or a weighted mean."""
+
+WEIGHT_RANGE = (1e-6, 1e6)
+"""Of a stage's weight; float32 holds their sums and logarithms well."""
 
 
 class CascadeOutput(NamedTuple):
@@ -214,3 +223,34 @@ class Evaluation:
     exit_accuracy: tuple[float, ...]
     n: int
     n_invalid: int
+
+
+def checked_combine(combine: Combine | Sequence[float], stages: int) -> Combine:
+    """ "last", "mean", or one weight per stage as a tuple.
+
+    Raises:
+        InvalidArgument: anything else; says what came.
+    """
+    if isinstance(combine, str):
+        if combine in ("last", "mean"):
+            return combine
+    elif isinstance(combine, Sequence) and len(combine) == stages:
+        lowest, highest = WEIGHT_RANGE
+        if all(isinstance(w, (int, float)) and lowest <= w <= highest for w in combine):
+            return tuple(map(float, combine))
+    raise InvalidArgument(
+        f"combine is {combine!r}; expected 'last', 'mean' or {stages} weights, one per stage, from "
+        f"{WEIGHT_RANGE[0]} to {WEIGHT_RANGE[1]:g}"
+    )
+
+
+def stage_weights(combine: Combine, stages: int) -> tuple[float | None, ...]:
+    """(K,) weights in the mean of the stages; None for "last", where a stage answers alone.
+
+    Example:
+        >>> stage_weights("mean", 2), stage_weights("last", 2), stage_weights((0.5, 2.0), 2)
+        ((1.0, 1.0), (None, None), (0.5, 2.0))
+    """
+    if isinstance(combine, str):
+        return (1.0 if combine == "mean" else None,) * stages
+    return combine

@@ -21,7 +21,7 @@ __all__ = [
 
 MLP_FEATURES = ("stats", "topk", "probs")
 SCORES = ("max_prob", "margin", "entropy")
-TABLES = (torch.float32, torch.int32, torch.int32, torch.float32, torch.int64, torch.int64)
+TABLES = (torch.float32, torch.float32, torch.int32, torch.float32, torch.int64, torch.int64)
 """Dtypes of :class:`ExitTables`, as the kernels read and write them."""
 
 

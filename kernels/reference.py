@@ -123,13 +123,13 @@ def mlp_score(x: Tensor, weights: MLPWeights) -> Tensor:
 class ExitTables(NamedTuple):
     """State and results of a batch, one row per instance, in input order.
 
-    State: ``log_sum`` (N, C) log Σ p_j over the valid stages so far; ``visits`` (N,) int32, how many those
-    were; ``previous_label`` (N,) int32, argmax of the previous stage's p, −1 where it was invalid.
+    State: ``log_sum`` (N, C) log Σ w_j p_j over the valid stages so far; ``weight_sum`` (N,) Σ w_j over the
+    same; ``previous_label`` (N,) int32, argmax of the previous stage's p, −1 where it was invalid.
     Results: ``log_probs`` (N, C), ``label`` (N,) int64, ``exit_stage`` (N,) int64.
     """
 
     log_sum: Tensor
-    visits: Tensor
+    weight_sum: Tensor
     previous_label: Tensor
     log_probs: Tensor
     label: Tensor
@@ -142,7 +142,7 @@ def exit_tables(
     """Tables for a batch of n instances before the first stage."""
     return ExitTables(
         log_sum=torch.full((n, num_classes), -math.inf, device=device, dtype=dtype),
-        visits=torch.zeros(n, dtype=torch.int32, device=device),
+        weight_sum=torch.zeros(n, device=device, dtype=dtype),
         previous_label=torch.full((n,), -1, dtype=torch.int32, device=device),
         log_probs=torch.full((n, num_classes), math.nan, device=device, dtype=dtype),
         label=torch.full((n,), -1, dtype=torch.int64, device=device),
@@ -160,7 +160,7 @@ def exit_step(
     index: Tensor,
     stage: int,
     *,
-    combine: str,
+    stage_weight: float | None,
     score: Score | None,
     threshold: float = 0.0,
 ) -> Tensor:
@@ -174,7 +174,7 @@ def exit_step(
         logits: (n, C) of the active rows.
         index: (n,) int, the active rows' positions in the batch.
         stage: k, written to ``exit_stage`` of the rows that stop.
-        combine: "last" or "mean".
+        stage_weight: w_k of this stage in the mean Σ w_j p_j / Σ w_j; None: answer with p_k alone.
         score: the selector; None at the last exit, where everything stops.
         threshold: stop where the score is ≥ this; ±inf allowed.
 
@@ -186,9 +186,7 @@ def exit_step(
     own = logits.to(tables.log_sum.dtype).log_softmax(1)  # (n, C) log p_k
     own_label = own.argmax(1)
     previous_label = tables.previous_label[index]
-    visits = tables.visits[index] + valid.int()
-    log_sum = torch.where(valid[:, None], torch.logaddexp(tables.log_sum[index], own), tables.log_sum[index])
-    log_probs = own if combine == "last" else log_sum - visits[:, None].to(own.dtype).log()
+    log_probs = own if stage_weight is None else _into_mean(tables, own, index, valid, stage_weight)
 
     if score is None:
         stop = torch.ones_like(valid)
@@ -197,8 +195,6 @@ def exit_step(
         safe = torch.where(valid[:, None], log_probs, -math.log(logits.shape[1]))
         stop = valid & (score(safe, previous_label, own_label) >= threshold)
 
-    tables.log_sum[index] = log_sum
-    tables.visits[index] = visits
     tables.previous_label[index] = torch.where(valid, own_label, -1).int()
     rows = index[stop]
     tables.log_probs[rows] = torch.where(valid[:, None], log_probs, math.nan)[stop]
@@ -207,13 +203,22 @@ def exit_step(
     return ~stop
 
 
+def _into_mean(tables: ExitTables, own: Tensor, index: Tensor, valid: Tensor, weight: float) -> Tensor:
+    """(n, C) log of the mean over the valid stages, this one's log-probabilities ``own`` included."""
+    sums, weighted = tables.log_sum[index], own + math.log(weight)
+    sums = torch.where(valid[:, None], torch.logaddexp(sums, weighted), sums)
+    weights = tables.weight_sum[index] + weight * valid
+    tables.log_sum[index], tables.weight_sum[index] = sums, weights
+    return sums - weights[:, None].log()
+
+
 def exit_head(
     tables: ExitTables,
     logits: Tensor,
     index: Tensor,
     stage: int,
     *,
-    combine: str,
+    stage_weight: float | None,
     selector: str | None,
     weights: MLPWeights | None = None,
     threshold: float = 0.0,
@@ -224,7 +229,7 @@ def exit_head(
         selector: "stats", "topk" or "probs" (MLP on those features, with ``weights``); "max_prob", "margin"
             or "entropy"; None at the last exit.
         weights: of the MLP; None for the confidence scores.
-        tables, logits, index, stage, combine, threshold: as in :func:`exit_step`.
+        tables, logits, index, stage, stage_weight, threshold: as in :func:`exit_step`.
 
     Returns:
         (n,) bool: True where the row stays active.
@@ -242,7 +247,7 @@ def exit_head(
         logits,
         index,
         stage,
-        combine=combine,
+        stage_weight=stage_weight,
         score=None if selector is None else score,
         threshold=threshold,
     )

@@ -110,7 +110,7 @@ class Own(nn.Module):
         return 0
 
 
-# Every selector, and both shapes of cascade with both ways to combine; each costs an export per stage.
+# Every selector, and both shapes of cascade with every way to combine; each costs an export per stage.
 @pytest.mark.parametrize(
     ("selector", "shape", "combine"),
     [
@@ -121,11 +121,12 @@ class Own(nn.Module):
         ("max_prob", segments, "last"),
         ("margin", independent, "last"),
         ("entropy", segments, "mean"),
+        ("stats", independent, (0.2, 0.5, 1.0)),
         ("own", segments, "last"),
         ("own", independent, "mean"),
     ],
 )
-def test_every_backend_is_a_drop_in(backend: str, selector: str, shape: Any, combine: str) -> None:
+def test_every_backend_is_a_drop_in(backend: str, selector: str, shape: Any, combine: Any) -> None:
     cascade = shape(SELECTORS[selector](), combine)
     fast = fc.compile(cascade, backend=backend)
     x = torch.randn(101, *SHAPE)

@@ -75,7 +75,7 @@ def one_by_one(cascade: fc.Cascade, x: Tensor, thresholds: list[float]) -> list[
     """(probs, label, exit, cost) of each image by a plain loop over images and stages."""
     answers = []
     for image in x:
-        features, visited, previous, cost = image[None], [], -1, 0
+        features, visited, weights, previous, cost = image[None], [], [], -1, 0
         for k, stage in enumerate(cascade.stages):
             source = image[None] if stage.input == "image" else features
             features, z = stage(source)
@@ -88,7 +88,8 @@ def one_by_one(cascade: fc.Cascade, x: Tensor, thresholds: list[float]) -> list[
             p = np.exp(z - z.max()) / np.exp(z - z.max()).sum() if valid else None
             if valid:
                 visited.append(p)
-                q = np.mean(visited, 0) if cascade.combine == "mean" else p
+                weights.append(1.0 if isinstance(cascade.combine, str) else cascade.combine[k])
+                q = p if cascade.combine == "last" else np.average(visited, 0, weights)
                 agreement = float(p.argmax() == previous)
             if last or (valid and score(cascade, k, q, agreement) >= thresholds[k]):
                 probs = q if valid else np.full(CLASSES, np.nan)
@@ -98,13 +99,15 @@ def one_by_one(cascade: fc.Cascade, x: Tensor, thresholds: list[float]) -> list[
     return answers
 
 
+COMBINES = ["last", "mean", (0.3, 1.0, 2.0)]
+
 SELECTORS = [
     *(lambda f=f: fc.MLPSelector(f) for f in FeatureKind.__args__),
     *(lambda s=s: fc.ThresholdSelector(s) for s in ScoreKind.__args__),
 ]
 
 
-@pytest.mark.parametrize("combine", ["last", "mean"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("make", SELECTORS)
 def test_equals_a_loop_over_instances(make, combine):
     cascade = independent(make(), combine)
@@ -142,7 +145,7 @@ class OneInvalidStage(nn.Module):
         return torch.where(x[:, 0, 0, :1] < 0, math.inf, self.inner(x))
 
 
-@pytest.mark.parametrize("combine", ["last", "mean"])
+@pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_an_invalid_stage_cannot_stop_and_is_left_out(stage, combine):
     torch.manual_seed(1)
@@ -160,7 +163,7 @@ def test_an_invalid_stage_cannot_stop_and_is_left_out(stage, combine):
 def test_judge_agrees_with_the_forward_also_where_stages_are_invalid():
     torch.manual_seed(1)
     nets = [network(4), OneInvalidStage(network(8)), network(16)]
-    for combine in ("last", "mean"):
+    for combine in COMBINES:
         cascade = fc.Cascade(nets, fc.MLPSelector(), CLASSES, INPUT, combine=combine).double()
         x = torch.randn(64, *INPUT, dtype=torch.float64)
         judged = cascade.judge(cascade.all_logits(x))
@@ -273,7 +276,14 @@ def test_a_module_of_your_own_may_select():
         (lambda: fc.Cascade([network(4), network(4)], None, CLASSES, INPUT), "need a selector"),
         (lambda: fc.Cascade([network(4)], None, 7, INPUT), r"expected \(1, 7\) logits"),
         (lambda: fc.Cascade([network(4)], None, 1, INPUT), "at least 2"),
-        (lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, combine="max"), "'last' or 'mean'"),
+        (
+            lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, combine="max"),
+            "'last', 'mean' or 1 weights",
+        ),
+        *(
+            (lambda c=c: fc.Cascade([network(4)], None, CLASSES, INPUT, combine=c), "weights, one per stage")
+            for c in ([1.0, 2.0], [0.0], [-1.0], [math.nan], [math.inf], ["1"], None, 1.0)
+        ),
         (lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, classes=["a"]), "1 class names"),
         (lambda: fc.Cascade([fc.Stage(network(4), input="previous")], None, CLASSES, INPUT), "nothing comes"),
         (lambda: fc.Cascade([network(4)], None, CLASSES, (3, 4)), r"\(C, H, W\)"),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastcascade as fc
 from fastcascade.errors import DataError, InvalidArgument
 from fastcascade.evaluate import Trace, evaluate, trace, traces
+from fastcascade.types import Combine
 
 CLASSES, SHAPE = 4, (1, 3, 3)
 
@@ -29,7 +30,7 @@ def flat_net(seed: int, scale: float = 1.0) -> nn.Sequential:
     return net
 
 
-def independent(combine: str = "last", selector: nn.Module | None = None) -> fc.Cascade:
+def independent(combine: Combine = "last", selector: nn.Module | None = None) -> fc.Cascade:
     nets = [flat_net(k, 0.5 + k) for k in range(3)]
     return fc.Cascade(nets, selector or fc.MLPSelector(), CLASSES, SHAPE, combine=combine)  # type: ignore[arg-type]
 
@@ -120,9 +121,9 @@ def test_all_forms_of_data_and_of_model_agree() -> None:
     assert same(evaluate(fc.compile(cascade, backend="reference"), (images, labels)), expected)
 
 
-@pytest.mark.parametrize("combine", ["last", "mean"])
+@pytest.mark.parametrize("combine", ["last", "mean", (0.2, 0.5, 1.0)])
 @pytest.mark.parametrize("seed", range(4))
-def test_trace_equals_the_running_cascade(combine: str, seed: int) -> None:
+def test_trace_equals_the_running_cascade(combine: Combine, seed: int) -> None:
     cascade = independent(combine)
     cascade.stage(0).module = Poison(cascade.stage(0).module, 1.0)
     cascade.stage(2).module = Poison(cascade.stage(2).module, 1.5)

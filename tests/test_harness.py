@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch import nn
 
 import fastcascade as fc
 from fastcascade.testing import balanced_thresholds
+from fastcascade.types import Combine
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: fastcascade itself stays the installed one
 
@@ -273,8 +274,8 @@ def test_cutting_a_batch_changes_no_answer(name: str, schedule: Schedule) -> Non
     assert whole.shape == (5, 4)
 
 
-@pytest.mark.parametrize("combine", ["last", "mean"])
-def test_the_hand_written_cascade_answers_as_the_cascade(combine: Literal["last", "mean"]) -> None:
+@pytest.mark.parametrize("combine", ["last", "mean", (0.2, 0.5, 1.0)])
+def test_the_hand_written_cascade_answers_as_the_cascade(combine: Combine) -> None:
     torch.manual_seed(0)
     networks = [
         nn.Sequential(

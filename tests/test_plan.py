@@ -42,7 +42,7 @@ def plan() -> Plan:
         fc.MLPSelector("topk"),
         5,
         SHAPE,
-        combine="mean",
+        combine=(0.5, 1.0),
         preprocess=fc.Normalize((0.5,) * 3, (0.25,) * 3),
         classes=["ant", "bee", "cow", "dog", "eel"],
     )

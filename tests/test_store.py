@@ -74,7 +74,7 @@ def segment_cascade() -> fc.Cascade:
     stages = [
         fc.Stage(module, exit, input="previous" if k else "image") for k, (module, exit) in enumerate(parts)
     ]
-    return fc.Cascade(stages, fc.ThresholdSelector("margin"), 4, SHAPE, combine="mean")
+    return fc.Cascade(stages, fc.ThresholdSelector("margin"), 4, SHAPE, combine=(0.25, 0.5, 1.0))
 
 
 def own_cascade() -> fc.Cascade:
@@ -248,6 +248,8 @@ def edit(*path: str | int, value: Any) -> Callable[[Any], None]:
         (edit("input", "shape", value=[1, 16, 16]), "does not hold a valid cascade|do not make a cascade"),
         (edit("input", "preprocess", "std", value=[1, 1, 0]), "positive std"),
         (edit("combine", value="max"), "expected one of"),
+        (edit("combine", value=[1.0] * 9), "one per stage"),
+        (edit("combine", value=["1", "1"]), "expected a number|a number"),
         (edit("classes", value=["one"]), "do not make a cascade"),
         (edit("selector", value=None), "tensors of no module"),
         (edit("selector", "op", value="_Cascade"), "expected one of"),

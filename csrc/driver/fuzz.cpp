@@ -279,8 +279,9 @@ Case make_case(uint64_t seed, bool poisoned) {
   const Shape shape = {random.upto(1, 20), random.upto(1, 13), random.upto(1, 13)};
   const Bound image_bound{3, 1, false};
   c.spec.classes = random.upto(2, 6);
-  c.spec.combine_mean = random.chance(50);
   const int64_t stages = random.upto(1, 3);
+  if (random.chance(50))
+    for (int64_t k = 0; k < stages; ++k) c.spec.stage_weights.push_back(static_cast<float>(random.upto(1, 4)) / 4.f);
   Shape features;
   Bound features_bound = image_bound;
   for (int64_t k = 0; k < stages; ++k) {

@@ -184,7 +184,7 @@ CascadeSpec cascade_of(const Case& c, const char* isa, int threads) {
   spec.selectors.resize(c.stages.size());
   if (c.stages.size() > 1) spec.selectors[0].score = Score::margin;
   spec.classes = kClasses;
-  spec.combine_mean = true;
+  spec.stage_weights.assign(c.stages.size(), 1.f);
   spec.isa = isa;
   spec.threads = threads;
   return spec;

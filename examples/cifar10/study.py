@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,17 @@ from fastcascade.evaluate import Trace
 from fastcascade.objective import greedy_exit, objective_loss, rewards
 from fastcascade.refit import fit_selector, standardise_features
 from fastcascade.store import load_cascade
+from fastcascade.types import Combine
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent.parent / "docs" / "selection.md"
 BUDGETS = (0.2, 0.4, 0.6)
-BUDGET_HEADS = tuple(f"≤ {share:.0%} of dense" for share in BUDGETS)
 SEEDS = range(5)
-ALPHA = 0.3
+ALPHA = 0.05
+"""Price of one dense cost in nats, low enough to leave the trade-off to the thresholds."""
+
+PRICES = (0.02, 0.05, 0.1, 0.3)
+COMBINES: dict[str, Combine] = {"last": "last", "mean": "mean", "weights ¼, ½, 1": (0.25, 0.5, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Logits:
         )
 
 
-def with_selector(trained: fc.Cascade, selector: nn.Module, combine: str) -> fc.Cascade:
+def with_selector(trained: fc.Cascade, selector: nn.Module, combine: Combine) -> fc.Cascade:
     """The trained stages under another selector."""
     cascade = fc.Cascade(
         list(trained.stages),
@@ -104,7 +108,9 @@ def with_selector(trained: fc.Cascade, selector: nn.Module, combine: str) -> fc.
     return cascade
 
 
-def accuracies(trained: fc.Cascade, method: Method, combine: str, logits: Logits, seed: int) -> list[float]:
+def accuracies(
+    trained: fc.Cascade, method: Method, combine: Combine, logits: Logits, seed: int, alpha: float = ALPHA
+) -> list[float]:
     """Test accuracy at each budget, NaN where it cannot be met."""
     torch.manual_seed(seed)
     cascade = with_selector(trained, method.selector(), combine)
@@ -113,23 +119,30 @@ def accuracies(trained: fc.Cascade, method: Method, combine: str, logits: Logits
     first, second = order[: len(y) // 2], order[len(y) // 2 :]
     if method.objective:
         fit_selector(
-            cascade, z[:, first], y[first], method.objective, ALPHA, baseline=method.baseline, seed=seed
+            cascade, z[:, first], y[first], method.objective, alpha, baseline=method.baseline, seed=seed
         )
     calibration = Trace.from_logits(cascade, z[:, second], y[second])
     test = Trace.from_logits(cascade, *logits.test)
     return budget_accuracies(calibration, test, trained.dense_macs)
 
 
-def budget_accuracies(calibration: Trace, test: Trace, dense_macs: int) -> list[float]:
+def budget_accuracies(
+    calibration: Trace, test: Trace, dense_macs: int, budgets: Sequence[float] = BUDGETS
+) -> list[float]:
     """Test accuracy at each budget with the thresholds that calibration finds, NaN where it cannot be met."""
     row = []
-    for share in BUDGETS:
+    for share in budgets:
         try:
             thresholds = find_thresholds(calibration, budget_macs=share * dense_macs)
             row.append(test.run(thresholds).accuracy)
         except CalibrationError:
             row.append(float("nan"))
     return row
+
+
+def budget_heads(budgets: Sequence[float] = BUDGETS) -> list[str]:
+    """The table's heads of :func:`budget_accuracies`."""
+    return [f"≤ {share:.0%} of dense" for share in budgets]
 
 
 def mean_and_spread(rows: list[list[float]]) -> list[str]:
@@ -179,11 +192,20 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def accuracy_table(trained: fc.Cascade, methods: list[Method], logits: Logits) -> str:
     rows = []
-    for combine in ("last", "mean"):
-        for method in track(methods, f"combine={combine}"):
+    for name, combine in COMBINES.items():
+        for method in track(methods, name):
             repeated = [accuracies(trained, method, combine, logits, seed) for seed in SEEDS]
-            rows.append([method.name, combine, *mean_and_spread(repeated)])
-    return table(["selector", "combine", *BUDGET_HEADS], rows)
+            rows.append([method.name, name, *mean_and_spread(repeated)])
+    return table(["selector", "combine", *budget_heads()], rows)
+
+
+def price_table(trained: fc.Cascade, logits: Logits) -> str:
+    rows = []
+    for method in track([m for m in OBJECTIVES if m.objective], "prices"):
+        for alpha in PRICES:
+            repeated = [accuracies(trained, method, "last", logits, seed, alpha) for seed in SEEDS]
+            rows.append([method.name, f"{alpha:g}", *mean_and_spread(repeated)])
+    return table(["selector", "α", *budget_heads()], rows)
 
 
 def gradient_table(trained: fc.Cascade, logits: Logits) -> str:
@@ -201,15 +223,11 @@ def stage_table(trained: fc.Cascade, logits: Logits) -> str:
         [f"{k}", f"{trained.stage_macs[k] / 1e6:.1f} M", f"{(z[k].argmax(1) == y).double().mean():.2%}"]
         for k in range(len(z))
     ]
-    mean = trained.judge(z).log_probs if trained.combine == "mean" else z.log_softmax(2)
-    rows.append(
-        [
-            "all, mean",
-            f"{int(trained.exit_macs[-1]) / 1e6:.1f} M",
-            f"{(mean[-1].argmax(1) == y).double().mean():.2%}",
-        ]
-    )
-    return table(["stage", "MACs", "test accuracy alone"], rows)
+    for name, combine in COMBINES.items():
+        together = with_selector(trained, fc.ThresholdSelector(), combine)
+        accuracy = Trace.from_logits(together, z, y).correct[-1].mean()
+        rows.append([f"all, {name}", f"{sum(trained.stage_macs) / 1e6:.1f} M", f"{accuracy:.2%}"])
+    return table(["stage", "MACs", "test accuracy"], rows)
 
 
 def rewrite_document(blocks: dict[str, str]) -> None:
@@ -242,6 +260,7 @@ def main() -> None:
             "stages": stage_table(trained, logits),
             "objectives": accuracy_table(trained, OBJECTIVES, logits),
             "features": accuracy_table(trained, FEATURES, logits),
+            "prices": price_table(trained, logits),
             "gradients": gradient_table(trained, logits),
         }
     )

@@ -273,7 +273,7 @@ class BreadthFirstProgram:
         keep = self.kernels.new_keep(len(logits), self.plan.num_classes, self.device)
         if selector is not None and selector.module is not None:
             _exit_through_torch(
-                k, selector.module, self.plan.combine, tables, logits, active, thresholds, keep
+                k, selector.module, self.plan.stage_weights[k], tables, logits, active, thresholds, keep
             )
             return keep
         self.kernels.exit_head(
@@ -283,7 +283,7 @@ class BreadthFirstProgram:
             active.count,
             k,
             keep,
-            combine=self.plan.combine,
+            stage_weight=self.plan.stage_weights[k],
             selector=None if selector is None else selector.features or selector.kind,
             weights=None if selector is None else _contiguous(selector.weights),
             threshold=None if selector is None else thresholds[k : k + 1],
@@ -320,7 +320,7 @@ def _contiguous(weights: MLPWeights | None) -> MLPWeights | None:
 def _exit_through_torch(
     k: int,
     module: nn.Module,
-    combine: str,
+    stage_weight: float | None,
     tables: ExitTables,
     logits: Tensor,
     active: Active,
@@ -334,7 +334,7 @@ def _exit_through_torch(
         logits[:n],
         active.index[:n],
         k,
-        combine=combine,
+        stage_weight=stage_weight,
         score=lambda log_probs, previous, _: cast(Tensor, module(k, log_probs, previous)),
         threshold=thresholds[k].item(),
     )

@@ -92,7 +92,7 @@ class CpuProgram:
             [stage_spec(stage, _feeds_next(plan, k)) for k, stage in enumerate(plan.stages)],
             [_selector(stage.selector) for stage in plan.stages],
             plan.num_classes,
-            combine_mean=plan.combine == "mean",
+            stage_weights=[w for w in plan.stage_weights if w is not None],
             threads=threads,
             isa=isa,
             kernel=kernel,

@@ -192,7 +192,7 @@ class ReferenceProgram:
                 logits,
                 index,
                 k,
-                combine=self.plan.combine,
+                stage_weight=self.plan.stage_weights[k],
                 score=lambda log_probs, previous, _: cast(Tensor, module(k, log_probs, previous)),
                 threshold=threshold,
             )
@@ -201,7 +201,7 @@ class ReferenceProgram:
             logits,
             index,
             k,
-            combine=self.plan.combine,
+            stage_weight=self.plan.stage_weights[k],
             selector=None if selector is None else selector.features or selector.kind,
             weights=None if selector is None else selector.weights,
             threshold=threshold,

@@ -28,8 +28,8 @@ KERNELS = {
 }
 
 POINTERS = (
-    "index", "count", "log_sum", "visits", "previous_label", "log_probs", "label", "exit_stage", "threshold",
-    *MLPWeights._fields, "keep", "block_counts",
+    "index", "count", "log_sum", "weight_sum", "previous_label", "log_probs", "label", "exit_stage",
+    "threshold", *MLPWeights._fields, "keep", "block_counts",
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ class ExitArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_int) for name in ("stage", "selector", "mean_of_stages", "classes", "hidden")),
+        *((name, ctypes.c_int) for name in ("stage", "selector", "classes", "hidden")),
+        ("stage_weight", ctypes.c_float),
     )
 
 
@@ -60,7 +61,7 @@ def exit_head(
     stage: int,
     keep: Keep,
     *,
-    combine: str,
+    stage_weight: float | None,
     selector: str | None,
     weights: MLPWeights | None = None,
     threshold: Tensor | None = None,
@@ -69,11 +70,11 @@ def exit_head(
 
     Args:
         launch: for the device that all tensors are on.
-        tables: as in the twin, float32; ``log_sum`` and ``visits`` are used for combine="mean" only.
+        tables: as in the twin, float32; ``log_sum`` and ``weight_sum`` are used with a ``stage_weight`` only.
         logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
         index: (capacity,) int32 positions in the batch; count: (1,) int32.
         keep: written; see :class:`~fastcascade.kernels.arguments.Keep`.
-        selector, weights: as in the twin; the weights are contiguous float32.
+        stage_weight, selector, weights: as in the twin; the weights are contiguous float32.
         threshold: (1,) float32; None at the last exit.
 
     Raises:
@@ -82,7 +83,7 @@ def exit_head(
 
     Example:
         keep = new_keep(len(logits), 10, logits.device)
-        exit_head(launch, tables, logits, index, count, 0, keep, combine="last", selector=None)
+        exit_head(launch, tables, logits, index, count, 0, keep, stage_weight=None, selector=None)
     """
     check_exit_head(tables, logits, index, count, keep, BLOCK_ROWS, selector, weights, threshold)
     capacity, num_classes = logits.shape
@@ -101,8 +102,8 @@ def exit_head(
         **{name: launch.address(tensor) for name, tensor in present.items()},
         stage=stage,
         selector=SELECTORS.index(selector),
-        mean_of_stages=combine == "mean",
         classes=num_classes,
         hidden=0 if weights is None else len(weights.b1),
+        stage_weight=0.0 if stage_weight is None else stage_weight,
     )
     launch(KERNELS[logits.dtype], -(-capacity // BLOCK_ROWS), THREADS, arguments, logits)

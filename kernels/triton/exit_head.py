@@ -83,15 +83,26 @@ def _normaliser(logits, row_offset, live, BLOCK_CLASSES: tl.constexpr, CLASSES: 
 
 
 @triton.jit
-def _combined(own, log_sum, origin, valid, log_visits, column, MEAN: tl.constexpr, CLASSES: tl.constexpr):
-    """(log q, the new log Σ p): own is log p of this stage; without MEAN both are own."""
+def _combined(
+    own,
+    log_sum,
+    origin,
+    valid,
+    stage_weight,
+    log_weight_sum,
+    column,
+    MEAN: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """(log q, the new log Σ w p): own is log p of this stage; without MEAN both are own."""
     if MEAN:
         mask = valid[:, None] & (column < CLASSES)[None, :]
         old = tl.load(log_sum + origin[:, None] * CLASSES + column[None, :], mask=mask, other=float("-inf"))
-        high = tl.maximum(old, own)
+        weighted = own + tl.log(stage_weight)
+        high = tl.maximum(old, weighted)
         shift = tl.where(high > float("-inf"), high, 0.0)
-        new = shift + tl.log(tl.exp(old - shift) + tl.exp(own - shift))
-        return new - log_visits[:, None], new
+        new = shift + tl.log(tl.exp(old - shift) + tl.exp(weighted - shift))
+        return new - log_weight_sum[:, None], new
     else:
         return own, own
 
@@ -175,8 +186,8 @@ def _hidden_input(value, f, mean, std, w1, unit, HIDDEN: tl.constexpr, FEATURES:
 @triton.jit
 def exit_rows(
     logits, row_offset, live, origin,
-    log_sum, visits, previous_label, out_log_probs, out_label, out_stage,
-    threshold, mean, std, w1, b1, w2, b2, stage,
+    log_sum, weight_sum, previous_label, out_log_probs, out_label, out_stage,
+    threshold, mean, std, w1, b1, w2, b2, stage, stage_weight,
     SELECTOR: tl.constexpr, MEAN: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -187,15 +198,16 @@ def exit_rows(
         live (rows,): rows that exist; origin (rows,) int64: their positions in the batch.
         log_sum … out_stage: the ExitTables.
         threshold, mean … b2: device memory; the weights are not read for a confidence score.
+        stage_weight: of this stage in the mean, not read without MEAN.
         SELECTOR: a built-in selector's name, or "last" where everything stops.
     """
     TOP: tl.constexpr = 3 if SELECTOR == "topk" else (2 if SELECTOR == "stats" or SELECTOR == "margin" else 1)
     largest, log_total, valid = _normaliser(logits, row_offset, live, BLOCK_CLASSES, CLASSES)
-    log_visits = tl.zeros(largest.shape, tl.float32)
+    log_weight_sum = tl.zeros(largest.shape, tl.float32)
     if MEAN:
-        count = tl.load(visits + origin, mask=live, other=0) + valid.to(tl.int32)
-        log_visits = tl.log(count.to(tl.float32))
-        tl.store(visits + origin, count, mask=live)
+        total = tl.load(weight_sum + origin, mask=live, other=0.0) + tl.where(valid, stage_weight, 0.0)
+        log_weight_sum = tl.log(total)
+        tl.store(weight_sum + origin, total, mask=live)
 
     # Selector: one walk over the classes.
     low = tl.full(largest.shape, float("-inf"), tl.float32)
@@ -215,7 +227,9 @@ def exit_rows(
         ]
         # A row that is invalid or beyond the active ones gets scores that nobody uses, but no NaN.
         own = tl.where(valid[:, None], own, 0.0)
-        scores, _ = _combined(own, log_sum, origin, valid, log_visits, column, MEAN, CLASSES)
+        scores, _ = _combined(
+            own, log_sum, origin, valid, stage_weight, log_weight_sum, column, MEAN, CLASSES
+        )
         if MEAN:
             own1, own2, own3, own_rest, own_label = _merge_tile(
                 own1, own2, own3, own_rest, own_label, own, column, 1
@@ -279,7 +293,9 @@ def exit_rows(
         own = (_load_scores(logits, row_offset, live, column, CLASSES) - largest[:, None]) - log_total[
             :, None
         ]
-        scores, new_sum = _combined(own, log_sum, origin, valid, log_visits, column, MEAN, CLASSES)
+        scores, new_sum = _combined(
+            own, log_sum, origin, valid, stage_weight, log_weight_sum, column, MEAN, CLASSES
+        )
         cell = origin[:, None] * CLASSES + column[None, :]
         real = (column < CLASSES)[None, :]
         if MEAN:
@@ -292,8 +308,8 @@ def exit_rows(
 @triton.jit
 def exit_head_kernel(
     logits, index, count,
-    log_sum, visits, previous_label, out_log_probs, out_label, out_stage,
-    threshold, mean, std, w1, b1, w2, b2, keep, block_counts, stage,
+    log_sum, weight_sum, previous_label, out_log_probs, out_label, out_stage,
+    threshold, mean, std, w1, b1, w2, b2, keep, block_counts, stage, stage_weight,
     SELECTOR: tl.constexpr, MEAN: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -307,8 +323,8 @@ def exit_head_kernel(
     origin = tl.load(index + row, mask=live, other=0).to(tl.int64)
     stop = exit_rows(
         logits, row.to(tl.int64) * CLASSES, live, origin,
-        log_sum, visits, previous_label, out_log_probs, out_label, out_stage,
-        threshold, mean, std, w1, b1, w2, b2, stage,
+        log_sum, weight_sum, previous_label, out_log_probs, out_label, out_stage,
+        threshold, mean, std, w1, b1, w2, b2, stage, stage_weight,
         SELECTOR, MEAN, CLASSES, FEATURES, HIDDEN, BLOCK_HIDDEN, BLOCK_CLASSES,
     )  # fmt: skip
     stays = (live & (stop == 0)).to(tl.int32)
@@ -341,7 +357,7 @@ def exit_head(
     stage: int,
     keep: Keep,
     *,
-    combine: str,
+    stage_weight: float | None,
     selector: str | None,
     weights: MLPWeights | None = None,
     threshold: Tensor | None = None,
@@ -349,11 +365,11 @@ def exit_head(
     """The twin's exit head with the number of active rows on the device; nothing synchronises.
 
     Args:
-        tables: as in the twin, float32; ``log_sum`` and ``visits`` are used for combine="mean" only.
+        tables: as in the twin, float32; ``log_sum`` and ``weight_sum`` are used with a ``stage_weight`` only.
         logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
         index: (capacity,) int32 positions in the batch; count: (1,) int32.
         keep: written; see :class:`~fastcascade.kernels.arguments.Keep`.
-        selector, weights: as in the twin; the weights are float32 on the device.
+        stage_weight, selector, weights: as in the twin; the weights are float32 on the device.
         threshold: (1,) float32 on the device; None at the last exit.
 
     Raises:
@@ -362,7 +378,7 @@ def exit_head(
 
     Example:
         keep = new_keep(len(logits), 10, logits.device)
-        exit_head(tables, logits, index, count, 0, keep, combine="last", selector="margin", threshold=t)
+        exit_head(tables, logits, index, count, 0, keep, stage_weight=None, selector="margin", threshold=t)
     """
     capacity, num_classes = logits.shape
     tile = exit_tile(num_classes)
@@ -373,8 +389,8 @@ def exit_head(
     launch(
         exit_head_kernel, (triton.cdiv(capacity, tile.rows),),
         logits, index, count, *tables, index if threshold is None else threshold, *arguments.pointers,
-        keep.flags, keep.counts, stage,
-        SELECTOR=selector or "last", MEAN=combine == "mean", CLASSES=num_classes,
+        keep.flags, keep.counts, stage, 0.0 if stage_weight is None else stage_weight,
+        SELECTOR=selector or "last", MEAN=stage_weight is not None, CLASSES=num_classes,
         FEATURES=arguments.features, HIDDEN=arguments.hidden, BLOCK_HIDDEN=arguments.block_hidden,
         BLOCK_ROWS=tile.rows, BLOCK_CLASSES=tile.classes, num_warps=4,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from fastcascade.testing import (
     randomise_statistics,
     reference_logits,
 )
+from fastcascade.types import Combine
 
 SIDE = 16  # small images: the schedules are the same
 NORMALIZE = fc.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
@@ -57,14 +58,14 @@ def _trained(network: nn.Module) -> nn.Module:
 
 
 @cache
-def independent(combine: str = "last", selector: Callable[[], nn.Module] = fc.MLPSelector) -> fc.Cascade:
+def independent(combine: Combine = "last", selector: Callable[[], nn.Module] = fc.MLPSelector) -> fc.Cascade:
     """Three networks of their own."""
     networks = [_trained(resnet9(4)), _trained(resnet_cifar(8, shortcut="A")), _trained(resnet_cifar(14))]
     return _cascade(networks, combine, selector())
 
 
 @cache
-def segments(combine: str = "last") -> fc.Cascade:
+def segments(combine: Combine = "last") -> fc.Cascade:
     """One network cut in three."""
     cut = cut_into_segments(_trained(resnet_cifar(14, shortcut="B")), [1, 3])
     stages = [
@@ -78,7 +79,7 @@ plan_of = cache(fc.plan)
 """Lowering takes a second; the tests share cascades and plans, and change neither."""
 
 
-def _cascade(stages: list[nn.Module], combine: str, selector: nn.Module) -> fc.Cascade:
+def _cascade(stages: list[nn.Module], combine: Combine, selector: nn.Module) -> fc.Cascade:
     torch.manual_seed(0)
     cascade = fc.Cascade(stages, selector, 10, (3, SIDE, SIDE), combine=combine, preprocess=NORMALIZE)
     for parameter in selector.parameters():
@@ -106,9 +107,9 @@ SELECTORS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("build", [independent, segments])
-@pytest.mark.parametrize("combine", ["last", "mean"])
+@pytest.mark.parametrize("combine", ["last", "mean", (0.2, 0.5, 1.0)])
 def test_drop_in(
-    isa: str, build: Callable[..., fc.Cascade], combine: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, build: Callable[..., fc.Cascade], combine: Combine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTCASCADE_ISA", isa)
     cascade = build(combine)

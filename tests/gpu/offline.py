@@ -157,7 +157,7 @@ def configurations() -> list[Configuration]:
 
 TABLE_TYPES = {
     "log_sum": "*fp32",
-    "visits": "*i32",
+    "weight_sum": "*fp32",
     "previous_label": "*i32",
     "out_log_probs": "*fp32",
     "out_label": "*i64",
@@ -165,6 +165,7 @@ TABLE_TYPES = {
     "threshold": "*fp32",
     **dict.fromkeys(("mean", "std", "w1", "b1", "w2", "b2"), "*fp32"),
     "stage": "i32",
+    "stage_weight": "fp32",
 }
 
 

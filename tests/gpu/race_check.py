@@ -52,7 +52,7 @@ def run_exit_head(launch: Launch) -> None:
     n = 9  # shuffles under the sanitizer are slow
     tables, new = reference.exit_tables(n, 10), exit_head.new_keep(n, 10, "cpu")
     arguments = (tables, torch.randn(n, 10), active(), int32(n), 0, new)
-    exit_head.exit_head(launch, *arguments, combine="mean", selector="margin", threshold=torch.zeros(1))
+    exit_head.exit_head(launch, *arguments, stage_weight=0.7, selector="margin", threshold=torch.zeros(1))
 
 
 def run_compact_index(launch: Launch) -> None:

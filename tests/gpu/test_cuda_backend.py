@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,13 +43,13 @@ def with_spread(network: nn.Module) -> nn.Module:
     return network
 
 
-def independent(selector: nn.Module, combine: str) -> fc.Cascade:
+def independent(selector: nn.Module, combine: Any) -> fc.Cascade:
     """Three networks that read the image."""
     networks = [with_spread(random_network(seed, input_shape=SHAPE)) for seed in (11, 12, 13)]
     return fc.Cascade(networks, selector, 5, SHAPE, combine, preprocess=fc.Normalize((0.5,) * 3, (0.3,) * 3))
 
 
-def segments(selector: nn.Module, combine: str) -> fc.Cascade:
+def segments(selector: nn.Module, combine: Any) -> fc.Cascade:
     """One backbone in three parts; rows of its features are 16-byte words, then odd."""
     stages = []
     for k, (before, after) in enumerate([(3, 4), (4, 7), (7, 8)]):
@@ -110,11 +111,12 @@ def in_widest_gaps(scores: Tensor) -> Tensor:
         ("stats", independent, "last"),
         ("stats", segments, "mean"),
         ("probs", independent, "mean"),
+        ("topk", independent, (0.2, 0.5, 1.0)),
         ("entropy", segments, "last"),
     ],
 )
 def test_it_answers_as_the_reference_does(
-    launch: Launch, selector: str, shape: Callable[[nn.Module, str], fc.Cascade], combine: str
+    launch: Launch, selector: str, shape: Callable[[nn.Module, Any], fc.Cascade], combine: Any
 ) -> None:
     chosen = fc.ThresholdSelector("entropy") if selector == "entropy" else fc.MLPSelector(selector)
     cascade = shape(chosen, combine)
@@ -278,7 +280,7 @@ def start_exit_head() -> ExitResults:
     index, count = torch.arange(5, dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
     logits = torch.eye(5)[:, :3].contiguous()
     launch = DeviceLaunch(torch.device("cpu"))
-    exit_head.exit_head(launch, tables, logits, index, count, 0, keep, combine="last", selector=None)
+    exit_head.exit_head(launch, tables, logits, index, count, 0, keep, stage_weight=None, selector=None)
     return ExitResults(tables.log_probs, tables.label, tables.exit_stage)
 
 

@@ -40,7 +40,7 @@ def batch_tables(n: int, num_classes: int, visited: bool) -> ExitTables:
         logits = torch.randn(n, num_classes) * 2
         logits[n // 2, 0] = math.nan
         reference.exit_head(
-            tables, logits, everyone, 0, combine="mean", selector="margin", threshold=math.inf
+            tables, logits, everyone, 0, stage_weight=1.0, selector="margin", threshold=math.inf
         )
     return tables
 
@@ -54,7 +54,7 @@ class Case:
         n: int,
         num_classes: int = 10,
         selector: str | None = "stats",
-        combine: str = "last",
+        stage_weight: float | None = None,
         dtype: torch.dtype = torch.float32,
         quantile: float = 0.5,
         invalid: int = 0,
@@ -70,8 +70,10 @@ class Case:
         self.logits[rows[1::2], num_classes - 1] = math.nan
         self.index = torch.randperm(batch)[:capacity].int()
         weights = weights_for(selector, num_classes) if selector else None
-        before = batch_tables(batch, num_classes, visited=combine == "mean" or selector in ("stats", "topk"))
-        arguments = {"combine": combine, "selector": selector, "weights": weights}
+        before = batch_tables(
+            batch, num_classes, visited=stage_weight is not None or selector in ("stats", "topk")
+        )
+        arguments = {"stage_weight": stage_weight, "selector": selector, "weights": weights}
 
         # A threshold between two of the twin's own scores, ±inf at the ends.
         self.scores = self._scores(before, arguments)
@@ -97,12 +99,12 @@ class Case:
             torch.tensor([n], dtype=torch.int32, device=device),
             3,
             self.keep,
-            combine=combine,
+            stage_weight=stage_weight,
             selector=selector,
             weights=None if weights is None else MLPWeights(*(w.to(device) for w in weights)),
             threshold=None if selector is None else torch.tensor([threshold], device=device),
         )
-        self.combine = combine
+        self.stage_weight = stage_weight
 
     def _scores(self, before: ExitTables, arguments: dict[str, object]) -> Tensor:
         """The twin's stop scores, read off its own decision function; NaN on invalid rows."""
@@ -151,23 +153,22 @@ class Case:
         for name in ("label", "exit_stage", "log_probs", "previous_label"):
             got, want = getattr(self.got, name).cpu()[rows], getattr(self.want, name)[rows]
             torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True, msg=name)
-        if self.combine == "mean":
-            assert torch.equal(self.got.visits.cpu(), self.want.visits)
-            torch.testing.assert_close(
-                self.got.log_sum.cpu(), self.want.log_sum, atol=TOLERANCE, rtol=TOLERANCE
-            )
+        if self.stage_weight is not None:
+            for name in ("weight_sum", "log_sum"):
+                got, want = getattr(self.got, name).cpu(), getattr(self.want, name)
+                torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("combine", ["last", "mean"])
-def test_every_size(device: torch.device, n: int, combine: str) -> None:
-    Case(device, n, combine=combine, invalid=n // 6).check()
+@pytest.mark.parametrize("stage_weight", [None, 0.7])
+def test_every_size(device: torch.device, n: int, stage_weight: float | None) -> None:
+    Case(device, n, stage_weight=stage_weight, invalid=n // 6).check()
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("combine", ["last", "mean"])
-def test_every_selector(device: torch.device, selector: str, combine: str) -> None:
-    Case(device, 65, selector=selector, combine=combine, invalid=6).check()
+@pytest.mark.parametrize("stage_weight", [None, 0.7])
+def test_every_selector(device: torch.device, selector: str, stage_weight: float | None) -> None:
+    Case(device, 65, selector=selector, stage_weight=stage_weight, invalid=6).check()
 
 
 @pytest.mark.parametrize("quantile", [0.0, 1.0])
@@ -178,9 +179,11 @@ def test_none_stop_and_all_stop(device: torch.device, selector: str, quantile: f
     assert int(case.keep.counts.sum()) == (65 if quantile == 0.0 else 0)
 
 
-@pytest.mark.parametrize("combine", ["last", "mean"])
-def test_last_exit_retires_everything_and_marks_invalid_rows(device: torch.device, combine: str) -> None:
-    case = Case(device, 65, selector=None, combine=combine, invalid=5)
+@pytest.mark.parametrize("stage_weight", [None, 0.7])
+def test_last_exit_retires_everything_and_marks_invalid_rows(
+    device: torch.device, stage_weight: float | None
+) -> None:
+    case = Case(device, 65, selector=None, stage_weight=stage_weight, invalid=5)
     case.check()
     labels = case.got.label.cpu()[case.index[:65].long()]
     assert (labels == -1).sum() == 5
@@ -192,13 +195,13 @@ def test_last_exit_retires_everything_and_marks_invalid_rows(device: torch.devic
 def test_class_counts_of_one_and_of_several_tiles(
     device: torch.device, num_classes: int, selector: str
 ) -> None:
-    Case(device, 17, num_classes=num_classes, selector=selector, combine="mean", invalid=2).check()
+    Case(device, 17, num_classes=num_classes, selector=selector, stage_weight=0.7, invalid=2).check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_21k_classes(device: torch.device, selector: str) -> None:
-    Case(device, 17, num_classes=21_841, selector=selector, combine="mean", invalid=2).check()
+    Case(device, 17, num_classes=21_841, selector=selector, stage_weight=0.7, invalid=2).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -227,7 +230,7 @@ def test_ties_go_to_the_lowest_class(device: torch.device) -> None:
         torch.tensor([4], dtype=torch.int32, device=device),
         0,
         keep,
-        combine="mean",
+        stage_weight=0.7,
         selector=None,
     )
     assert tables.label.tolist() == [0, 4, 300, 599]
@@ -242,7 +245,7 @@ def test_arguments_that_would_be_misread_are_refused(device: torch.device) -> No
         "count": torch.tensor([17], dtype=torch.int32, device=device),
         "stage": 0,
         "keep": case.keep,
-        "combine": "last",
+        "stage_weight": None,
         "selector": "margin",
         "threshold": torch.zeros(1, device=device),
     }
@@ -275,7 +278,7 @@ def test_every_tensor_must_have_its_dtype_and_be_on_one_device(device: torch.dev
         **changes: torch.Tensor,
     ) -> None:
         lists = {"index": index, "count": count, "threshold": threshold, **changes}
-        logits, options = case.logits.to(device), {"combine": "last", "selector": "stats"}
+        logits, options = case.logits.to(device), {"stage_weight": None, "selector": "stats"}
         exit_head.exit_head(tables, logits, stage=0, keep=keep, weights=weights, **lists, **options)
 
     run()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,8 +199,10 @@ def test_batch_sizes(device: torch.device, n: int) -> None:
     [fc.MLPSelector("topk"), fc.MLPSelector("probs", hidden=5), fc.ThresholdSelector("entropy")],
     ids=["topk", "probs", "entropy"],
 )
-@pytest.mark.parametrize("combine", ["last", pytest.param("mean", marks=pytest.mark.slow)])
-def test_selectors_and_combinations(device: torch.device, selector: nn.Module, combine: str) -> None:
+@pytest.mark.parametrize(
+    "combine", ["last", *(pytest.param(c, marks=pytest.mark.slow) for c in ("mean", (0.2, 1.0)))]
+)
+def test_selectors_and_combinations(device: torch.device, selector: nn.Module, combine: Any) -> None:
     cascade = independent(selector=selector, combine=combine)
     x = images(17)
     comparison = Comparison(plan(cascade), device)
