@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,9 @@ def test_finds_the_optimum_of_every_combination(exits: int, n: int, seed: int) -
     t.scores[np.random.default_rng(seed).random(t.scores.shape) < 0.1] = math.nan
     everything = [t.run(choice) for choice in every_choice(t)]
     budget = float(t.exit_macs[[0, -1]].mean())
-    best = max((e.accuracy, -e.mean_macs) for e in everything if e.mean_macs <= budget)
+    affordable = [e for e in everything if e.mean_macs <= budget]
+    spending = [e for e in affordable if e.mean_macs >= 0.95 * budget] or affordable
+    best = max((e.accuracy, -e.mean_macs) for e in spending)
     found = t.run(find_thresholds(t, budget_macs=budget))
     assert (found.accuracy, -found.mean_macs) == best
 
@@ -82,12 +85,24 @@ def test_no_worse_than_ten_thousand_random_thresholds(exits: int) -> None:
     for _ in range(10_000 // exits):
         ranks = rng.integers(0, t.n, exits - 1)
         e = t.run(quantiles[np.arange(exits - 1), ranks].tolist())
-        if e.mean_macs <= budget:
+        if 0.95 * budget <= e.mean_macs <= budget:
             tried += 1
             # Thresholds are 1/256 of the instances apart, so a lucky one may be an instance or two ahead.
             assert e.accuracy <= found.accuracy + 2 / t.n
-    assert tried > 100
+    assert tried > 20
     assert found.mean_macs <= budget
+
+
+def test_a_budget_that_binds_is_used() -> None:
+    """Also where later exits are no better, so that only luck tells thresholds apart."""
+    t = random_trace(2000, 3, accuracy_rises=False)
+    dense = float(t.exit_macs[-1])
+    for budget in (0.4 * dense, 0.9 * dense):
+        assert 0.95 * budget <= t.run(find_thresholds(t, budget_macs=budget)).mean_macs <= budget
+    assert find_thresholds(t, budget_macs=dense) == find_thresholds(t, budget_macs=math.inf)
+    # One instance cannot use up a budget between two exits; what it can do still counts.
+    alone = replace(t, labels=t.labels[:, :1], scores=t.scores[:, :1], true_labels=t.true_labels[:1])
+    assert alone.run(find_thresholds(alone, budget_macs=30)).mean_macs == 10
 
 
 def test_zooms_in_on_thresholds_between_the_points_of_the_first_grid() -> None:

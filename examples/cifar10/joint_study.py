@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from study import SEEDS, budget_accuracies, budget_heads, mean_and_spread, rewrite_document, table
+from study import ALPHA, SEEDS, budget_accuracies, budget_heads, mean_and_spread, rewrite_document, table
 from torch import Tensor
 
 import fastcascade as fc
@@ -28,7 +28,6 @@ from fastcascade.refit import collect_logits
 from fastcascade.resnet import resnet_cifar
 
 DEPTHS = (8, 14, 20)
-ALPHA = 0.3
 BUDGETS = (0.4, 0.6, 0.8)
 """Shares of the last network's cost; the first stage alone costs 0.3."""
 
@@ -63,7 +62,6 @@ def pretrained(train: Images, validation: Images, work: Path) -> fc.Cascade:
         cascade,
         train,
         validation,
-        alpha=ALPHA,
         refit_selector=False,
         checkpoint_dir=work / "stages",
         recipe=PRETRAINING,
