@@ -31,7 +31,7 @@ CHOICES = 257
 """Thresholds considered per stage, evenly spaced in rank. More would only follow the noise of the sample."""
 
 SPENT = 0.95
-"""Share of a budget that thresholds use if some can. On a few thousand images luck tells near-equal accuracies
+"""Share of a budget that thresholds use if some can. On a few thousand images luck tells equal accuracies
 apart, and on new images the costlier thresholds are on average the better ones."""
 
 _NS_PER_MS = 1_000_000
