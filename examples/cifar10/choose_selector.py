@@ -2,10 +2,10 @@
 
     python examples/cifar10/choose_selector.py cifar10:data --model examples/cifar10/run/model
 
-Every way to combine the stages, to train the selector and to price its cost is judged on random thirds of the
-5,000 held-out images: one fits it, one finds its thresholds for each budget of config.toml, one measures
-accuracy. The winner is then fitted on the validation images and calibrated on the calibration images, as
-``fit`` and ``calibrate`` would do it. The test images take no part.
+Every way to combine the stages and to train the selector is judged on random thirds of the 5,000 held-out
+images: one fits it, one finds its thresholds for each budget of config.toml, one measures accuracy. The
+winner is then fitted on the validation images and calibrated on the calibration images, as ``fit`` and
+``calibrate`` would do it. The test images take no part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from study import with_selector
+from study import ALPHA, with_selector
 from torch import Tensor
 
 import fastcascade as fc
@@ -33,19 +33,18 @@ from fastcascade.refit import collect_logits, fit_selector
 from fastcascade.types import Combine
 
 HERE = Path(__file__).parent
-SEEDS = range(3)
+SEEDS = range(6)
 
 
 class Choice(NamedTuple):
-    """A way to combine the stages' answers, to train the selector, and the price α of a dense cost."""
+    """A way to combine the stages' answers and to train the selector."""
 
     combine: Combine
     objective: Objective
-    alpha: float
 
 
-COMBINES: tuple[Combine, ...] = ("last", "mean", (1 / 16, 1 / 4, 1.0), (1 / 4, 1 / 2, 1.0))
-CHOICES = [Choice(*c) for c in product(COMBINES, ("exact", "reinforce", "imitation"), (0.05, 0.3))]
+COMBINES: tuple[Combine, ...] = ("last", "mean", (0.05, 0.25, 1.0), (0.1, 0.5, 1.0))
+CHOICES = [Choice(*pair) for pair in product(COMBINES, ("exact", "reinforce", "imitation"))]
 
 
 def held_out_accuracy(
@@ -56,7 +55,7 @@ def held_out_accuracy(
     for seed in SEEDS:
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
         fitted, calibrated, judged = order.tensor_split(3)
-        fit_selector(cascade, z[:, fitted], y[fitted], choice.objective, choice.alpha, seed=seed)
+        fit_selector(cascade, z[:, fitted], y[fitted], choice.objective, ALPHA, seed=seed)
         search = Trace.from_logits(cascade, z[:, calibrated], y[calibrated])
         judge = Trace.from_logits(cascade, z[:, judged], y[judged])
         found += [judge.run(find_thresholds(search, budget_macs=macs)).accuracy for macs in budgets]
@@ -86,13 +85,13 @@ def main() -> None:
     }
     best = max(scores, key=lambda choice: scores[choice])
     cascade = with_selector(trained, fc.MLPSelector(), best.combine)
-    fit_selector(cascade, logits[0], labels[spans[0]], best.objective, best.alpha)
+    fit_selector(cascade, logits[0], labels[spans[0]], best.objective, ALPHA)
     seen = Trace.from_logits(cascade, logits[1], labels[spans[1]])
     for name, macs in targets.items():
         fc.calibrate(cascade, seen, name=name, budget_macs=macs)
     cascade.save(arguments.model, overwrite=True)
 
-    table = Table("combine", "objective", "α", "held-out accuracy", "")
+    table = Table("combine", "objective", "held-out accuracy", "")
     for choice, score in scores.items():
         table.add_row(*map(str, choice), f"{score:.2%}", "chosen" if choice == best else "")
     Console().print(table)

@@ -40,7 +40,7 @@ ALPHA = 0.05
 """Price of one dense cost in nats, low enough to leave the trade-off to the thresholds."""
 
 PRICES = (0.02, 0.05, 0.1, 0.3)
-COMBINES: dict[str, Combine] = {"last": "last", "mean": "mean", "weights ¼, ½, 1": (0.25, 0.5, 1.0)}
+COMBINES: dict[str, Combine] = {"last": "last", "mean": "mean", "0.1, 0.5, 1": (0.1, 0.5, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def stage_table(trained: fc.Cascade, logits: Logits) -> str:
         for k in range(len(z))
     ]
     for name, combine in COMBINES.items():
-        together = with_selector(trained, fc.ThresholdSelector(), combine)
+        together = with_selector(trained, fc.ThresholdSelector("margin"), combine)
         accuracy = Trace.from_logits(together, z, y).correct[-1].mean()
         rows.append([f"all, {name}", f"{sum(trained.stage_macs) / 1e6:.1f} M", f"{accuracy:.2%}"])
     return table(["stage", "MACs", "test accuracy"], rows)
