@@ -32,31 +32,33 @@ def stage_alone(plan: Plan, k: int) -> Plan:
                 "images or (C, H, W) features can be timed alone"
             )
         spec = InputSpec((shape[0], shape[1], shape[2]))
-    return _plan_of(plan, [replace(stage, input="image")], spec)
+    return _plan_of(plan, [k], [replace(stage, input="image")], spec)
 
 
 def stage_with_exit(plan: Plan, k: int) -> Plan:
     """Stage k with its selector, before a stage that nothing needs to reach."""
     alone = stage_alone(plan, k)
     first = replace(alone.stages[0], selector=plan.stages[k].selector)
-    return _plan_of(plan, [first, alone.stages[0]], alone.input)
+    return _plan_of(plan, [k, k], [first, alone.stages[0]], alone.input)
 
 
 def without_stage(plan: Plan, k: int) -> Plan | None:
     """The plan with one stage left out; None where the next reads its features, or none is left."""
-    rest = [stage for j, stage in enumerate(plan.stages) if j != k]
+    rest = [j for j in range(len(plan.stages)) if j != k]
     feeds_next = k + 1 < len(plan.stages) and plan.stages[k + 1].input == "previous"
     if not rest or feeds_next:
         return None
-    return _plan_of(plan, rest, plan.input)
+    return _plan_of(plan, rest, [plan.stages[j] for j in rest], plan.input)
 
 
-def _plan_of(plan: Plan, stages: Sequence[StagePlan], spec: InputSpec) -> Plan:
+def _plan_of(plan: Plan, kept: Sequence[int], stages: Sequence[StagePlan], spec: InputSpec) -> Plan:
+    """A plan of changed stages; ``kept`` says which of the plan's each one was."""
     last = replace(stages[-1], selector=None, selector_macs=0)
     return replace(
         plan,
         stages=(*stages[:-1], last),
         input=spec,
+        combine=plan.combine if isinstance(plan.combine, str) else tuple(plan.combine[k] for k in kept),
         default_thresholds=torch.zeros(len(stages) - 1),
         operating_points={},
     )

@@ -53,7 +53,7 @@ def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 def cascade() -> fc.Cascade:
     torch.manual_seed(0)
     stages = [fc.Stage(small_network(width), name=f"w{width}") for width in (2, 4, 8)]
-    made = fc.Cascade(stages, fc.MLPSelector(), 4, SHAPE).eval()
+    made = fc.Cascade(stages, fc.MLPSelector(), 4, SHAPE, combine=(0.25, 0.5, 1.0)).eval()
     with torch.no_grad():
         scores = made.all_exits(torch.randn(64, *SHAPE))[1]
     thresholds = tuple(scores.median(1).values.tolist())
