@@ -46,7 +46,7 @@ struct DirectConv {
 struct Winograd {
   const float* input;
   float* output;
-  const float* weights;  // [36][block pair][channels][pair's lanes]; see pack_winograd
+  const float* weights;  // see pack_winograd
   const float* zeros;    // at least in_width * in_pitch zeros: the row above and below the image
   float* scratch;        // winograd_scratch() floats
   int64_t in_height, in_width, in_pitch, channels;
@@ -99,6 +99,9 @@ struct KernelTable {
   void (*pool_f32)(const Pool&, Range pixels);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
 };
+
+// Terms of a product: the channels, of which a lone block takes two at a time. What one more reads is finite.
+inline int64_t winograd_depth(int64_t channels) { return (channels + 1) / 2 * 2; }
 
 // Floats of scratch that the Winograd kernel needs: 36 products and one slot to step ahead, each slot a cache
 // line longer than its rows so that slots do not fall on the same cache sets.

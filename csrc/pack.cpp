@@ -7,18 +7,21 @@
 namespace fastcascade {
 namespace {
 
-// Calls put(channel, offset) for every output channel of a group: where its weight goes in a panel of `depth`
-// rows that is laid out as block pairs.
+// Calls put(channel, first, lanes) for every output channel: the first channel of the block pair, or of the block
+// without a partner, that it belongs to, and the lanes of that.
 template <class Put>
-void for_each_lane(int64_t channels, int64_t depth, const KernelTable& kernels, Put put) {
-  const int64_t lanes = kernels.lanes, blocks = (channels + lanes - 1) / lanes;
-  for (int64_t first = 0; first < blocks;) {
-    const int64_t width = blocks - first >= kernels.pair ? kernels.pair : 1;
-    const int64_t end = std::min((first + width) * lanes, channels);
-    for (int64_t channel = first * lanes; channel < end; ++channel)
-      put(channel, first * lanes * depth + (channel - first * lanes), width * lanes);
-    first += width;
-  }
+void for_each_channel(int64_t channels, const KernelTable& kernels, Put put) {
+  const int64_t pair = kernels.pair * kernels.lanes, paired = round_up(channels, kernels.lanes) / pair * pair;
+  for (int64_t channel = 0; channel < channels; ++channel)
+    if (channel < paired)
+      put(channel, channel / pair * pair, pair);
+    else
+      put(channel, paired, kernels.lanes);
+}
+
+// Where a block without a partner keeps term i of its channel.
+int64_t lone_place(int64_t channel, int64_t i, int64_t lanes) {
+  return i / 2 * 2 * lanes + channel / 2 % 2 * lanes + channel / 4 * 4 + channel % 2 * 2 + i % 2;
 }
 
 }  // namespace
@@ -47,10 +50,10 @@ Buffer pack_direct(const DenseWeights& d, const KernelTable& kernels) {
   Buffer packed(d.groups * round_up(per_group, kernels.lanes) * rows);
   for (int64_t g = 0; g < d.groups; ++g) {
     float* panel = packed.data() + g * per_group * rows;
-    for_each_lane(per_group, rows, kernels, [&](int64_t channel, int64_t at, int64_t step) {
+    for_each_channel(per_group, kernels, [&](int64_t channel, int64_t first, int64_t lanes) {
       const float* weight = &d.weight[(g * per_group + channel) * rows];
       for (int64_t tap = 0; tap < d.kh * d.kw; ++tap)
-        for (int64_t i = 0; i < d.in; ++i) panel[at + (tap * d.in + i) * step] = weight[i * d.kh * d.kw + tap];
+        for (int64_t i = 0; i < d.in; ++i) panel[first * rows + (tap * d.in + i) * lanes + channel - first] = weight[i * d.kh * d.kw + tap];
     });
   }
   return packed;
@@ -59,17 +62,18 @@ Buffer pack_direct(const DenseWeights& d, const KernelTable& kernels) {
 Buffer pack_winograd(const DenseWeights& d, const KernelTable& kernels) {
   static const double g[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
                                  {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
-  const int64_t plane = d.in * round_up(d.out, kernels.lanes);
+  const int64_t depth = winograd_depth(d.in), plane = depth * round_up(d.out, kernels.lanes);
   Buffer packed(36 * plane);
-  for_each_lane(d.out, d.in, kernels, [&](int64_t channel, int64_t at, int64_t step) {
+  for_each_channel(d.out, kernels, [&](int64_t channel, int64_t first, int64_t lanes) {
     for (int64_t i = 0; i < d.in; ++i) {
+      const int64_t place = lanes == kernels.lanes ? lone_place(channel - first, i, lanes) : i * lanes + channel - first;
       const float* w = &d.weight[(channel * d.in + i) * 9];
       for (int r = 0; r < 6; ++r)
         for (int c = 0; c < 6; ++c) {
           double sum = 0;
           for (int y = 0; y < 3; ++y)
             for (int x = 0; x < 3; ++x) sum += g[r][y] * w[y * 3 + x] * g[c][x];
-          packed.data()[(r * 6 + c) * plane + at + i * step] = static_cast<float>(sum);
+          packed.data()[(r * 6 + c) * plane + first * depth + place] = static_cast<float>(sum);
         }
     }
   });

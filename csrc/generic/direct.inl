@@ -64,7 +64,7 @@ FC_KERNEL void direct_tile(const DirectConv& c, const PixelRows& pixels, int64_t
       const int64_t depth = std::min(kPartialSum, c.depth - i);
       const float* rows[R];
       offset_rows(rows, pixels.in, c.tap_offsets[t] + in_channel + i, std::make_index_sequence<R>());
-      weights = accumulate<R, B>(acc, rows, depth, weights);
+      weights = accumulate<1>(acc, rows, depth, weights);
       terms += depth;
     }
   if (parts) take_back<R, B>(c, acc, pixels, channel, each);

@@ -12,10 +12,19 @@ FC_INLINE void clear(Accumulators<R, B>& acc, std::index_sequence<I...>) {
   ((acc.v[I] = zero()), ...);
 }
 
-template <int R, int B, size_t... I>
+// One term of a sum in every lane, or two in even and odd lanes.
+template <int Terms>
+FC_INLINE V spread(const float* p) {
+  if constexpr (Terms == 2)
+    return broadcast_two(p);
+  else
+    return broadcast(*p);
+}
+
+template <int Terms, int R, int B, size_t... I>
 FC_INLINE void multiply_add(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t i, const V (&w)[B],
                             std::index_sequence<I...>) {
-  ((acc.v[I] = fma(broadcast(rows[I / B][i]), w[I % B], acc.v[I])), ...);
+  ((acc.v[I] = fma(spread<Terms>(rows[I / B] + i), w[I % B], acc.v[I])), ...);
 }
 
 template <int B, size_t... I>
@@ -23,15 +32,15 @@ FC_INLINE void load_weights(V (&w)[B], const float* weights, std::index_sequence
   ((w[I] = load(weights + I * kLanes)), ...);
 }
 
-// acc[r][b] += Σ_i rows[r][i] · weights[i][b]
-template <int R, int B>
+// acc[r][b] += Σ_i rows[r][i] · weights[i][b], `Terms` of them at a time
+template <int Terms, int R, int B>
 FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t depth,
                                   const float* weights) {
   FC_UNROLL(4)
-  for (int64_t i = 0; i < depth; ++i, weights += B * kLanes) {
+  for (int64_t i = 0; i < depth; i += Terms, weights += B * kLanes) {
     V w[B];
     load_weights<B>(w, weights, std::make_index_sequence<B>());
-    multiply_add<R, B>(acc, rows, i, w, std::make_index_sequence<R * B>());
+    multiply_add<Terms>(acc, rows, i, w, std::make_index_sequence<R * B>());
   }
   return weights;
 }

@@ -44,7 +44,7 @@ FC_INLINE void store_six(float* p, int64_t step, const Six& s) {
   store(p + 5 * step, s.v5);
 }
 
-constexpr int64_t kRun = 8;  // tiles beside each other that share their overlapping columns
+constexpr int64_t kRun = 4;  // tiles beside each other that share their overlapping columns
 
 // A run of tiles beside each other in one image.
 struct TileRun {
@@ -81,8 +81,9 @@ FC_KERNEL void transform_input_run(const Winograd& c, const TileRun& run, int64_
   }
   for (int64_t t = 0; t < run.count; ++t) {
     const float* tile = columns + 4 * t * 6 * kLanes;
-    for (int64_t i = 0; i < 6; ++i)
-      store_six(v + i * 6 * slot + t * c.in_pitch, slot, input_transform(load_six(tile + i * kLanes, 6 * kLanes)));
+    float* to = v + t * c.in_pitch;
+    for (int64_t i = 0; i < 6; ++i, to += 6 * slot)
+      store_six(to, slot, input_transform(load_six(tile + i * kLanes, 6 * kLanes)));
   }
 }
 
@@ -105,17 +106,35 @@ FC_INLINE void add_products(Accumulators<R, B>& acc, const float* m, int64_t pit
   ((acc.v[I] = add(load(m + (I / B) * pitch + (I % B) * kLanes), acc.v[I])), ...);
 }
 
+template <int R, size_t... I>
+FC_INLINE Accumulators<R, 1> join_terms(const Accumulators<R, 2>& acc, std::index_sequence<I...>) {
+  return {{add_neighbours(acc.v[2 * I], acc.v[2 * I + 1])...}};
+}
+
+// Σ_i rows[r][i] · u[i][b]; `u` moves on. A lone vector of channels would load a value for every multiply-add,
+// and loads are what a processor with two wide multipliers then waits for. So it takes two terms at a time: its
+// accumulators are two as well, of half the channels each, with even and odd terms side by side.
+template <int R, int B>
+FC_INLINE Accumulators<R, B> sum_products(const float* const (&rows)[R], int64_t depth, const float*& u) {
+  static_assert(kPair == 2);
+  Accumulators<R, kPair> acc;
+  clear<R, kPair>(acc, std::make_index_sequence<R * kPair>());
+  u = accumulate<kPair / B>(acc, rows, depth, u);
+  if constexpr (B == kPair)
+    return acc;
+  else
+    return join_terms(acc, std::make_index_sequence<R>());
+}
+
 // m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B vectors of channels.
 template <int R, int B>
 FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
                                 int64_t pitch) {
   constexpr std::make_index_sequence<R * B> each;
   for (int64_t i = 0; i < depth; i += kPartialSum) {
-    Accumulators<R, B> acc;
-    clear<R, B>(acc, each);
     const float* rows[R];
     spread_rows(rows, v + i, in_pitch, std::make_index_sequence<R>());
-    u = accumulate<R, B>(acc, rows, std::min(kPartialSum, depth - i), u);
+    Accumulators<R, B> acc = sum_products<R, B>(rows, std::min(kPartialSum, depth - i), u);
     if (i > 0) add_products<R, B>(acc, m, pitch, each);
     store_products<R, B>(acc, m, pitch, each);
   }
@@ -131,19 +150,19 @@ inline WinogradProduct winograd_product_of(int64_t rows, std::index_sequence<R..
 
 static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
   constexpr std::make_index_sequence<kTileRows> counts;
-  const int64_t plane = c.channels * c.pitch;
+  const int64_t depth = winograd_depth(c.channels), plane = depth * c.pitch;
   for (int64_t k = 0; k < 36; ++k) {
     const float* v = c.scratch + (k + 1) * slot;
     float* m = c.scratch + k * slot;
     int64_t width;
     for (int64_t block = blocks.begin; block < blocks.end; block += width) {
       width = blocks.end - block >= kPair ? kPair : 1;
-      const float* u = c.weights + k * plane + block * kLanes * c.channels;
+      const float* u = c.weights + k * plane + block * kLanes * depth;
       for (int64_t r = 0; r < tiles; r += kTileRows) {
         const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
         const auto product =
             width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
-        product(v + r * c.in_pitch, c.in_pitch, c.channels, u, m + r * c.pitch + block * kLanes, c.pitch);
+        product(v + r * c.in_pitch, c.in_pitch, depth, u, m + r * c.pitch + block * kLanes, c.pitch);
       }
     }
   }

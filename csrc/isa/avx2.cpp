@@ -19,10 +19,18 @@ constexpr int kLanes = 8, kTileRows = 6, kPair = 2;
 
 FC_INLINE V zero() { return _mm256_setzero_ps(); }
 FC_INLINE V broadcast(float x) { return _mm256_set1_ps(x); }
+FC_INLINE V broadcast_two(const float* p) {
+  double two;
+  std::memcpy(&two, p, sizeof two);
+  return _mm256_castpd_ps(_mm256_set1_pd(two));
+}
 FC_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
 FC_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 FC_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
 FC_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+FC_INLINE V add_neighbours(V a, V b) {
+  return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+}
 FC_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 FC_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 // Both instructions return their second operand where either is NaN, so x stays where it is NaN.

@@ -9,6 +9,7 @@ constexpr int kLanes = 4, kTileRows = 6, kPair = 2;
 
 FC_INLINE V zero() { return V{0.f, 0.f, 0.f, 0.f}; }
 FC_INLINE V broadcast(float x) { return V{x, x, x, x}; }
+FC_INLINE V broadcast_two(const float* p) { return V{p[0], p[1], p[0], p[1]}; }
 FC_INLINE V load(const float* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
@@ -17,6 +18,7 @@ FC_INLINE V load(const float* p) {
 FC_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 FC_INLINE V add(V a, V b) { return a + b; }
 FC_INLINE V sub(V a, V b) { return a - b; }
+FC_INLINE V add_neighbours(V a, V b) { return V{a[0], a[2], b[0], b[2]} + V{a[1], a[3], b[1], b[3]}; }
 FC_INLINE V mul(V a, V b) { return a * b; }
 FC_INLINE V fma(V a, V b, V c) { return a * b + c; }
 // Comparisons with NaN are false, so x stays where it is NaN.
