@@ -25,15 +25,22 @@ void split(int64_t positions, int64_t blocks, const KernelTable& kernels, Share 
     mine = part(positions, 1, share);
 }
 
+int64_t image_offset(const Value& v, int64_t image, int64_t row, int64_t column) {
+  return image * v.floats + (row * v.shape.w + column) * v.pitch;
+}
+
 template <class T, class Read>
 void load_image(const Value& v, const T* image, const int64_t* strides, float* out, Range rows, Read read) {
-  for (int64_t y = rows.begin; y < rows.end; ++y)
-    for (int64_t x = 0; x < v.shape.w; ++x) {
-      float* pixel = out + (y * v.shape.w + x) * v.pitch;
-      const T* from = image + y * strides[2] + x * strides[3];
-      for (int64_t c = 0; c < v.shape.c; ++c) pixel[c] = read(c, from[c * strides[1]]);
-      for (int64_t c = v.shape.c; c < v.pitch; ++c) pixel[c] = 0.f;
+  const int64_t width = v.shape.w;
+  for (int64_t y = rows.begin; y < rows.end; ++y) {
+    float* line = out + y * width * v.pitch;
+    for (int64_t c = 0; c < v.shape.c; ++c) {
+      const T* from = image + c * strides[1] + y * strides[2];
+      for (int64_t x = 0; x < width; ++x) line[x * v.pitch + c] = read(c, from[x * strides[3]]);
     }
+    for (int64_t c = v.shape.c; c < v.pitch; ++c)
+      for (int64_t x = 0; x < width; ++x) line[x * v.pitch + c] = 0.f;
+  }
 }
 
 void load(const Value& v, const Source& source, int64_t row, float* out, Range rows) {
@@ -50,39 +57,68 @@ void load(const Value& v, const Source& source, int64_t row, float* out, Range r
   }
 }
 
+// Pixels that lie beside each other in one row of an image; finding the row takes longer than moving a pixel.
+struct Line {
+  int64_t image, row, column, count;
+};
+
+Line line_at(int64_t pixel, int64_t end, const Shape& shape) {
+  const int64_t area = shape.h * shape.w, column = pixel % shape.w;
+  return {pixel / area, pixel % area / shape.w, column, std::min(shape.w - column, end - pixel)};
+}
+
+// A call of memmove takes longer than to move a few channels.
+void copy_channels(const float* from, int64_t count, float* to) {
+  constexpr int64_t kTogether = 8;
+  const int64_t whole = count / kTogether * kTogether;
+  for (int64_t c = 0; c < whole; c += kTogether) std::memcpy(to + c, from + c, kTogether * sizeof(float));
+  for (int64_t c = whole; c < count; ++c) to[c] = from[c];
+}
+
 void pad(const Step& step, const Value& in, const Value& out, const float* x, float* y, Range pixels) {
   const auto& before = step.layout.before;
-  const int64_t per_image = out.shape.h * out.shape.w;
   const float value = step.layout.value;
-  // Where pixels keep their channels, the inside of a row moves as one.
   const bool same_channels = in.shape.c == out.shape.c && in.pitch == out.pitch;
-  int64_t run;  // pixels
-  for (int64_t p = pixels.begin; p < pixels.end; p += run) {
-    const int64_t image = p / per_image, row = p % per_image / out.shape.w - before[1],
-                  column = p % out.shape.w - before[2];
-    float* pixel = y + p * out.pitch;
-    const bool inside = row >= 0 && row < in.shape.h && column >= 0 && column < in.shape.w;
-    run = inside && same_channels ? std::min(in.shape.w - column, pixels.end - p) : 1;
-    if (!inside || (!same_channels && in.shape.c < out.pitch)) std::fill_n(pixel, out.pitch, value);
-    if (!inside) continue;
-    const float* from = x + image * in.floats + (row * in.shape.w + column) * in.pitch;
-    std::copy_n(from, same_channels ? run * in.pitch : in.shape.c, pixel + before[0]);
+  Line line;
+  for (int64_t p = pixels.begin; p < pixels.end; p += line.count) {
+    line = line_at(p, pixels.end, out.shape);
+    const int64_t row = line.row - before[1], column = line.column - before[2];  // of the input
+    const bool inside = row >= 0 && row < in.shape.h;
+    const int64_t begin = inside ? std::clamp<int64_t>(-column, 0, line.count) : line.count;
+    const int64_t end = inside ? std::clamp<int64_t>(in.shape.w - column, begin, line.count) : line.count;
+    float* to = y + p * out.pitch;
+    std::fill(to, to + begin * out.pitch, value);
+    std::fill(to + end * out.pitch, to + line.count * out.pitch, value);
+    if (begin == end) continue;
+    const float* from = x + image_offset(in, line.image, row, column + begin);
+    to += begin * out.pitch;
+    if (same_channels) {
+      std::copy_n(from, (end - begin) * in.pitch, to);
+      continue;
+    }
+    for (int64_t i = begin; i < end; ++i, from += in.pitch, to += out.pitch) {
+      std::fill(to, to + before[0], value);
+      copy_channels(from, in.shape.c, to + before[0]);
+      std::fill(to + before[0] + in.shape.c, to + out.pitch, value);
+    }
   }
 }
 
 void slice(const Step& step, const Value& in, const Value& out, const float* x, float* y, Range pixels) {
   const OpSpec& op = step.layout;
-  const int64_t per_image = out.shape.h * out.shape.w;
-  for (int64_t p = pixels.begin; p < pixels.end; ++p) {
-    const int64_t image = p / per_image, row = op.start[1] + p % per_image / out.shape.w * op.step[1],
-                  column = op.start[2] + p % out.shape.w * op.step[2];
-    const float* from = x + image * in.floats + (row * in.shape.w + column) * in.pitch + op.start[0];
-    float* pixel = y + p * out.pitch;
-    if (op.step[0] == 1)
-      std::copy_n(from, out.shape.c, pixel);
-    else
-      for (int64_t c = 0; c < out.shape.c; ++c) pixel[c] = from[c * op.step[0]];
-    std::fill(pixel + out.shape.c, pixel + out.pitch, 0.f);
+  Line line;
+  for (int64_t p = pixels.begin; p < pixels.end; p += line.count) {
+    line = line_at(p, pixels.end, out.shape);
+    const float* from = x + op.start[0] + image_offset(in, line.image, op.start[1] + line.row * op.step[1],
+                                                       op.start[2] + line.column * op.step[2]);
+    float* to = y + p * out.pitch;
+    for (int64_t i = 0; i < line.count; ++i, from += op.step[2] * in.pitch, to += out.pitch) {
+      if (op.step[0] == 1)
+        copy_channels(from, out.shape.c, to);
+      else
+        for (int64_t c = 0; c < out.shape.c; ++c) to[c] = from[c * op.step[0]];
+      std::fill(to + out.shape.c, to + out.pitch, 0.f);
+    }
   }
 }
 
