@@ -46,7 +46,8 @@ struct DirectConv {
 struct Winograd {
   const float* input;
   float* output;
-  const float* weights;  // see pack_winograd
+  const float* weights;  // transformed; see pack_winograd
+  const float* plain;    // before the transform, or null where to keep them does not pay
   const float* zeros;    // at least in_width * in_pitch zeros: the row above and below the image
   float* scratch;        // winograd_scratch() floats
   int64_t in_height, in_width, in_pitch, channels;
@@ -95,21 +96,29 @@ struct KernelTable {
   // `pixels` counts output pixels over all instances, `blocks` vectors of output channels (begin even to `pair`).
   void (*conv_direct_f32)(const DirectConv&, Range pixels, Range blocks);
   void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);
+  // Vectors of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
+  void (*transform_weights_f32)(const float* plain, int64_t vectors, float* u, int64_t plane);
   void (*conv_depthwise_f32)(const DepthwiseConv&, Range pixels);
   void (*pool_f32)(const Pool&, Range pixels);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
 };
 
+// A longer sum is added up in parts of this many terms, so that its rounding error grows with the root of the
+// number of parts and not of terms. The parts of a sum depend on the layer's shape alone.
+constexpr int64_t kPartialSum = 64;
+
 // Terms of a product: the channels, of which a lone block takes two at a time. What one more reads is finite.
 inline int64_t winograd_depth(int64_t channels) { return (channels + 1) / 2 * 2; }
 
-// Floats of scratch that the Winograd kernel needs: 36 products and one slot to step ahead, each slot a cache
-// line longer than its rows so that slots do not fall on the same cache sets.
-inline int64_t winograd_slot(int64_t tiles_at_once, int64_t in_pitch, int64_t pitch) {
-  return tiles_at_once * (in_pitch > pitch ? in_pitch : pitch) + 16;
+// Floats of scratch that the Winograd kernel needs. Products take the place of spent inputs, one slot ahead; with
+// plain weights they have slots of their own, and 36 planes of the weights of a partial sum follow. Slots and planes
+// are a cache line longer than what they hold, so that they do not fall on the same cache sets.
+inline int64_t winograd_slot(const Winograd& c) {
+  return c.tiles_at_once * (c.in_pitch > c.pitch ? c.in_pitch : c.pitch) + 16;
 }
-inline int64_t winograd_scratch(int64_t tiles_at_once, int64_t in_pitch, int64_t pitch) {
-  return 37 * winograd_slot(tiles_at_once, in_pitch, pitch);
+inline int64_t winograd_plane(int64_t pair_lanes) { return kPartialSum * pair_lanes + 16; }
+inline int64_t winograd_scratch(const Winograd& c, const KernelTable& kernels) {
+  return c.plain ? 73 * winograd_slot(c) + 36 * winograd_plane(kernels.pair * kernels.lanes) : 37 * winograd_slot(c);
 }
 
 // One entry per instruction set that this build knows, best first.

@@ -21,6 +21,8 @@ constexpr int64_t kMaxTile = 16;
 // take to arrive: better all threads read them once than each of them all.
 constexpr int64_t kFewUses = 5;
 constexpr int64_t kFewRows = 5;
+// Weights beyond this do not stay in the last cache from one small batch to the next.
+constexpr double kNearBytes = 16 << 20;
 
 class Builder {
  public:
@@ -245,7 +247,9 @@ class Builder {
   void add_winograd(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
     Step& step = add_step(StepKind::winograd, op, conv_text(op, in.shape, op.residual >= 0), "conv3x3_winograd_f32");
-    step.weights = pack_winograd(merge_groups(op, kernels_.lanes), kernels_);
+    WinogradWeights packed = pack_winograd(merge_groups(op, kernels_.lanes), kernels_);
+    step.weights = std::move(packed.transformed);
+    step.plain_weights = std::move(packed.plain);
     step.work = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);
     Winograd& c = step.winograd;
     c.weights = step.weights.data();
@@ -407,19 +411,32 @@ class Builder {
   }
 
   void measure() {
-    net_.scratch_floats = net_.weight_bytes = 0;
-    int64_t zeros = 0;
     double weights = 0, uses = 0;
     for (const Step& step : net_.steps) {
-      net_.weight_bytes += (step.weights.size() + static_cast<int64_t>(step.bias.size())) * 4;
       weights += static_cast<double>(step.weights.size());
       uses += static_cast<double>(step.weights.size()) * static_cast<double>(step.work);
-      if (step.kind != StepKind::winograd) continue;
-      const Winograd& c = step.winograd;
-      zeros = std::max(zeros, c.in_width * c.in_pitch);
-      net_.scratch_floats = std::max(net_.scratch_floats, winograd_scratch(c.tiles_at_once, c.in_pitch, c.pitch));
     }
     net_.rows_alone = uses < kFewUses * weights ? kFewRows : 1;
+    finish_winograd(4 * weights > kNearBytes);
+    net_.weight_bytes = 0;
+    for (const Step& step : net_.steps)
+      net_.weight_bytes +=
+          4 * (step.weights.size() + step.plain_weights.size() + static_cast<int64_t>(step.bias.size()));
+  }
+
+  void finish_winograd(bool keep_plain_weights) {
+    net_.scratch_floats = 0;
+    int64_t zeros = 0;
+    for (Step& step : net_.steps) {
+      if (step.kind != StepKind::winograd) continue;
+      Winograd& c = step.winograd;
+      if (keep_plain_weights)
+        c.plain = step.plain_weights.data();
+      else
+        step.plain_weights = Buffer();
+      zeros = std::max(zeros, c.in_width * c.in_pitch);
+      net_.scratch_floats = std::max(net_.scratch_floats, winograd_scratch(c, kernels_));
+    }
     net_.zeros = Buffer(zeros);
     for (Step& step : net_.steps) step.winograd.zeros = net_.zeros.data();
   }

@@ -93,7 +93,7 @@ struct Step {
   int64_t macs = 0;    // per instance, as the plan defines it, whatever the kernel does
   std::vector<float> bias;
   std::vector<int64_t> taps;
-  Buffer weights;
+  Buffer weights, plain_weights;  // the second of Winograd convolutions in networks with large weights
   int64_t work = 0;    // pixels or tiles per instance
   int64_t blocks = 1;  // vectors of output channels that may be split
   DirectConv direct{};

@@ -59,24 +59,19 @@ Buffer pack_direct(const DenseWeights& d, const KernelTable& kernels) {
   return packed;
 }
 
-Buffer pack_winograd(const DenseWeights& d, const KernelTable& kernels) {
-  static const double g[6][3] = {{1. / 4, 0, 0},           {-1. / 6, -1. / 6, -1. / 6}, {-1. / 6, 1. / 6, -1. / 6},
-                                 {1. / 24, 1. / 12, 1. / 6}, {1. / 24, -1. / 12, 1. / 6}, {0, 0, 1}};
-  const int64_t depth = winograd_depth(d.in), plane = depth * round_up(d.out, kernels.lanes);
-  Buffer packed(36 * plane);
-  for_each_channel(d.out, kernels, [&](int64_t channel, int64_t first, int64_t lanes) {
+WinogradWeights pack_winograd(const DenseWeights& d, const KernelTable& kernels) {
+  const int64_t lanes = kernels.lanes, depth = winograd_depth(d.in), plane = depth * round_up(d.out, lanes);
+  WinogradWeights packed{Buffer(9 * plane), Buffer(36 * plane)};
+  for_each_channel(d.out, kernels, [&](int64_t channel, int64_t first, int64_t width) {
     for (int64_t i = 0; i < d.in; ++i) {
-      const int64_t place = lanes == kernels.lanes ? lone_place(channel - first, i, lanes) : i * lanes + channel - first;
-      const float* w = &d.weight[(channel * d.in + i) * 9];
-      for (int r = 0; r < 6; ++r)
-        for (int c = 0; c < 6; ++c) {
-          double sum = 0;
-          for (int y = 0; y < 3; ++y)
-            for (int x = 0; x < 3; ++x) sum += g[r][y] * w[y * 3 + x] * g[c][x];
-          packed.data()[(r * 6 + c) * plane + first * depth + place] = static_cast<float>(sum);
-        }
+      const int64_t place =
+          first * depth + (width == lanes ? lone_place(channel - first, i, lanes) : i * width + channel - first);
+      float* vector = packed.plain.data() + place / lanes * 9 * lanes + place % lanes;
+      const float* weight = &d.weight[(channel * d.in + i) * 9];
+      for (int64_t tap = 0; tap < 9; ++tap) vector[tap * lanes] = weight[tap] / 9;
     }
   });
+  kernels.transform_weights_f32(packed.plain.data(), plane / lanes, packed.transformed.data(), plane);
   return packed;
 }
 

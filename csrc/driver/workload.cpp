@@ -160,6 +160,16 @@ StageSpec layout_stage() {
   return s.finish(kClasses);
 }
 
+// Weights so large that few tiles transform them on their way.
+StageSpec large_stage() {
+  StageWriter s(kImage);
+  s.pool(false, 3, 3);
+  s.conv(256, 1, 1);
+  s.conv(512, 3, 1);
+  s.pool(false, 4, 4);
+  return s.finish(kClasses);
+}
+
 struct Case {
   const char* name;
   std::vector<StageSpec> stages;
@@ -173,6 +183,7 @@ std::vector<Case> cases() {
   return {
       {"winograd", {winograd_stage()}, 6, false, 0.f}, {"direct", {direct_stage()}, 6, false, 0.f},
       {"light", {light_stage()}, 6, false, 0.f},       {"layout", {layout_stage()}, 20, true, 0.f},
+      {"large", {large_stage()}, 2, false, 0.f},
       {"cascade", {direct_stage(), winograd_stage()}, 100, true, 0.4f},
       {"few", {light_stage(), direct_stage()}, 7, true, 0.53f},
   };

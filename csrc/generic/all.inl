@@ -5,6 +5,6 @@
 #include "elementwise.inl"
 
 static constexpr KernelTable make_table(const char* isa) {
-  return {isa,      kLanes,          kTileRows, kPair, conv_direct_f32, conv3x3_winograd_f32, conv_depthwise_f32,
-          pool_f32, elementwise_f32};
+  return {isa,      kLanes,          kTileRows, kPair, conv_direct_f32, conv3x3_winograd_f32,
+          transform_weights_f32, conv_depthwise_f32, pool_f32, elementwise_f32};
 }

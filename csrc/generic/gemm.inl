@@ -45,10 +45,6 @@ FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const float* const (&
   return weights;
 }
 
-// A longer sum is added up in parts of this many terms, so that its rounding error grows with the root of the
-// number of parts and not of terms. The parts of a sum depend on the layer's shape alone.
-constexpr int64_t kPartialSum = 64;
-
 template <size_t... I>
 FC_INLINE void spread_rows(const float* (&rows)[sizeof...(I)], const float* first, int64_t step,
                            std::index_sequence<I...>) {

@@ -1,8 +1,8 @@
 // Winograd F(4×4, 3×3) in fp32, blocked: a few tiles are transformed, multiplied and transformed back while
 // they stay in the nearest caches. Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
 //
-// A tile is 4×4 outputs and the 6×6 inputs around them. Scratch holds 37 slots of [tile][channel]. The
-// transformed input fills slots 1…36; product k overwrites slot k, which held input k−1 and is spent.
+// A tile is 4×4 outputs and the 6×6 inputs around them. Scratch holds slots of [tile][channel]. The transformed
+// input fills slots 1…36; product k overwrites slot k, which held input k−1 and is spent.
 
 struct Six {
   V v0, v1, v2, v3, v4, v5;
@@ -126,21 +126,19 @@ FC_INLINE Accumulators<R, B> sum_products(const float* const (&rows)[R], int64_t
     return join_terms(acc, std::make_index_sequence<R>());
 }
 
-// m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B vectors of channels.
+// m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B vectors of channels, or added to m; at most kPartialSum terms.
 template <int R, int B>
 FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
-                                int64_t pitch) {
+                                int64_t pitch, bool add_to) {
   constexpr std::make_index_sequence<R * B> each;
-  for (int64_t i = 0; i < depth; i += kPartialSum) {
-    const float* rows[R];
-    spread_rows(rows, v + i, in_pitch, std::make_index_sequence<R>());
-    Accumulators<R, B> acc = sum_products<R, B>(rows, std::min(kPartialSum, depth - i), u);
-    if (i > 0) add_products<R, B>(acc, m, pitch, each);
-    store_products<R, B>(acc, m, pitch, each);
-  }
+  const float* rows[R];
+  spread_rows(rows, v, in_pitch, std::make_index_sequence<R>());
+  Accumulators<R, B> acc = sum_products<R, B>(rows, depth, u);
+  if (add_to) add_products<R, B>(acc, m, pitch, each);
+  store_products<R, B>(acc, m, pitch, each);
 }
 
-using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t);
+using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
 
 template <int B, size_t... R>
 inline WinogradProduct winograd_product_of(int64_t rows, std::index_sequence<R...>) {
@@ -148,22 +146,68 @@ inline WinogradProduct winograd_product_of(int64_t rows, std::index_sequence<R..
   return table[rows - 1];
 }
 
-static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
+// Terms [first, first + depth) of the products of one slot, for `width` vectors of channels from m on.
+static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64_t first, int64_t depth,
+                          const float* v, const float* u, float* m) {
   constexpr std::make_index_sequence<kTileRows> counts;
-  const int64_t depth = winograd_depth(c.channels), plane = depth * c.pitch;
+  for (int64_t r = 0; r < tiles; r += kTileRows) {
+    const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
+    const auto product = width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
+    product(v + r * c.in_pitch + first, c.in_pitch, depth, u, m + r * c.pitch, c.pitch, first > 0);
+  }
+}
+
+static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
+  const int64_t depth = winograd_depth(c.channels);
   for (int64_t k = 0; k < 36; ++k) {
-    const float* v = c.scratch + (k + 1) * slot;
-    float* m = c.scratch + k * slot;
     int64_t width;
     for (int64_t block = blocks.begin; block < blocks.end; block += width) {
       width = blocks.end - block >= kPair ? kPair : 1;
-      const float* u = c.weights + k * plane + block * kLanes * depth;
-      for (int64_t r = 0; r < tiles; r += kTileRows) {
-        const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
-        const auto product =
-            width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
-        product(v + r * c.in_pitch, c.in_pitch, depth, u, m + r * c.pitch + block * kLanes, c.pitch);
-      }
+      const float* u = c.weights + (k * c.pitch + block * kLanes) * depth;
+      for (int64_t i = 0; i < depth; i += kPartialSum)
+        multiply_part(c, tiles, width, i, std::min(kPartialSum, depth - i), c.scratch + (k + 1) * slot,
+                      u + i * width * kLanes, c.scratch + k * slot + block * kLanes);
+    }
+  }
+}
+
+// 3 G w for one line of three: coefficients without rounding.
+FC_INLINE Six weight_transform(V a, V b, V c) {
+  const V half = broadcast(0.5f), even = mul(broadcast(-0.5f), add(a, c)), odd = mul(half, b);
+  const V even2 = fma(half, c, mul(broadcast(0.125f), a)), odd2 = mul(broadcast(0.25f), b);
+  return {mul(broadcast(0.75f), a), sub(even, odd),   add(even, odd),
+          add(even2, odd2),         sub(even2, odd2), mul(broadcast(3.f), c)};
+}
+
+// G w Gᵀ for every vector of weights, given as w / 9. Nothing else computes it, so that it does not matter when.
+static void transform_weights_f32(const float* plain, int64_t vectors, float* u, int64_t plane) {
+  for (int64_t i = 0; i < vectors; ++i, plain += 9 * kLanes, u += kLanes) {
+    const auto w = [&](int64_t tap) { return load(plain + tap * kLanes); };
+    const Six x0 = weight_transform(w(0), w(3), w(6)), x1 = weight_transform(w(1), w(4), w(7)),
+              x2 = weight_transform(w(2), w(5), w(8));
+    store_six(u, plane, weight_transform(x0.v0, x1.v0, x2.v0));
+    store_six(u + 6 * plane, plane, weight_transform(x0.v1, x1.v1, x2.v1));
+    store_six(u + 12 * plane, plane, weight_transform(x0.v2, x1.v2, x2.v2));
+    store_six(u + 18 * plane, plane, weight_transform(x0.v3, x1.v3, x2.v3));
+    store_six(u + 24 * plane, plane, weight_transform(x0.v4, x1.v4, x2.v4));
+    store_six(u + 30 * plane, plane, weight_transform(x0.v5, x1.v5, x2.v5));
+  }
+}
+
+// The same products where tiles are so few that reading transformed weights from afar would take longer than to
+// transform a quarter as many again. Products start at slot 37.
+static void multiply_plain(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
+  const int64_t depth = winograd_depth(c.channels), plane = winograd_plane(kPair * kLanes);
+  float* u = c.scratch + 73 * slot;
+  int64_t width;
+  for (int64_t block = blocks.begin; block < blocks.end; block += width) {
+    width = blocks.end - block >= kPair ? kPair : 1;
+    for (int64_t i = 0; i < depth; i += kPartialSum) {
+      const int64_t part = std::min(kPartialSum, depth - i);
+      transform_weights_f32(c.plain + 9 * (block * depth + i * width) * kLanes, part * width, u, plane);
+      for (int64_t k = 0; k < 36; ++k)
+        multiply_part(c, tiles, width, i, part, c.scratch + (k + 1) * slot, u + k * plane,
+                      c.scratch + (k + 37) * slot + block * kLanes);
     }
   }
 }
@@ -207,25 +251,27 @@ FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t 
     finish_short_row(c.epilogue, out[y], c.output, offset + y * next, c.pitch, bias, columns);
 }
 
-static void transform_output(const Winograd& c, int64_t first, int64_t count, Range blocks, int64_t slot) {
+static void transform_output(const Winograd& c, int64_t first, int64_t count, Range blocks, const float* m,
+                             int64_t slot) {
   for (int64_t t = 0; t < count; ++t) {
     const TileRun at = tile_run(c, first + t, 1);
     const int64_t pixel = (at.image * c.height + at.y) * c.width + at.x;
     const int64_t rows = std::min<int64_t>(4, c.height - at.y), columns = std::min<int64_t>(4, c.width - at.x);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t channel = block * kLanes;
-      transform_output_tile(c, c.scratch + t * c.pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
+      transform_output_tile(c, m + t * c.pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
                             c.epilogue.bias + channel);
     }
   }
 }
 
 static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range blocks) {
-  const int64_t slot = winograd_slot(c.tiles_at_once, c.in_pitch, c.pitch);
+  const int64_t slot = winograd_slot(c);
+  const bool few = c.plain && tiles.end - tiles.begin <= c.tiles_at_once;
   for (int64_t first = tiles.begin; first < tiles.end; first += c.tiles_at_once) {
     const int64_t count = std::min(c.tiles_at_once, tiles.end - first);
     transform_input(c, first, count, c.scratch + slot, slot);
-    multiply_slots(c, count, blocks, slot);
-    transform_output(c, first, count, blocks, slot);
+    (few ? multiply_plain : multiply_slots)(c, count, blocks, slot);
+    transform_output(c, first, count, blocks, few ? c.scratch + 37 * slot : c.scratch, slot);
   }
 }

@@ -69,6 +69,16 @@ def test_batches_around_a_tile(run_ops: RunOps, isa: str, n: int) -> None:
     assert_near(got, expected, TOLERANCE[WINOGRAD])
 
 
+def test_large_weights(run_ops: RunOps, isa: str) -> None:
+    """A network with more weights than caches hold transforms them anew for few tiles: the same bits."""
+    ops = [random_conv(243, 517, padding=(1, 1, 1, 1)), Pool(2, 1, "max", (9, 9), (9, 9))]
+    x = torch.randn(20, 243, 9, 9)
+    many, expected = run_ops(x, ops, isa, WINOGRAD)
+    few, _ = run_ops(x[:1], ops, isa, WINOGRAD)
+    assert_near(many, expected, TOLERANCE[WINOGRAD])
+    assert torch.equal(few, many[:1])
+
+
 def integers(tensor: Tensor, limit: int) -> Tensor:
     """Fill with whole numbers of at most this size."""
     return tensor.copy_(torch.randint(-limit, limit + 1, tensor.shape))

@@ -114,7 +114,7 @@ def test_warm_calls_allocate_nothing(workload: Path, isa: str) -> None:
         status, words = run([workload, isa, str(threads)])
         assert status == 0, words
         cases = [line.split()[:2] for line in words.splitlines()]
-        assert len(cases) == 6
+        assert len(cases) == 7
         assert [name for name, allocations in cases if allocations != "0"] == []
 
 
