@@ -53,7 +53,8 @@ Buffer pack_direct(const DenseWeights& d, const KernelTable& kernels) {
     for_each_channel(per_group, kernels, [&](int64_t channel, int64_t first, int64_t lanes) {
       const float* weight = &d.weight[(g * per_group + channel) * rows];
       for (int64_t tap = 0; tap < d.kh * d.kw; ++tap)
-        for (int64_t i = 0; i < d.in; ++i) panel[first * rows + (tap * d.in + i) * lanes + channel - first] = weight[i * d.kh * d.kw + tap];
+        for (int64_t i = 0; i < d.in; ++i)
+          panel[first * rows + (tap * d.in + i) * lanes + channel - first] = weight[i * d.kh * d.kw + tap];
     });
   }
   return packed;

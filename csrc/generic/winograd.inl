@@ -152,7 +152,8 @@ static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64
   constexpr std::make_index_sequence<kTileRows> counts;
   for (int64_t r = 0; r < tiles; r += kTileRows) {
     const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
-    const auto product = width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
+    const auto product =
+        width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
     product(v + r * c.in_pitch + first, c.in_pitch, depth, u, m + r * c.pitch, c.pitch, first > 0);
   }
 }
