@@ -430,10 +430,12 @@ class Builder {
     for (Step& step : net_.steps) {
       if (step.kind != StepKind::winograd) continue;
       Winograd& c = step.winograd;
-      if (keep_plain_weights)
+      if (keep_plain_weights) {
         c.plain = step.plain_weights.data();
-      else
+        c.tiles_at_once = 2 * kernels_.tile_rows;
+      } else {
         step.plain_weights = Buffer();
+      }
       zeros = std::max(zeros, c.in_width * c.in_pitch);
       net_.scratch_floats = std::max(net_.scratch_floats, winograd_scratch(c, kernels_));
     }
