@@ -92,7 +92,8 @@ def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> d
             except RuntimeError as error:
                 return {"refused": str(error)}
 
-    schedule = {"batches": EFFICIENCY_BATCHES, "rounds": rounds, "seconds": seconds}
+    # Turns long enough that the largest batches are many different ones.
+    schedule = {"batches": EFFICIENCY_BATCHES, "rounds": rounds, "seconds": 4 * seconds}
     return {
         "schedule": ask("schedule", model=models["cascade"], **schedule),
         "memory": {name: ask("memory", model=model, batches=BATCHES) for name, model in models.items()},
