@@ -67,10 +67,11 @@ EXTRA_PASS = Fault(
 BF16_LAYER = Fault(
     "one layer multiplies in bf16",
     "pack.cpp",
-    "packed.data()[(r * 6 + c) * plane + at + i * step] = static_cast<float>(sum);",
-    "float w36 = static_cast<float>(sum); uint32_t bits; __builtin_memcpy(&bits, &w36, 4);"
-    " if (d.in == 16) bits = (bits + 0x8000) & 0xffff0000u; __builtin_memcpy(&w36, &bits, 4);"
-    " packed.data()[(r * 6 + c) * plane + at + i * step] = w36;",
+    "kernels.transform_weights_f32(packed.plain.data(), plane / lanes, packed.transformed.data(), plane);",
+    "kernels.transform_weights_f32(packed.plain.data(), plane / lanes, packed.transformed.data(), plane);"
+    " for (int64_t j = 0; d.in == 16 && j < packed.transformed.size(); ++j) {"
+    " uint32_t bits; __builtin_memcpy(&bits, packed.transformed.data() + j, 4);"
+    " bits = (bits + 0x8000) & 0xffff0000u; __builtin_memcpy(packed.transformed.data() + j, &bits, 4); }",
 )
 
 
