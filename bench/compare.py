@@ -1,8 +1,8 @@
 """Two commits against each other in one run: built in worktrees, timed in turns ABBA, ratios with intervals.
 
 ``make bench-compare A=… B=…``. Both are measured by this checkout's harness, so only the library differs.
-The intervals hold for all cases together (Bonferroni), so that a commit beside itself shows a difference in
-at most one run of twenty.
+The intervals hold for all cases together (Bonferroni) and allow for where a process's memory lies, so that a
+commit beside itself shows a difference in at most one run of twenty.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def main() -> None:
     parser.add_argument("a", help="a commit, branch or tag")
     parser.add_argument("b", help="another one")
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one turn")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of one turn")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _end)  # an exception, so that worktrees are removed
     try:

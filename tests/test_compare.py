@@ -190,7 +190,7 @@ def test_turns_are_abba_and_the_faster_one_is_named(monkeypatch: pytest.MonkeyPa
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("faster") == 2
     assert "resnet_cifar:8, 2 " in text
-    assert "2.000× [2.000, 2.000]" in text
+    assert "2.000× [1.980, 2.020]" in text
 
 
 def test_a_commit_that_answers_wrongly_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

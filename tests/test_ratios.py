@@ -13,14 +13,15 @@ sys.path.append(str(Path(__file__).parents[1]))  # at the end: fastcascade itsel
 from bench.ratios import ratio, ratios_together, student_t
 
 RUNS = 400
-ROUNDS = 20
+ROUNDS = 40
 
 
 def times(slowdown: float, noise: np.random.Generator) -> tuple[list[float], list[float]]:
-    """One run: 2 % noise a turn and a few hiccups, on a machine that drifts by a fifth meanwhile."""
+    """One run: 2 % noise a turn, a few hiccups, a drift by a fifth, two processes half a percent apart."""
     drift = 1 + 0.2 * np.linspace(0, 1, ROUNDS)
     hiccups = 1 + 0.1 * (noise.random((2, ROUNDS)) < 0.05)
-    turns = drift * hiccups * (1 + 0.02 * noise.standard_normal((2, ROUNDS)))
+    placement = 1 + 0.005 * noise.standard_normal((2, 1))
+    turns = placement * drift * hiccups * (1 + 0.02 * noise.standard_normal((2, ROUNDS)))
     return turns[0].tolist(), (slowdown * turns[1]).tolist()
 
 
