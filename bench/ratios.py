@@ -10,7 +10,7 @@ from dataclasses import dataclass
 __all__ = ["PLACEMENT", "Ratio", "ratio", "ratios_together", "relative_spread", "student_t"]
 
 PLACEMENT = 0.01
-"""By how much two processes of one commit differ for as long as they live: by where their memory lies."""
+"""About how much two processes of one commit differ for as long as they live: by where their memory lies."""
 
 
 @dataclass(frozen=True)

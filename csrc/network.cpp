@@ -262,8 +262,6 @@ class Builder {
     c.pitch = out.pitch;
     c.pad_top = op.padding[0];
     c.pad_left = op.padding[2];
-    // Weights of wide layers come from far: read them for more tiles at once.
-    c.tiles_at_once = kernels_.tile_rows * (in.shape.c > 64 ? 2 : 1);
     c.epilogue = epilogue(step, op);
   }
 
@@ -430,12 +428,12 @@ class Builder {
     for (Step& step : net_.steps) {
       if (step.kind != StepKind::winograd) continue;
       Winograd& c = step.winograd;
-      if (keep_plain_weights) {
+      // Weights of wide layers and of large networks come from far: read them for more tiles at once.
+      c.tiles_at_once = kernels_.tile_rows * (keep_plain_weights || c.channels > 64 ? 2 : 1);
+      if (keep_plain_weights)
         c.plain = step.plain_weights.data();
-        c.tiles_at_once = 2 * kernels_.tile_rows;
-      } else {
+      else
         step.plain_weights = Buffer();
-      }
       zeros = std::max(zeros, c.in_width * c.in_pitch);
       net_.scratch_floats = std::max(net_.scratch_floats, winograd_scratch(c, kernels_));
     }

@@ -25,10 +25,6 @@ void split(int64_t positions, int64_t blocks, const KernelTable& kernels, Share 
     mine = part(positions, 1, share);
 }
 
-int64_t image_offset(const Value& v, int64_t image, int64_t row, int64_t column) {
-  return image * v.floats + (row * v.shape.w + column) * v.pitch;
-}
-
 template <class T, class Read>
 void load_image(const Value& v, const T* image, const int64_t* strides, float* out, Range rows, Read read) {
   const int64_t width = v.shape.w;
@@ -65,6 +61,10 @@ struct Line {
 Line line_at(int64_t pixel, int64_t end, const Shape& shape) {
   const int64_t area = shape.h * shape.w, column = pixel % shape.w;
   return {pixel / area, pixel % area / shape.w, column, std::min(shape.w - column, end - pixel)};
+}
+
+int64_t image_offset(const Value& v, int64_t image, int64_t row, int64_t column) {
+  return image * v.floats + (row * v.shape.w + column) * v.pitch;
 }
 
 // A call of memmove takes longer than to move a few channels.

@@ -116,8 +116,7 @@ class CompiledCascade(nn.Module):
         backend = choose_backend(name, plan, precision=precision, device=device)
         self.program = backend.lower(plan, precision=precision, device=device, threads=threads)
         self._exit_macs = plan.exit_macs.to(device)
-        # Checked once: beside a small batch, checking again on every call would be seen.
-        self._stored_thresholds = {name: plan.thresholds(name) for name in plan.operating_points}
+        self._named_thresholds: dict[str | None, Tensor] = {}
         self.plan = plan
         self.backend = backend.name
 
@@ -144,7 +143,8 @@ class CompiledCascade(nn.Module):
         Raises:
             InvalidArgument: wrong shape, dtype, device or operating point, or an input that requires grad.
         """
-        images, thresholds = self._images(x), self._thresholds(operating_point)
+        thresholds = self._thresholds(operating_point)
+        images = self._images(x)
         results = self.program.run(images, thresholds) if len(images) else self._no_results()
         if self._settings.output == "log_probs":
             return results.log_probs
@@ -152,11 +152,12 @@ class CompiledCascade(nn.Module):
         return CascadeOutput(_exp(results.log_probs), results.label, results.exit_stage, cost)
 
     def _thresholds(self, operating_point: OperatingPointLike) -> Tensor:
-        """(K−1,) float32 on the CPU."""
-        name = "default" if operating_point is None else operating_point
-        if isinstance(name, str) and name in self._stored_thresholds:
-            return self._stored_thresholds[name]
-        return self.plan.thresholds(operating_point)
+        """(K−1,) float32 on the CPU; a name is resolved once, which beside a small batch can be seen."""
+        if operating_point is not None and not isinstance(operating_point, str):
+            return self.plan.thresholds(operating_point)
+        if operating_point not in self._named_thresholds:
+            self._named_thresholds[operating_point] = self.plan.thresholds(operating_point)
+        return self._named_thresholds[operating_point]
 
     def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """(N, C, H, W) uint8 or float32 on the program's device: everything that programs rely on."""

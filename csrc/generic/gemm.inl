@@ -14,7 +14,7 @@ FC_INLINE void clear(Accumulators<R, B>& acc, std::index_sequence<I...>) {
 
 // One term of a sum in every lane, or two in even and odd lanes.
 template <int Terms>
-FC_INLINE V spread(const float* p) {
+FC_INLINE V broadcast_terms(const float* p) {
   if constexpr (Terms == 2)
     return broadcast_two(p);
   else
@@ -24,7 +24,7 @@ FC_INLINE V spread(const float* p) {
 template <int Terms, int R, int B, size_t... I>
 FC_INLINE void multiply_add(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t i, const V (&w)[B],
                             std::index_sequence<I...>) {
-  ((acc.v[I] = fma(spread<Terms>(rows[I / B] + i), w[I % B], acc.v[I])), ...);
+  ((acc.v[I] = fma(broadcast_terms<Terms>(rows[I / B] + i), w[I % B], acc.v[I])), ...);
 }
 
 template <int B, size_t... I>

@@ -158,7 +158,7 @@ static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64
   }
 }
 
-static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
+static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, float* m, int64_t slot) {
   const int64_t depth = winograd_depth(c.channels);
   for (int64_t k = 0; k < 36; ++k) {
     int64_t width;
@@ -167,7 +167,7 @@ static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, int64
       const float* u = c.weights + (k * c.pitch + block * kLanes) * depth;
       for (int64_t i = 0; i < depth; i += kPartialSum)
         multiply_part(c, tiles, width, i, std::min(kPartialSum, depth - i), c.scratch + (k + 1) * slot,
-                      u + i * width * kLanes, c.scratch + k * slot + block * kLanes);
+                      u + i * width * kLanes, m + k * slot + block * kLanes);
     }
   }
 }
@@ -196,10 +196,10 @@ static void transform_weights_f32(const float* plain, int64_t vectors, float* u,
 }
 
 // The same products where tiles are so few that reading transformed weights from afar would take longer than to
-// transform a quarter as many again. Products start at slot 37.
-static void multiply_plain(const Winograd& c, int64_t tiles, Range blocks, int64_t slot) {
+// transform a quarter as many again. These follow the 36 products.
+static void multiply_plain(const Winograd& c, int64_t tiles, Range blocks, float* m, int64_t slot) {
   const int64_t depth = winograd_depth(c.channels), plane = winograd_plane(kPair * kLanes);
-  float* u = c.scratch + 73 * slot;
+  float* u = m + 36 * slot;
   int64_t width;
   for (int64_t block = blocks.begin; block < blocks.end; block += width) {
     width = blocks.end - block >= kPair ? kPair : 1;
@@ -208,7 +208,7 @@ static void multiply_plain(const Winograd& c, int64_t tiles, Range blocks, int64
       transform_weights_f32(c.plain + 9 * (block * depth + i * width) * kLanes, part * width, u, plane);
       for (int64_t k = 0; k < 36; ++k)
         multiply_part(c, tiles, width, i, part, c.scratch + (k + 1) * slot, u + k * plane,
-                      c.scratch + (k + 37) * slot + block * kLanes);
+                      m + k * slot + block * kLanes);
     }
   }
 }
@@ -269,10 +269,11 @@ static void transform_output(const Winograd& c, int64_t first, int64_t count, Ra
 static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range blocks) {
   const int64_t slot = winograd_slot(c);
   const bool few = c.plain && tiles.end - tiles.begin <= c.tiles_at_once;
+  float* m = few ? c.scratch + 37 * slot : c.scratch;  // weights transformed in between need all inputs to the end
   for (int64_t first = tiles.begin; first < tiles.end; first += c.tiles_at_once) {
     const int64_t count = std::min(c.tiles_at_once, tiles.end - first);
     transform_input(c, first, count, c.scratch + slot, slot);
-    (few ? multiply_plain : multiply_slots)(c, count, blocks, slot);
-    transform_output(c, first, count, blocks, few ? c.scratch + 37 * slot : c.scratch, slot);
+    (few ? multiply_plain : multiply_slots)(c, count, blocks, m, slot);
+    transform_output(c, first, count, blocks, m, slot);
   }
 }
