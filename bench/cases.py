@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import fastcascade
 from bench.machine import CACHE, ROOT
 from fastcascade import Cascade, MLPSelector, OperatingPoint
-from fastcascade.data import load_data
-from fastcascade.resnet import ResNet, build_network
+from fastcascade.data.sources import load_data
+from fastcascade.model.registry import build_network
+from fastcascade.model.resnet import ResNet
 
 __all__ = [
     "BATCHES",

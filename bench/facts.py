@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import fastcascade as fc
 from bench.cases import cascade_images, load_model, model_file, noise
 from fastcascade.backends.cpu import CpuProgram
-from fastcascade.bench import benchmark, stage_alone
-from fastcascade.lower import plan as lower_plan
+from fastcascade.benchmarking.runner import benchmark, stage_alone
+from fastcascade.lowering.export import plan as lower_plan
 
 __all__ = ["errors", "memory", "schedule"]
 
@@ -27,7 +27,7 @@ _CALLS = 4
 
 
 def schedule(model: str, batches: Sequence[int], rounds: int, seconds: float, threads: int) -> dict[str, Any]:
-    """The cascade beside its stages alone, in turns; see :func:`fastcascade.bench.benchmark`."""
+    """The cascade beside its stages alone, in turns; see :func:`fastcascade.benchmark`."""
     images = torch.from_numpy(cascade_images(model, max(batches)))
     measured = benchmark(
         load_model(model),

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import fastcascade as fc
 from fastcascade.kernels import reference
 from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pooling, View, pack_weight
-from fastcascade.lower import plan as lower_plan
-from fastcascade.resnet import resnet_cifar
+from fastcascade.lowering.export import plan as lower_plan
+from fastcascade.model.resnet import resnet_cifar
 
 ROOT = Path(__file__).resolve().parent.parent
 CASCADE = ROOT / "examples" / "cifar10" / "model"
@@ -270,7 +270,7 @@ def compact_entries(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def while_entry(run: Run) -> dict[str, Any]:
     """What one repetition of a WHILE node takes beside its work: here one launch, which adds 1."""
-    from fastcascade.backends.while_node import WhileNodes, unavailable_reason
+    from fastcascade.backends.gpu.while_loops import WhileNodes, unavailable_reason
 
     reason = unavailable_reason()
     if reason is not None:
@@ -391,7 +391,7 @@ class Model:
 
     def stages(self, batch: int) -> list[dict[str, Any]]:
         """Every stage alone over a whole batch, by the schedule that the backend chose."""
-        from fastcascade.backends.breadth_first import Active
+        from fastcascade.backends.gpu.scheduler import Active
 
         x = self.images.repeat(-(-batch // len(self.images)), 1, 1, 1)[:batch].to(self.run.device)
         index = torch.arange(batch, dtype=torch.int32, device=self.run.device)

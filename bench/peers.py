@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import model_file
-from fastcascade.resnet import PadShortcut
+from fastcascade.model.resnet import PadShortcut
 
 __all__ = ["PEERS", "Peer", "Schedule", "make_peer"]
 

@@ -1,16 +1,16 @@
 """Cascades of image classifiers with learned early exit, run in batches at the speed their FLOPs promise."""
 
-from fastcascade.bench import benchmark
-from fastcascade.calibrate import calibrate
-from fastcascade.cascade import Cascade, Stage
+from fastcascade.benchmarking.runner import benchmark
 from fastcascade.engine import compile
 from fastcascade.errors import FastCascadeError
-from fastcascade.evaluate import evaluate
-from fastcascade.lower import plan
-from fastcascade.plan_file import load_plan
-from fastcascade.selector import MLPSelector, ThresholdSelector
-from fastcascade.store import load_cascade as load
-from fastcascade.train import Recipe, fit
+from fastcascade.evaluation.calibration import calibrate
+from fastcascade.evaluation.evaluation import evaluate
+from fastcascade.lowering.export import plan
+from fastcascade.lowering.plan_file import load_plan
+from fastcascade.model.cascade import Cascade, Stage
+from fastcascade.model.selector import MLPSelector, ThresholdSelector
+from fastcascade.model.store import load_cascade as load
+from fastcascade.training.trainer import Recipe, fit
 from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
 __version__ = "0.1.0"

@@ -29,12 +29,12 @@ from rich.text import Text
 from fastcascade.errors import FastCascadeError, InvalidArgument
 
 if TYPE_CHECKING:
-    from fastcascade.bench import Benchmark
-    from fastcascade.cascade import Cascade
-    from fastcascade.data import ImageData
+    from fastcascade.benchmarking.runner import Benchmark
+    from fastcascade.data.image_data import ImageData
     from fastcascade.engine import CompiledCascade
-    from fastcascade.plan import Plan
-    from fastcascade.predict import Prediction
+    from fastcascade.lowering.plan import Plan
+    from fastcascade.model.cascade import Cascade
+    from fastcascade.prediction.predictions import Prediction
     from fastcascade.types import OperatingPoint
 
 __all__ = ["app", "main"]
@@ -92,14 +92,14 @@ Point = Annotated[str | None, typer.Option("--operating-point", "-p", help='name
 Threads = Annotated[int | None, typer.Option(min=1, help="threads; as many as PyTorch uses if left out")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 Backend = Annotated[str, typer.Option(help="auto, or one that `fastcascade doctor` lists")]
-Precision = Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="of the stages' arithmetic")]
+Precision = Annotated[Literal["fp32", "fp16"], typer.Option(help="of the stages' arithmetic")]
 
 
 def _load_images(
     source: str, described: Cascade | Plan, split: Split = None, rows: str | None = None, resize: bool = False
 ) -> ImageData:
     """Images of the size that the cascade takes, with its label order."""
-    from fastcascade.data import load_data
+    from fastcascade.data.sources import load_data
 
     data = load_data(source, split, shape=described.input.shape, resize=resize, classes=described.classes)
     return data if rows is None else data.take(_row_range(rows, len(data)))
@@ -144,7 +144,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train, calibrate and save a cascade; the same command again goes on where it was stopped."""
-    from fastcascade.config import train_from_config
+    from fastcascade.training.config import train_from_config
 
     cascade = train_from_config(config, data, out, overwrite=overwrite)
     Console().print(operating_points_table(cascade.operating_points, cascade.dense_macs))
@@ -171,7 +171,12 @@ def predict(
     overwrite: Overwrite = False,
 ) -> None:
     """Classify images: a row each with label, class name, score, exit and cost, or with an error."""
-    from fastcascade.predict import check_destination, predictions, save_predictions, write_json_lines
+    from fastcascade.prediction.predictions import (
+        check_destination,
+        predictions,
+        save_predictions,
+        write_json_lines,
+    )
 
     if output is not None:
         check_destination(output, overwrite)
@@ -259,7 +264,7 @@ def evaluate(
         )
     Console().print(table)
     if curve is not None:
-        from fastcascade.curve import cost_accuracy_curves, plot_curves
+        from fastcascade.evaluation.curve import cost_accuracy_curves, plot_curves
 
         plot_curves(cost_accuracy_curves(fc.load(model), images), curve)
 
@@ -342,7 +347,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Where the time goes: each stage alone, the exits, the schedule, whole batches."""
-    from fastcascade.bench_tables import bench_tables
+    from fastcascade.benchmarking.tables import bench_tables
 
     measured = _measure(model, data, batch, operating_point, backend, precision, threads, peers)
     if as_json:
@@ -366,8 +371,8 @@ def report(
 ) -> None:
     """Measure a cascade on labelled images and write one HTML page about it; print where it is."""
     import fastcascade as fc
-    from fastcascade.curve import cost_accuracy_curves
-    from fastcascade.report import write_report
+    from fastcascade.benchmarking.report import write_report
+    from fastcascade.evaluation.curve import cost_accuracy_curves
 
     measured = _measure(model, data, batch, operating_point, backend, precision, threads, peers)
     cascade = fc.load(model)
@@ -388,7 +393,7 @@ def _measure(
     threads: str,
     peers: bool,
 ) -> Benchmark:
-    from fastcascade.bench import benchmark
+    from fastcascade.benchmarking.runner import benchmark
 
     loaded = _load_model(model)
     return benchmark(
@@ -406,8 +411,8 @@ def _measure(
 @app.command(epilog="Example: fastcascade inspect model/")
 def inspect(model: Model) -> None:
     """Print a saved cascade or plan: stages with their operations and costs, and the operating points."""
-    from fastcascade.lower import plan as lower
-    from fastcascade.plan import Plan
+    from fastcascade.lowering.export import plan as lower
+    from fastcascade.lowering.plan import Plan
 
     loaded = _load_model(model)
     described = loaded if isinstance(loaded, Plan) else lower(loaded)
@@ -436,8 +441,8 @@ def doctor() -> None:
     """Print versions, the processor, every backend with its reason if it cannot run, and what is missing."""
     import torch
 
-    from fastcascade.backends import NAMES, load_backend
-    from fastcascade.backends.while_node import unavailable_reason
+    from fastcascade.backends.gpu.while_loops import unavailable_reason
+    from fastcascade.backends.registry import NAMES, load_backend
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(
@@ -485,6 +490,6 @@ def download(
     directory: Annotated[Path, typer.Argument(help="where to put it")],
 ) -> None:
     """Fetch a data set from its home page, checked; print where it is."""
-    from fastcascade.download import download as fetch
+    from fastcascade.data.archives import download as fetch
 
     print(fetch(name, directory))

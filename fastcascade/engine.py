@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastcascade import lower
-from fastcascade.backends import ExitResults, Precision, StageReport, choose_backend
-from fastcascade.cascade import Cascade
+from fastcascade.backends.interface import ExitResults, Precision, StageReport
+from fastcascade.backends.registry import choose_backend
 from fastcascade.errors import FastCascadeError, InvalidArgument
-from fastcascade.plan import Plan
+from fastcascade.lowering import export as lower
+from fastcascade.lowering.plan import Plan
+from fastcascade.model.cascade import Cascade
 from fastcascade.types import CascadeOutput, OperatingPointLike
 
 __all__ = ["CompiledCascade", "compile"]
@@ -61,7 +62,7 @@ def compile(
 
     Example:
         >>> import fastcascade as fc
-        >>> from fastcascade.resnet import resnet_cifar
+        >>> from fastcascade.model.resnet import resnet_cifar
         >>> cascade = fc.Cascade([resnet_cifar(8), resnet_cifar(14)], fc.MLPSelector(), 10, (3, 32, 32))
         >>> fast = compile(cascade, backend="reference")
         >>> fast(torch.randn(4, 3, 32, 32)).probs.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,6 +22,7 @@ __all__ = [
     "OperatingPoint",
     "OperatingPointLike",
     "checked_combine",
+    "forced_exit",
     "resolve_thresholds",
     "stage_weights",
 ]
@@ -254,3 +256,10 @@ def stage_weights(combine: Combine, stages: int) -> tuple[float | None, ...]:
     if isinstance(combine, str):
         return (1.0 if combine == "mean" else None,) * stages
     return combine
+
+
+def forced_exit(j: int, num_stages: int) -> Tensor:
+    """(K−1,) thresholds that send every instance to exit j, or where invalid there to the next valid one."""
+    thresholds = torch.full((num_stages - 1,), -math.inf)
+    thresholds[:j] = math.inf
+    return thresholds

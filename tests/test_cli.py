@@ -18,9 +18,9 @@ from pyarrow import parquet
 
 import fastcascade as fc
 from fastcascade import cli
-from fastcascade.backends import NAMES, load_backend
-from fastcascade.backends.while_node import unavailable_reason
-from fastcascade.resnet import build_network
+from fastcascade.backends.gpu.while_loops import unavailable_reason
+from fastcascade.backends.registry import NAMES, load_backend
+from fastcascade.model.registry import build_network
 
 COMMANDS = "train calibrate evaluate predict bench report inspect doctor download".split()
 N = 40

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastcascade import _C
 from fastcascade.backends.cpu import CpuProgram
-from fastcascade.plan import Conv2d, Flatten, Linear, Plan, Pool, StagePlan
+from fastcascade.lowering.operations import Conv2d, Flatten, Linear, Pool
+from fastcascade.lowering.plan import Plan, StagePlan
 from fastcascade.types import InputSpec
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "choices.inl"

@@ -11,7 +11,7 @@ from torch import nn
 import fastcascade as fc
 from bench.cases import noise
 from fastcascade.backends.cpu import CpuProgram
-from fastcascade.lower import plan as lower_plan
+from fastcascade.lowering.export import plan as lower_plan
 
 BATCH = 32
 SHAPES = [

@@ -24,12 +24,13 @@ from study import ALPHA, with_selector
 from torch import Tensor
 
 import fastcascade as fc
-from fastcascade.calibrate import find_thresholds
-from fastcascade.config import read_config
-from fastcascade.data import arrays, load_data
-from fastcascade.evaluate import Trace
-from fastcascade.objective import Objective
-from fastcascade.refit import collect_logits, fit_selector
+from fastcascade.data.batches import arrays
+from fastcascade.data.sources import load_data
+from fastcascade.evaluation.calibration import find_thresholds
+from fastcascade.evaluation.evaluation import Trace
+from fastcascade.training.config import read_config
+from fastcascade.training.objective import Objective
+from fastcascade.training.refit import collect_logits, fit_selector
 from fastcascade.types import Combine
 
 HERE = Path(__file__).parent

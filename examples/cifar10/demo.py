@@ -20,13 +20,13 @@ from rich.table import Table
 from torch import Tensor
 
 import fastcascade as fc
-from fastcascade.cost import eval_mode
-from fastcascade.curve import Curves, plot_curves
-from fastcascade.data import load_data
+from fastcascade.data.sources import load_data
 from fastcascade.engine import CompiledCascade
-from fastcascade.evaluate import Trace, traces
+from fastcascade.evaluation.curve import Curves, plot_curves
+from fastcascade.evaluation.evaluation import Trace, traces
 from fastcascade.kernels.reference import LOG_ODDS_LIMIT
-from fastcascade.predict import predictions, save_predictions
+from fastcascade.model.cost import eval_mode
+from fastcascade.prediction.predictions import predictions, save_predictions
 
 HERE = Path(__file__).parent
 OUTPUT = Path("demo")

@@ -21,11 +21,12 @@ from study import ALPHA, SEEDS, budget_accuracies, budget_heads, mean_and_spread
 from torch import Tensor
 
 import fastcascade as fc
-from fastcascade.data import arrays, load_data
-from fastcascade.evaluate import Trace, trace
-from fastcascade.objective import Objective
-from fastcascade.refit import collect_logits
-from fastcascade.resnet import resnet_cifar
+from fastcascade.data.batches import arrays
+from fastcascade.data.sources import load_data
+from fastcascade.evaluation.evaluation import Trace, trace
+from fastcascade.model.resnet import resnet_cifar
+from fastcascade.training.objective import Objective
+from fastcascade.training.refit import collect_logits
 
 DEPTHS = (8, 14, 20)
 BUDGETS = (0.4, 0.6, 0.8)

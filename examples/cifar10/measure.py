@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastcascade as fc
-from fastcascade.config import read_config
-from fastcascade.curve import paired_interval
-from fastcascade.data import arrays, load_data
-from fastcascade.evaluate import Trace
-from fastcascade.files import write_atomically
-from fastcascade.refit import collect_logits
+from fastcascade.data.batches import arrays
+from fastcascade.data.sources import load_data
+from fastcascade.evaluation.curve import paired_interval
+from fastcascade.evaluation.evaluation import Trace
+from fastcascade.storage.files import write_atomically
+from fastcascade.training.config import read_config
+from fastcascade.training.refit import collect_logits
 
 HERE = Path(__file__).parent
 PARTS = ("validation", "calibration", "test")

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.augment import uniforms
-from fastcascade.calibrate import find_thresholds
 from fastcascade.errors import CalibrationError
-from fastcascade.evaluate import Trace
-from fastcascade.objective import greedy_exit, objective_loss, rewards
-from fastcascade.refit import fit_selector, standardise_features
-from fastcascade.store import load_cascade
+from fastcascade.evaluation.calibration import find_thresholds
+from fastcascade.evaluation.evaluation import Trace
+from fastcascade.model.store import load_cascade
+from fastcascade.training.augmentation import uniforms
+from fastcascade.training.objective import greedy_exit, objective_loss, rewards
+from fastcascade.training.refit import fit_selector, standardise_features
 from fastcascade.types import Combine
 
 HERE = Path(__file__).parent

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcascade.backends import ExitResults, KernelChoice, Precision, StageReport, StepTime
+from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
 from fastcascade.errors import BackendUnavailable
-from fastcascade.plan import Activation, Conv2d, Op, Plan, SelectorPlan, StagePlan
+from fastcascade.lowering.operations import Activation, Conv2d, Op
+from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
 __all__ = ["BACKEND", "CpuProgram", "stage_spec"]
 
@@ -33,7 +34,7 @@ def _engine() -> ModuleType:
 
 def _op(op: Op) -> dict[str, Any]:
     """One operation as the engine reads it: its class, its fields, its weights as arrays."""
-    fields: dict[str, Any] = {n: v for n, v in vars(op).items() if n not in ("input", "other", "inputs")}
+    fields: dict[str, Any] = {n: v for n, v in vars(op).items() if n not in op.operands or n == "residual"}
     fields |= {name: value.numpy() for name, value in op.tensors.items()}
     fields["inputs"] = op.reads[:1] if isinstance(op, Conv2d) else op.reads
     fields["op"] = type(op).__name__
@@ -100,7 +101,7 @@ class CpuProgram:
         self._table = _table(plan)
 
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
-        """Classify a batch; see :meth:`fastcascade.backends.Program.run`."""
+        """Classify a batch; see :meth:`fastcascade.backends.interface.Program.run`."""
         answers = self._cascade.run(x.numpy(), self._table, thresholds.numpy())
         return ExitResults(*map(torch.from_numpy, answers))
 
@@ -110,7 +111,7 @@ class CpuProgram:
         return [_report(stage, report) for stage, report in zip(self.plan.stages, reports, strict=True)]
 
     def time_steps(self, k: int, x: Tensor, seconds: float) -> list[StepTime]:
-        """How long every step of stage k takes; see :class:`fastcascade.backends.TimesSteps`.
+        """How long every step of stage k takes; see :class:`fastcascade.backends.interface.TimesSteps`.
 
         Args:
             x: (N, C, H, W) of the stage's input shape, N ≥ 1; at most a tile of them is used.

@@ -6,18 +6,15 @@ backends are tested against it, and it runs what they cannot.
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import fields, replace
-from functools import partial
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from fastcascade.backends import ExitResults, KernelChoice, Precision, StageReport
-from fastcascade.backends.exact import exact_float32
+from fastcascade.backends.arithmetic import exact_float32
+from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import (
     ExitTables,
@@ -27,128 +24,13 @@ from fastcascade.kernels.reference import (
     exit_tables,
     fill_holes,
 )
-from fastcascade.plan import (
-    Activation,
-    ActivationKind,
-    Add,
-    Concat,
-    Conv2d,
-    Flatten,
-    Linear,
-    Op,
-    Pad,
-    Plan,
-    Pool,
-    ScaleShift,
-    SelectorPlan,
-    Slice,
-    StagePlan,
-)
+from fastcascade.lowering.interpreter import move_stage, run_stage
+from fastcascade.lowering.plan import Plan, StagePlan
 
-__all__ = ["BACKEND", "ReferenceProgram", "move_stage", "run_op", "run_stage"]
-
-
-def activate(x: Tensor, kind: ActivationKind) -> Tensor:
-    """Apply an activation; NaN stays NaN."""
-    if kind == "relu":
-        return x.relu()
-    return x.clamp(0, 6) if kind == "relu6" else x
-
-
-def pool(op: Pool, x: Tensor, height: int, width: int) -> Tensor:
-    """The windows of a :class:`Pool`, (n, C, H, W) → (n, C, height, width).
-
-    The image is padded by hand to exactly the cells that the windows cover, because torch's own pooling
-    knows symmetric padding only.
-    """
-    top, bottom, left, right = op.padding
-    rows = (height - 1) * op.stride[0] + op.kernel[0] - x.shape[2] - top
-    columns = (width - 1) * op.stride[1] + op.kernel[1] - x.shape[3] - left
-    sides = (left, columns, top, rows)  # a negative number crops what no window covers
-    if op.kind == "max":
-        return F.max_pool2d(F.pad(x, sides, value=-math.inf), op.kernel, op.stride)
-    window_sum = partial(F.avg_pool2d, kernel_size=op.kernel, stride=op.stride, divisor_override=1)
-    ones = torch.ones_like(x[:1, :1])
-    if op.include_padding:
-        ones = F.pad(ones, (left, right, top, bottom), value=1.0)
-        cells = F.pad(ones, (0, columns - right, 0, rows - bottom))
-    else:
-        cells = F.pad(ones, sides)
-    return window_sum(F.pad(x, sides)) / window_sum(cells)
-
-
-def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """One operation on a batch.
-
-    Args:
-        inputs: the values it reads, (n, …), in the order of ``op.reads``; weights must have their dtype.
-        shape: the output's, per instance.
-    """
-    x = inputs[0]
-    match op:
-        case Conv2d():
-            top, bottom, left, right = op.padding
-            # F.conv2d pads symmetrically; what one side needs beyond that is padded by hand.
-            both = (min(top, bottom), min(left, right))
-            extra = (left - both[1], right - both[1], top - both[0], bottom - both[0])
-            padded = F.pad(x, extra) if any(extra) else x
-            y = F.conv2d(padded, op.weight, op.bias, op.stride, both, op.dilation, op.groups)
-            return activate(y if op.residual is None else y + inputs[1], op.activation)
-        case Pool():
-            return pool(op, x, *shape[1:])
-        case Linear():
-            return activate(F.linear(x, op.weight, op.bias), op.activation)
-        case Add():
-            return activate(x + inputs[1], op.activation)
-        case Activation():
-            return activate(x, op.kind)
-        case ScaleShift():
-            ones = (1,) * (x.ndim - 2)
-            return x * op.scale.view(-1, *ones) + op.shift.view(-1, *ones)
-        case Slice():
-            ranges = [slice(*numbers) for numbers in zip(op.start, op.stop, op.step, strict=True)]
-            return x[:, ranges[0], ranges[1], ranges[2]]
-        case Pad():
-            sides = [n for pair in zip(op.before, op.after, strict=True) for n in pair]
-            return F.pad(x, [*sides[4:], *sides[2:4], *sides[:2]], value=op.value)
-        case Concat():
-            return torch.cat(inputs, 1)
-        case Flatten():
-            return x.flatten(1)
-    raise InvalidArgument(f"the reference backend does not know {type(op).__name__}")
-
-
-def run_stage(stage: StagePlan, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, …) → features (n, …) and logits (n, C) of one stage, opaque or not, in x's dtype."""
-    if stage.module is not None:
-        return cast(tuple[Tensor, Tensor], stage.module(x))
-    values = {0: x}
-    for op, dead in zip(stage.ops, stage.last_reads(), strict=True):
-        inputs = [values[value] for value in op.reads]
-        values[op.output] = run_op(op, inputs, stage.shapes[op.output])
-        for value in dead:
-            del values[value]
-    return values[stage.features], values[stage.logits]
-
-
-Part = TypeVar("Part", Op, StagePlan, SelectorPlan)
-
-
-def move_stage(stage: StagePlan, device: torch.device, dtype: torch.dtype) -> StagePlan:
-    """A copy of a stage with its weights and modules on a device and in a floating dtype."""
-
-    def moved(part: Part) -> Part:
-        changes: dict[str, Any] = {}
-        for f in fields(part):
-            value = getattr(part, f.name)
-            if isinstance(value, Tensor):
-                changes[f.name] = value.to(device, dtype)
-            elif isinstance(value, nn.Module):
-                changes[f.name] = copy.deepcopy(value).to(device, dtype)
-        return replace(part, **changes)
-
-    selector = None if stage.selector is None else moved(stage.selector)
-    return replace(moved(stage), ops=tuple(moved(op) for op in stage.ops), selector=selector)
+__all__ = [
+    "BACKEND",
+    "ReferenceProgram",
+]
 
 
 class ReferenceProgram:
@@ -163,7 +45,7 @@ class ReferenceProgram:
     @torch.no_grad()
     @exact_float32()
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
-        """Classify a batch; see :meth:`fastcascade.backends.Program.run`."""
+        """Classify a batch; see :meth:`fastcascade.backends.interface.Program.run`."""
         plan = self.plan
         images = rows = plan.input.to_float(x)
         tables = exit_tables(len(x), plan.num_classes, self.device)

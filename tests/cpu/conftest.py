@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastcascade import _C
 from fastcascade.backends.cpu import stage_spec
-from fastcascade.backends.reference import move_stage, run_stage
-from fastcascade.plan import Flatten, Op, StagePlan
+from fastcascade.lowering.interpreter import move_stage, run_stage
+from fastcascade.lowering.operations import Flatten, Op
+from fastcascade.lowering.plan import StagePlan
 
 RunOps = Callable[..., tuple[Tensor, Tensor]]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.backends.cpu import CpuProgram
-from fastcascade.cost import eval_mode
-from fastcascade.plan import Plan
-from fastcascade.resnet import resnet_cifar
-from fastcascade.testing import reference_logits
+from fastcascade.lowering.plan import Plan
+from fastcascade.model.cost import eval_mode
+from fastcascade.model.resnet import resnet_cifar
+from fastcascade.testing.oracle import reference_logits
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cifar10"
 BOUNDS = {"conv_direct_f32": 2.0, "": 6.0}  # "" is the engine's own choice: Winograd where it can

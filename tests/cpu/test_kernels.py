@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastcascade.plan import (
+from fastcascade.lowering.operations import (
     Activation,
     Add,
     Concat,

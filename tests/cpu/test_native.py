@@ -11,7 +11,7 @@ import count_instructions
 import driver
 import fuzz
 import pytest
-from cpu.native import (
+from native import (
     COMPILER,
     EXTRA_PASS,
     MISSING_PIXELS,

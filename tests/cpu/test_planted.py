@@ -14,7 +14,7 @@ from pathlib import Path
 
 import driver
 import pytest
-from cpu.native import BF16_LAYER, COMPILER, MISSING_PIXELS, MISSING_TILE, Fault
+from native import BF16_LAYER, COMPILER, MISSING_PIXELS, MISSING_TILE, Fault
 
 pytestmark = [COMPILER, pytest.mark.slow]
 HERE = Path(__file__).parent

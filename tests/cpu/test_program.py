@@ -19,20 +19,16 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade import _C
-from fastcascade.backends import ExitResults
 from fastcascade.backends.cpu import BACKEND, CpuProgram, stage_spec
+from fastcascade.backends.interface import ExitResults
 from fastcascade.errors import BackendUnavailable
-from fastcascade.plan import Conv2d, Plan
-from fastcascade.resnet import cut_into_segments, resnet9, resnet_cifar
-from fastcascade.testing import (
-    assert_drop_in,
-    balanced_thresholds,
-    forced_exit,
-    random_network,
-    randomise_statistics,
-    reference_logits,
-)
-from fastcascade.types import Combine
+from fastcascade.lowering.operations import Conv2d
+from fastcascade.lowering.plan import Plan
+from fastcascade.model.resnet import cut_into_segments, resnet9, resnet_cifar
+from fastcascade.testing.comparison import assert_drop_in
+from fastcascade.testing.networks import random_network, randomise_statistics
+from fastcascade.testing.oracle import balanced_thresholds, reference_logits
+from fastcascade.types import Combine, forced_exit
 
 SIDE = 16  # small images: the schedules are the same
 NORMALIZE = fc.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))

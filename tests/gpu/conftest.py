@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_threads import HostLaunch, build, missing_compiler
 
-from fastcascade.backends import load_backend
+from fastcascade.backends.registry import load_backend
 from fastcascade.kernels.cuda import compact
 from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
 

@@ -317,10 +317,10 @@ def persistent_configurations() -> list[Configuration]:
     import torch
 
     import fastcascade as fc
-    from fastcascade.backends.layers import stage_layers
+    from fastcascade.backends.gpu.layers import stage_layers
     from fastcascade.kernels.triton import persistent as p
-    from fastcascade.lower import plan
-    from fastcascade.resnet import BasicBlock, Head, ResNet, resnet_cifar
+    from fastcascade.lowering.export import plan
+    from fastcascade.model.resnet import BasicBlock, Head, ResNet, resnet_cifar
 
     def network(name: str, module: torch.nn.Module, dtype: str = "fp16", **changes: Any) -> Configuration:
         stage = plan(fc.Cascade([module], None, 10, (3, 32, 32))).stages[0]

@@ -20,15 +20,17 @@ from host_threads import HostLaunch
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends import ExitResults, load_backend
-from fastcascade.backends.cuda import lower_with
-from fastcascade.backends.while_node import Choice
+from fastcascade.backends.gpu.cuda import lower_with
+from fastcascade.backends.gpu.while_loops import Choice
+from fastcascade.backends.interface import ExitResults
+from fastcascade.backends.registry import load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.kernels import reference
 from fastcascade.kernels.cuda import exit_head
 from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
-from fastcascade.plan import Plan
-from fastcascade.testing import forced_exit, random_network
+from fastcascade.lowering.plan import Plan
+from fastcascade.testing.networks import random_network
+from fastcascade.types import forced_exit
 
 SHAPE = (3, 9, 8)
 READBACK = Choice(None, "a test")
@@ -214,7 +216,7 @@ def test_what_it_does_not_support() -> None:
     plan = fc.plan(fc.Cascade([random_network(0, input_shape=SHAPE)], None, 5, SHAPE))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert backend.unsupported_reason(plan, precision="fp16", device=gpu) is None
-    assert "int8" in (backend.unsupported_reason(plan, precision="int8", device=gpu) or "")
+    assert "bf16" in (backend.unsupported_reason(plan, precision="bf16", device=gpu) or "")
     assert "cpu" in (backend.unsupported_reason(plan, precision="fp32", device=cpu) or "")
     with pytest.raises(InvalidArgument, match="threads=2"):
         backend.lower(plan, precision="fp32", device=gpu, threads=2)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcascade.backends import while_node
-from fastcascade.backends.while_node import unavailable_reason
+from fastcascade.backends.gpu import while_loops as while_node
+from fastcascade.backends.gpu.while_loops import unavailable_reason
 
 PROGRAM = Path(__file__).parents[2] / "bench" / "gpu.py"
 

@@ -25,12 +25,14 @@ from readback import NoReadback
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends import chunked, load_backend, while_node
-from fastcascade.backends.breadth_first import BreadthFirstProgram
-from fastcascade.backends.cuda import lower_with
-from fastcascade.backends.while_node import Choice, Loops, WhileNodes, choose_loops, unavailable_reason
+from fastcascade.backends.gpu import torch_stage as chunked
+from fastcascade.backends.gpu import while_loops as while_node
+from fastcascade.backends.gpu.cuda import lower_with
+from fastcascade.backends.gpu.scheduler import BreadthFirstProgram
+from fastcascade.backends.gpu.while_loops import Choice, Loops, WhileNodes, choose_loops, unavailable_reason
+from fastcascade.backends.registry import load_backend
 from fastcascade.errors import BackendUnavailable, FastCascadeError, InvalidArgument
-from fastcascade.testing import random_network
+from fastcascade.testing.networks import random_network
 
 SHAPE = (3, 5, 4)
 CHUNK = 4

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from fastcascade.kernels import reference
+from fastcascade.kernels.arguments import Keep
 
 compact = pytest.importorskip("fastcascade.kernels.triton.compact", reason="triton is not installed")
-from fastcascade.kernels.triton.exit_head import Keep  # noqa: E402
 
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 300)
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)

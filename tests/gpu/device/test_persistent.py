@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends import load_backend
+from fastcascade.backends.registry import load_backend
 from fastcascade.kernels import reference
-from fastcascade.lower import plan
-from fastcascade.plan import Plan
-from fastcascade.resnet import BasicBlock, Head, ResNet, cut_into_segments
+from fastcascade.lowering.export import plan
+from fastcascade.lowering.plan import Plan
+from fastcascade.model.resnet import BasicBlock, Head, ResNet, cut_into_segments
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastcascade.backends import persistent as backend
-from fastcascade.backends.layers import stage_layers
+from fastcascade.backends.gpu import persistent_stage as backend
+from fastcascade.backends.gpu.layers import stage_layers
 from fastcascade.kernels.triton import persistent as kernels
 
 CLASSES = 7

@@ -15,11 +15,12 @@ from readback import NoReadback
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends import ExitResults, Precision, load_backend
-from fastcascade.backends.while_node import Choice
-from fastcascade.lower import plan
-from fastcascade.plan import Plan
-from fastcascade.resnet import BasicBlock, Head, ResNet, cut_into_segments
+from fastcascade.backends.gpu.while_loops import Choice
+from fastcascade.backends.interface import ExitResults, Precision
+from fastcascade.backends.registry import load_backend
+from fastcascade.lowering.export import plan
+from fastcascade.lowering.plan import Plan
+from fastcascade.model.resnet import BasicBlock, Head, ResNet, cut_into_segments
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -164,7 +165,7 @@ def one_launch() -> None:
 def schedule(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes an image at a time through a stage too slowly: it runs a launch per layer."""
     if device.type == "cpu" and "one_launch" not in request.fixturenames:
-        monkeypatch.setattr("fastcascade.backends.persistent.SCRATCH_LIMIT", 0)
+        monkeypatch.setattr("fastcascade.backends.gpu.persistent_stage.SCRATCH_LIMIT", 0)
 
 
 @pytest.mark.usefixtures("one_launch")
@@ -265,7 +266,7 @@ def test_opaque_stage_and_selector_run_through_torch(device: torch.device) -> No
 
 
 def test_large_batches_run_in_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcascade.backends.breadth_first.MAX_ROWS", 7)
+    monkeypatch.setattr("fastcascade.backends.gpu.scheduler.MAX_ROWS", 7)
     Comparison(plan(independent()), device).forced(images(17))
 
 
@@ -298,8 +299,8 @@ def test_opaque_stages_are_repeated_in_chunks(
     """Between own kernels, with the loop of a WHILE node on the host and the kernels that steer it."""
     loops = HostLoops(library)
     if device.type == "cpu":
-        monkeypatch.setattr("fastcascade.backends.triton.choose_loops", lambda device: Choice(loops, ""))
-    monkeypatch.setattr("fastcascade.backends.chunked.CHUNK", 4)
+        monkeypatch.setattr("fastcascade.backends.gpu.triton.choose_loops", lambda device: Choice(loops, ""))
+    monkeypatch.setattr("fastcascade.backends.gpu.torch_stage.CHUNK", 4)
     stages = [tiny_network(16, 1), Opaque(tiny_network(16, 1)), tiny_network(16, 1)]
     cascade = spread(fc.Cascade(stages, fc.MLPSelector(), CLASSES, IMAGE, preprocess=NORMALIZE))
     comparison = Comparison(plan(cascade), device)
@@ -351,9 +352,9 @@ def test_a_kernel_that_cannot_run_is_named(
 def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> None:
     backend = load_backend("triton")
     lowered = plan(independent())
-    reason = backend.unsupported_reason(lowered, precision="int8", device=device)
+    reason = backend.unsupported_reason(lowered, precision="bf16", device=device)
     assert reason is not None
-    assert "int8" in reason
+    assert "bf16" in reason
     assert backend.unsupported_reason(lowered, precision="fp32", device=torch.device("meta")) is not None
 
 

@@ -1,0 +1,1 @@
+"""GPU backends: one breadth-first schedule, several ways to run a stage."""

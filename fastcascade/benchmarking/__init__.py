@@ -1,0 +1,1 @@
+"""Where the time goes: measurements, their tables, and the report page."""

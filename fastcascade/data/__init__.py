@@ -1,0 +1,1 @@
+"""Images and labels: every accepted form as batches, the file formats, image folders, downloads."""

@@ -1,0 +1,1 @@
+"""What a cascade achieves: accuracy and cost, thresholds for a target, guarantees, curves."""

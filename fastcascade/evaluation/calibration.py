@@ -1,0 +1,358 @@
+"""Operating points from held-out data: thresholds for a budget, an accuracy floor, or a bound on the risk.
+
+The stages and the selector stay as they are; only the K−1 stop thresholds are chosen, jointly, so one trained
+cascade serves any trade-off at test time. docs/operating-points.md explains the choices.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcascade.data.batches import Data
+from fastcascade.errors import CalibrationError, InvalidArgument
+from fastcascade.evaluation.evaluation import Trace, trace
+from fastcascade.evaluation.risk import certify, risk_path
+from fastcascade.model.cascade import Cascade
+from fastcascade.types import OperatingPoint
+
+__all__ = ["calibrate", "find_thresholds"]
+
+COMBINATIONS = 1024
+"""Combinations of all thresholds but the last tried per round of the search."""
+
+CHOICES = 257
+"""Thresholds considered per stage, evenly spaced in rank. More would only follow the noise of the sample."""
+
+SPENT = 0.95
+"""Share of a budget that thresholds use if some can. On a few thousand images luck tells equal accuracies
+apart, and on new images the costlier thresholds are on average the better ones."""
+
+_NS_PER_MS = 1_000_000
+
+SMALLEST_GAP = 1e-5
+"""Relative distance of two neighbouring scores below which no threshold is put between them: two backends
+may round such scores to different sides."""
+
+
+def calibrate(
+    cascade: Cascade,
+    held_out: Data | Trace,
+    name: str = "default",
+    *,
+    budget_macs: float | None = None,
+    budget_ms: float | None = None,
+    min_accuracy: float | None = None,
+    max_risk: tuple[float, float] | None = None,
+    exit_ms: Sequence[float] | None = None,
+) -> OperatingPoint:
+    """Choose stop thresholds on held-out data and store them under a name. Give exactly one target.
+
+    Args:
+        held_out: images that neither the stages nor the selector were fitted on: a Dataset, a DataLoader,
+            (images, labels), or a :class:`Trace` of them. ``max_risk`` needs no labels.
+        name: the key in ``cascade.operating_points``; a point of that name is replaced.
+        budget_macs: highest accuracy at a mean cost of at most this, in MACs per instance, among thresholds
+            that use 95 % of it if there are any (and never stopping would cost more).
+        budget_ms: the same in milliseconds per instance; needs ``exit_ms``.
+        min_accuracy: lowest mean cost at an accuracy of at least this, between 0 and 1.
+        max_risk: (eps, delta). With probability ≥ 1 − delta over the draw of ``held_out``, new instances of
+            the same distribution get another label than the last exit's at a rate of at most eps. If nothing
+            can be certified the thresholds are +∞: never stop early.
+        exit_ms: (K,) milliseconds per instance of stopping at each exit, earlier stages included: the
+            ``exit_ms`` that ``fc.benchmark`` measures. They replace MACs as the cost that is minimised or
+            bounded; ``mean_macs`` of the point is in MACs all the same.
+
+    Returns:
+        the :class:`OperatingPoint`, with accuracy, cost, exit shares and risk as measured on ``held_out``.
+        The accuracy is that of the best thresholds among many on these images, hence slightly optimistic.
+
+    Raises:
+        InvalidArgument: not exactly one target, or one out of range.
+        CalibrationError: the target cannot be met (the message names the nearest that can), or ``max_risk``
+            with images that the cascade was fitted on.
+        DataError: labels are needed and missing.
+
+    Warns:
+        UserWarning: ``held_out`` has images that the cascade was fitted on.
+
+    Example:
+        >>> import torch
+        >>> from fastcascade.model.resnet import resnet_cifar
+        >>> from fastcascade.model.selector import MLPSelector
+        >>> cascade = Cascade([resnet_cifar(8), resnet_cifar(14)], MLPSelector(), 10, (3, 32, 32))
+        >>> held_out = (torch.randn(20, 3, 32, 32), torch.arange(20) % 10)
+        >>> point = calibrate(cascade, held_out, name="fast", budget_macs=2e7)
+        >>> point.mean_macs <= 2e7, cascade(held_out[0], operating_point="fast").label.shape
+        (True, torch.Size([20]))
+    """
+    target = _check_target(
+        budget_macs=budget_macs, budget_ms=budget_ms, min_accuracy=min_accuracy, max_risk=max_risk
+    )
+    if not isinstance(name, str) or not name:
+        raise InvalidArgument(f"the name of an operating point is {name!r}; expected a non-empty string")
+    seen = held_out if isinstance(held_out, Trace) else trace(cascade, held_out)
+    if seen.num_exits != len(cascade.stages):
+        raise InvalidArgument(f"the trace has {seen.num_exits} exits, the cascade {len(cascade.stages)}")
+    _check_overlap(cascade, seen, refuse=max_risk is not None)
+    if max_risk is not None:
+        thresholds = certify(seen.disagrees, seen.exits, risk_path(cascade), *max_risk)
+    elif exit_ms is not None:
+        target["exit_ms"] = list(map(float, exit_ms))
+        thresholds = _find_by_time(seen, target["exit_ms"], budget_ms, min_accuracy)
+    elif budget_ms is not None:
+        raise InvalidArgument("budget_ms needs exit_ms, the measured milliseconds of stopping at each exit")
+    else:
+        thresholds = find_thresholds(seen, budget_macs=budget_macs, min_accuracy=min_accuracy)
+    point = _measure(seen, thresholds, name, target)
+    cascade.operating_points[name] = point
+    return point
+
+
+def find_thresholds(
+    seen: Trace, *, budget_macs: float | None = None, min_accuracy: float | None = None
+) -> tuple[float, ...]:
+    """The K−1 thresholds that serve one of the two targets best on a labelled trace.
+
+    Each stage has up to 257 thresholds to choose from, at evenly spaced quantiles of its scores. All
+    combinations are searched for K ≤ 3; with more stages a coarser grid first, then finer ones around the
+    best. A budget below the cost of never stopping is used to 95 %, where thresholds can. Equal answers are
+    settled by the other figure: of two equally accurate points the cheaper, of two equally cheap ones the
+    more accurate.
+
+    Returns:
+        float32 numbers, midway between neighbouring scores; ±∞ for "nothing stops here" and "all stop here".
+
+    Raises:
+        InvalidArgument: not exactly one target, or one out of range.
+        CalibrationError: no thresholds serve the target.
+        DataError: the trace has no labels.
+    """
+    _check_target(budget_macs=budget_macs, min_accuracy=min_accuracy)
+    return _find(seen, budget_macs, min_accuracy, "MACs")
+
+
+def _find(seen: Trace, budget: float | None, min_accuracy: float | None, unit: str) -> tuple[float, ...]:
+    most = math.inf if budget is None else budget
+    binds = most < int(seen.exit_macs[-1])
+    for least in (SPENT * most, 0.0) if binds else (0.0,):
+        thresholds = _Search(seen, least, most, min_accuracy).run()
+        if thresholds is not None:
+            return thresholds
+    if budget is not None:
+        cheapest = seen.run([-math.inf] * (seen.num_exits - 1))
+        raise CalibrationError(
+            f"a budget of {budget:,.0f} {unit} cannot be met: stopping everything at the first exit costs "
+            f"{cheapest.mean_macs:,.0f} {unit} per instance, at accuracy {cheapest.accuracy:.4f}"
+        )
+    best = seen.run(_Search(seen, 0.0, math.inf, None).run())
+    raise CalibrationError(
+        f"min_accuracy={min_accuracy} cannot be met on these {seen.n} instances: the most accurate "
+        f"thresholds found reach {best.accuracy:.4f}, at {best.mean_macs:,.0f} {unit} per instance"
+    )
+
+
+def _find_by_time(
+    seen: Trace, exit_ms: Sequence[float], budget_ms: float | None, min_accuracy: float | None
+) -> tuple[float, ...]:
+    """:func:`find_thresholds` with milliseconds for MACs."""
+    if len(exit_ms) != seen.num_exits or not all(0 < ms < math.inf for ms in exit_ms):
+        raise InvalidArgument(
+            f"exit_ms is {list(exit_ms)}; expected {seen.num_exits} positive numbers, one per exit"
+        )
+    # The search adds up whole numbers; a nanosecond is below any measured time's error.
+    timed = replace(seen, exit_macs=(np.array(exit_ms) * _NS_PER_MS).round().astype(np.int64))
+    budget = None if budget_ms is None else budget_ms * _NS_PER_MS
+    return _find(timed, budget, min_accuracy, "ns")
+
+
+def _check_target(
+    *,
+    budget_macs: float | None = None,
+    budget_ms: float | None = None,
+    min_accuracy: float | None = None,
+    max_risk: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    every = {
+        "budget_macs": budget_macs,
+        "budget_ms": budget_ms,
+        "min_accuracy": min_accuracy,
+        "max_risk": max_risk,
+    }
+    given = {key: value for key, value in every.items() if value is not None}
+    if len(given) != 1:
+        raise InvalidArgument(f"got the targets {given}; expected exactly one of {', '.join(every)}")
+    for budget, unit in ((budget_macs, "MACs"), (budget_ms, "ms")):
+        if budget is not None and not budget > 0:
+            raise InvalidArgument(
+                f"the budget is {budget}; expected a positive number of {unit} per instance"
+            )
+    if min_accuracy is not None and not 0 <= min_accuracy <= 1:
+        raise InvalidArgument(f"min_accuracy is {min_accuracy}; expected a share between 0 and 1")
+    if max_risk is not None and not (len(max_risk) == 2 and all(0 < x < 1 for x in max_risk)):
+        raise InvalidArgument(f"max_risk is {max_risk}; expected (eps, delta), both between 0 and 1")
+    return given
+
+
+def _check_overlap(cascade: Cascade, seen: Trace, refuse: bool) -> None:
+    """Images that trained the cascade look easier than new ones: every figure measured on them flatters."""
+    if seen.hashes is None or not len(cascade.seen_images):
+        return
+    overlap = int(np.isin(seen.hashes, cascade.seen_images).sum())
+    if not overlap:
+        return
+    found = f"{overlap} of {seen.n} calibration images are among those that the cascade was fitted on"
+    if refuse:
+        raise CalibrationError(f"{found}; a bound on the risk would not hold. Give images it has not seen")
+    warnings.warn(f"{found}; the operating point will promise too much. Give held-out images", stacklevel=3)
+
+
+def _measure(seen: Trace, thresholds: tuple[float, ...], name: str, target: dict[str, Any]) -> OperatingPoint:
+    exits = seen.exits(thresholds)
+    return OperatingPoint(
+        name=name,
+        thresholds=thresholds,
+        target=target,
+        accuracy=None if seen.true_labels is None else seen.run(thresholds).accuracy,
+        mean_macs=int(seen.exit_macs[exits].sum()) / seen.n,
+        exit_shares=tuple((np.bincount(exits, minlength=seen.num_exits) / seen.n).tolist()),
+        n=seen.n,
+        risk=float(np.take_along_axis(seen.disagrees, exits[None], 0).mean())
+        if "max_risk" in target
+        else None,
+    )
+
+
+@dataclass
+class _Best:
+    """The best combination so far: per stage, an index into its choices."""
+
+    key: tuple[int, int] | None = None
+    choice: tuple[int, ...] = ()
+
+
+class _Choices:
+    """The thresholds worth trying at one stage, from "nothing stops" to "everything stops".
+
+    Attributes:
+        rank: (N,) position of each instance by falling score; N where it cannot stop here.
+        order: (M,) the instances that can stop here, by falling score.
+        counts: (T,) how many of ``order`` each choice stops.
+        thresholds: (T,) float32.
+    """
+
+    def __init__(self, scores: NDArray[np.floating[Any]]) -> None:
+        n = len(scores)
+        able = np.flatnonzero(~np.isnan(scores))
+        self.order = able[np.argsort(-scores[able], kind="stable")]
+        self.rank = np.full(n, n)
+        self.rank[self.order] = np.arange(len(self.order))
+        falling = scores[self.order].astype(np.float64)
+        upper, lower = falling[:-1], falling[1:]
+        with np.errstate(invalid="ignore"):
+            middle = ((upper + lower) / 2).astype(np.float32)
+            wide = upper - lower > SMALLEST_GAP * np.maximum(np.abs(upper), np.abs(lower))
+        inner = np.flatnonzero(wide & (middle > lower) & (middle <= upper))
+        counts = np.concatenate([[0], inner + 1, [len(able)]])
+        thresholds = np.concatenate([[np.inf], middle[inner], [-np.inf]])
+        kept = np.linspace(0, len(counts) - 1, min(CHOICES, len(counts))).round().astype(np.intp)
+        self.counts, self.thresholds = counts[kept], thresholds[kept]
+
+
+class _Search:
+    """Grid search over all thresholds but the last, which is searched in one go; zooms in on the best."""
+
+    def __init__(self, seen: Trace, least: float, most: float, min_accuracy: float | None) -> None:
+        self.correct = seen.correct
+        self.cost = seen.exit_macs
+        self.n = seen.n
+        self.least, self.most = least * seen.n, most * seen.n
+        self.floor = None if min_accuracy is None else min_accuracy * seen.n - 1e-9
+        self.choices = [_Choices(s) for s in seen.scores]
+        self.best = _Best()
+
+    def run(self) -> tuple[float, ...] | None:
+        """The best thresholds, None if none serve the target."""
+        if not self.choices:
+            served = self._pick(self.correct[0].sum()[None], self.cost * self.n) is not None
+            return () if served else None
+        outer = self.choices[:-1]
+        size = max(3, int(COMBINATIONS ** (1 / len(outer)))) if outer else 1
+        centre = [len(c.counts) / 2 for c in outer]
+        half = max(centre, default=0.0)
+        while True:
+            grids = [
+                np.unique(np.linspace(m - half, m + half, size).round().clip(0, len(c.counts) - 1)).astype(
+                    int
+                )
+                for m, c in zip(centre, outer, strict=True)
+            ]
+            self._explore(0, np.ones(self.n, np.bool_), 0, 0, (), grids)
+            if self.best.key is None or 2 * half <= size - 1:  # every position in reach has been tried
+                break
+            centre = [float(i) for i in self.best.choice[:-1]]
+            half = min(2 * half / (size - 1), 0.6 * half)
+        if self.best.key is None:
+            return None
+        return tuple(float(c.thresholds[i]) for c, i in zip(self.choices, self.best.choice, strict=True))
+
+    def _explore(
+        self,
+        k: int,
+        active: NDArray[np.bool_],
+        correct: int,
+        cost: int,
+        chosen: tuple[int, ...],
+        grids: Sequence[NDArray[np.intp]],
+    ) -> None:
+        """Try every combination of stages k, …; before it, ``correct`` answers were given at ``cost``."""
+        if k == len(grids):
+            self._last(active, correct, cost, chosen)
+            return
+        choices = self.choices[k]
+        for i in grids[k]:
+            stops = active & (choices.rank < choices.counts[i])
+            hits, stopped = int((stops & self.correct[k]).sum()), int(stops.sum())
+            rest = active & ~stops
+            self._explore(
+                k + 1, rest, correct + hits, cost + stopped * int(self.cost[k]), (*chosen, int(i)), grids
+            )
+
+    def _last(self, active: NDArray[np.bool_], correct: int, cost: int, chosen: tuple[int, ...]) -> None:
+        """All choices of the last threshold at once, by cumulative sums along falling score."""
+        k, choices = len(self.choices) - 1, self.choices[-1]
+        running = active[choices.order]
+        gain = running * (self.correct[k][choices.order].astype(np.int64) - self.correct[-1][choices.order])
+        hits = correct + int((active & self.correct[-1]).sum()) + _prefix_sums(gain)[choices.counts]
+        saved = int(self.cost[-1] - self.cost[k]) * _prefix_sums(running)[choices.counts]
+        total = cost + int(active.sum()) * int(self.cost[-1]) - saved
+        i = self._pick(hits, total)
+        if i is None:
+            return
+        key = self._key(int(hits[i]), int(total[i]))
+        if self.best.key is None or key > self.best.key:
+            self.best = _Best(key, (*chosen, i))
+
+    def _pick(self, hits: NDArray[np.int64], total: NDArray[np.int64]) -> int | None:
+        """The best of some combinations, None if no one serves the target."""
+        serves = (self.least <= total) & (total <= self.most) if self.floor is None else hits >= self.floor
+        able = np.flatnonzero(serves)
+        if not len(able):
+            return None
+        first, second = (hits, -total) if self.floor is None else (-total, hits)
+        able = able[first[able] == first[able].max()]
+        return int(able[second[able].argmax()])
+
+    def _key(self, hits: int, total: int) -> tuple[int, int]:
+        return (hits, -total) if self.floor is None else (-total, hits)
+
+
+def _prefix_sums(values: NDArray[Any]) -> NDArray[np.int64]:
+    """(M,) → (M + 1,): sums of the first 0, 1, …, M values."""
+    return np.concatenate([[0], np.cumsum(values, dtype=np.int64)])

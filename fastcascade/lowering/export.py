@@ -1,0 +1,129 @@
+"""From a cascade to a plan: each stage through ``torch.export``, each graph to plan operations.
+
+Three steps per stage. *Trace*: an eval copy is exported at batch 2 with a dynamic batch. *Translate*: every
+operator that the outputs need becomes an operation on a numbered value, or part of a constant; batch norm
+and arithmetic with constants become ``ScaleShift``. *Fuse*: what can join the operation before it does.
+Constants stay float64 until the end, so folding costs no accuracy. A stage that stops at any step stays
+opaque and says which operator stopped it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastcascade.errors import LoweringError
+from fastcascade.lowering.fusion import fuse
+from fastcascade.lowering.operations import Shape
+from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
+from fastcascade.lowering.translation import translate
+from fastcascade.model.cascade import Cascade, Stage
+from fastcascade.model.selector import MLPSelector, ThresholdSelector
+
+__all__ = ["plan"]
+
+
+def plan(cascade: Cascade) -> Plan:
+    """Express a cascade as plain data; the cascade itself is not changed.
+
+    Args:
+        cascade: on any device, of any floating dtype, in any mode. Weights are copied, so later training
+            does not reach the plan.
+
+    Returns:
+        a :class:`fastcascade.lowering.plan.Plan` on the CPU in float32. A stage that cannot be expressed
+        is opaque.
+
+    Example:
+        >>> from fastcascade.model.resnet import resnet_cifar
+        >>> lowered = plan(Cascade([resnet_cifar(8)], None, num_classes=10, input_shape=(3, 32, 32)))
+        >>> print(*lowered.stages[0].ops[-4:], sep="; ")
+        conv 3×3 64→64, +residual, relu; average pool 8×8, stride 8; flatten; linear 64→10
+    """
+    image = features = torch.zeros(2, *cascade.input.shape, dtype=cascade.dtype)
+    stages = []
+    for k in range(len(cascade.stages)):
+        # Some modules share tensors with the outside; the copy keeps eval mode and folding to itself.
+        stage = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
+        x = image if stage.input == "image" else features
+        with torch.no_grad():
+            features, logits = stage(x.clone())
+        last = k == len(cascade.stages) - 1
+        common: dict[str, Any] = {
+            "name": stage.name or f"stage{k}",
+            "input": stage.input,
+            "macs": cascade.stage_macs[k],
+            "selector_macs": 0 if last else cascade.selector_macs[k],
+            "selector": None if last else _selector_plan(cast(nn.Module, cascade.selector), k),
+        }
+        try:
+            stages.append(_lower_stage(stage, x, common))
+        except LoweringError as error:
+            shapes = _opaque_shapes(x, features, logits)
+            stages.append(
+                StagePlan(
+                    **common,
+                    shapes=shapes,
+                    features=1,
+                    logits=len(shapes) - 1,
+                    opaque_reason=str(error),
+                    module=stage,
+                )
+            )
+    default = getattr(cascade.selector, "default_threshold", 0.0)
+    return Plan(
+        stages=tuple(stages),
+        input=cascade.input,
+        num_classes=cascade.num_classes,
+        combine=cascade.combine,
+        dense_macs=cascade.dense_macs,
+        default_thresholds=None if default is None else torch.full((len(stages) - 1,), float(default)),
+        classes=cascade.classes,
+        operating_points=dict(cascade.operating_points),
+    )
+
+
+def _lower_stage(stage: Stage, x: Tensor, common: dict[str, Any]) -> StagePlan:
+    graph = translate(_trace(stage, x))
+    ops, shapes, (features, logits) = fuse(graph.ops, graph.shapes, graph.outputs)
+    return StagePlan(**common, ops=ops, shapes=shapes, features=features, logits=logits)
+
+
+def _trace(stage: Stage, x: Tensor) -> torch.export.ExportedProgram:
+    """Export a stage; in-place operators are rewritten only where there are some, for that takes longer."""
+    batch = torch.export.Dim("batch")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
+            mutates = any(
+                node.target._schema.is_mutable
+                for node in program.graph.nodes
+                if isinstance(node.target, torch._ops.OpOverload)
+            )
+            return program.run_decompositions({}) if mutates else program
+    except Exception as error:  # export raises anything, its own and whatever the module's code raises
+        lines = str(error).strip().splitlines() or [""]
+        raise LoweringError(f"torch.export: {type(error).__name__}: {lines[0]}") from error
+
+
+def _opaque_shapes(x: Tensor, features: Tensor, logits: Tensor) -> tuple[Shape, ...]:
+    values = [x, features] if features is logits else [x, features, logits]
+    return tuple(tuple(value.shape[1:]) for value in values)
+
+
+def _selector_plan(selector: nn.Module, k: int) -> SelectorPlan:
+    """Built-in selectors as data; a class of one's own, or a subclass, stays a module."""
+    if type(selector) is ThresholdSelector:
+        return SelectorPlan(kind=selector.score)
+    if type(selector) is MLPSelector:
+        weights = {
+            name: w.detach().to("cpu", torch.float32).clone().contiguous()
+            for name, w in selector.weights(k)._asdict().items()
+        }
+        return SelectorPlan(kind="mlp", features=selector.features, **weights)
+    return SelectorPlan(kind="opaque", module=copy.deepcopy(selector).cpu().eval().requires_grad_(False))

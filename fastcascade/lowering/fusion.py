@@ -1,0 +1,143 @@
+"""Fusion: operations join the one before them wherever nothing else reads what lies between."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastcascade.lowering.operations import Activation, Add, Conv2d, Linear, Op, Pad, ScaleShift, Shape, Slice
+
+__all__ = ["fuse"]
+
+
+def fuse(
+    ops: Sequence[Op], shapes: Mapping[int, Shape], outputs: tuple[int, int]
+) -> tuple[tuple[Op, ...], tuple[Shape, ...], tuple[int, int]]:
+    """Fuse, drop what nothing reads, number the values 0, 1, 2, … in order.
+
+    Args:
+        ops: in order of execution, weights in any floating dtype.
+        shapes: of every value, per instance.
+        outputs: values that are read from outside.
+
+    Returns:
+        operations with contiguous float32 weights, their values' shapes, and the outputs' new numbers.
+    """
+    fused = _Fuser(ops, outputs).run()
+    alive = set(outputs)
+    kept: list[Op] = []
+    for op in reversed(fused):
+        if op.output in alive:
+            alive.update(op.reads)
+            kept.append(op)
+    kept.reverse()
+    number = {0: 0} | {op.output: new for new, op in enumerate(kept, 1)}
+    final = tuple(_finished(op, number) for op in kept)
+    new_shapes = (shapes[0], *(shapes[op.output] for op in kept))
+    return final, new_shapes, (number[outputs[0]], number[outputs[1]])
+
+
+def _finished(op: Op, number: Mapping[int, int]) -> Op:
+    weights: dict[str, Any] = {name: w.to(torch.float32).contiguous() for name, w in op.tensors.items()}
+    return replace(op.renumbered(number), **weights)
+
+
+class _Fuser:
+    """One pass in order of execution; ``done`` holds the operations so far by the value they write.
+
+    A fused operation takes the place and the output of the later of its two parts, so everything that it
+    reads is defined there.
+    """
+
+    def __init__(self, ops: Sequence[Op], outputs: Sequence[int]) -> None:
+        self.ops = ops
+        self.readers = Counter([*outputs, *(value for op in ops for value in op.reads)])
+        self.done: dict[int, Op] = {}
+
+    def run(self) -> list[Op]:
+        for op in self.ops:
+            if isinstance(op, Conv2d):
+                op = self.absorb_padding(op)
+            elif isinstance(op, ScaleShift):
+                op = self.fold_scale(op)
+            elif isinstance(op, Add):
+                op = self.add_to_convolution(op)
+            elif isinstance(op, Activation):
+                op = self.activate_producer(op)
+            elif isinstance(op, Slice):
+                op = self.merge_slices(op)
+            self.done[op.output] = op
+        return list(self.done.values())
+
+    def only_reader_of(self, value: int) -> Op | None:
+        """The operation that writes a value which is read once, hence by the caller alone."""
+        return self.done.get(value) if self.readers[value] == 1 else None
+
+    def absorb_padding(self, op: Conv2d) -> Conv2d:
+        """Zeros around the image belong to the convolution, whoever else reads the padded image."""
+        pad = self.done.get(op.input)
+        if not (isinstance(pad, Pad) and pad.value == 0 and pad.before[0] == pad.after[0] == 0):
+            return op
+        sides = (pad.before[1], pad.after[1], pad.before[2], pad.after[2])
+        padding = tuple(a + b for a, b in zip(op.padding, sides, strict=True))
+        if self.readers[pad.output] == 1:
+            del self.done[pad.output]
+        else:
+            self.readers[pad.output] -= 1
+            self.readers[pad.input] += 1
+        return replace(op, input=pad.input, padding=padding)  # type: ignore[arg-type]
+
+    def fold_scale(self, op: ScaleShift) -> Op:
+        """scale·(w·x + b) + shift = (scale·w)·x + (scale·b + shift)."""
+        before = self.only_reader_of(op.input)
+        if isinstance(before, Conv2d | Linear) and _is_bare(before):
+            del self.done[before.output]
+            scale = op.scale.view(-1, *(1,) * (before.weight.ndim - 1))
+            bias = op.scale * before.bias + op.shift
+            return replace(before, output=op.output, weight=scale * before.weight, bias=bias)
+        if isinstance(before, ScaleShift):
+            del self.done[before.output]
+            shift = op.scale * before.shift + op.shift
+            return replace(op, input=before.input, scale=op.scale * before.scale, shift=shift)
+        return op
+
+    def add_to_convolution(self, op: Add) -> Op:
+        """The operand computed first takes the other as its residual: in a block, the main path's."""
+        for value in sorted(op.reads):
+            before = self.only_reader_of(value)
+            if isinstance(before, Conv2d) and _is_bare(before):
+                del self.done[value]
+                residual = op.other if value == op.input else op.input
+                return replace(before, output=op.output, residual=residual)
+        return op
+
+    def activate_producer(self, op: Activation) -> Op:
+        before = self.only_reader_of(op.input)
+        if isinstance(before, Conv2d | Linear | Add) and before.activation == "none":
+            del self.done[before.output]
+            return replace(before, output=op.output, activation=op.kind)
+        return op
+
+    def merge_slices(self, op: Slice) -> Slice:
+        """x[a:b:s][c:d:t] = x[a + c·s : a + (d − 1)·s + 1 : s·t] along each axis."""
+        before = self.only_reader_of(op.input)
+        if not isinstance(before, Slice):
+            return op
+        del self.done[before.output]
+        axes = list(zip(before.start, before.step, op.start, op.stop, op.step, strict=True))
+        return Slice(
+            op.output,
+            before.input,
+            start=tuple(a + c * s for a, s, c, _, _ in axes),  # type: ignore[arg-type]
+            stop=tuple(a + (d - 1) * s + 1 for a, s, _, d, _ in axes),  # type: ignore[arg-type]
+            step=tuple(s * t for _, s, _, _, t in axes),  # type: ignore[arg-type]
+        )
+
+
+def _is_bare(op: Conv2d | Linear) -> bool:
+    """Whether nothing follows the bias yet."""
+    return op.activation == "none" and getattr(op, "residual", None) is None

@@ -1,0 +1,370 @@
+"""The operations of a plan, on numbered values.
+
+All shapes are per instance (no batch axis): an image or feature map is (C, H, W), a vector (F,).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastcascade.errors import InvalidArgument
+
+__all__ = [
+    "Activation",
+    "ActivationKind",
+    "Add",
+    "Concat",
+    "Conv2d",
+    "Flatten",
+    "Linear",
+    "Op",
+    "Pad",
+    "Pool",
+    "ScaleShift",
+    "Shape",
+    "Slice",
+    "require",
+    "require_tensor",
+]
+
+ActivationKind = Literal["none", "relu", "relu6"]
+
+
+Shape = tuple[int, ...]
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InvalidArgument(message)
+
+
+def _require_map(shape: Shape, what: str) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise InvalidArgument(f"{what} reads a value of shape {shape}; expected (C, H, W)")
+    return shape[0], shape[1], shape[2]
+
+
+def require_tensor(tensor: Tensor, shape: Shape, what: str) -> None:
+    require(
+        tuple(tensor.shape) == shape and tensor.dtype == torch.float32 and tensor.is_contiguous(),
+        f"{what} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected contiguous float32 {shape}",
+    )
+
+
+def _windows(size: int, kernel: int, stride: int, before: int, after: int, ceil: bool = False) -> int:
+    """How many windows fit along an axis; in ceil mode the last may overhang but must start on the image."""
+    room = size + before + after - kernel
+    count = (-(-room // stride) if ceil else room // stride) + 1
+    return count - 1 if ceil and (count - 1) * stride >= size + before else count
+
+
+def _sizes(value: object) -> list[int]:
+    """The sizes in a field of an operation: an integer, a tuple of them, or a tensor's axes."""
+    numbers = value if isinstance(value, tuple) else getattr(value, "shape", (value,))
+    return [n for n in numbers if isinstance(n, int)]
+
+
+def _pair(numbers: tuple[int, int]) -> str:
+    return str(numbers[0]) if numbers[0] == numbers[1] else f"{numbers[0]}×{numbers[1]}"
+
+
+def _named(activation: ActivationKind) -> list[str]:
+    return [] if activation == "none" else [activation]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Op(ABC):
+    """One operation: reads values by number, writes value ``output``. Value 0 is the stage's input."""
+
+    output: int
+
+    operands: ClassVar[tuple[str, ...]] = ("input",)
+    """The fields that hold the numbers of values to read: a number, a tuple of numbers, or None, in order."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values that this operation reads."""
+        values: list[int] = []
+        for name in self.operands:
+            value = getattr(self, name)
+            values += value if isinstance(value, tuple) else [] if value is None else [value]
+        return tuple(values)
+
+    def renumbered(self, number: Mapping[int, int]) -> Op:
+        """A copy with every value's number looked up in ``number``."""
+        changes: dict[str, Any] = {"output": number[self.output]}
+        for name in self.operands:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                changes[name] = tuple(number[v] for v in value)
+            elif value is not None:
+                changes[name] = number[value]
+        return replace(self, **changes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every integer in its fields: numbers of values, kernels, strides, the axes of weights."""
+        return [n for f in fields(self) for n in _sizes(getattr(self, f.name))]
+
+    @abstractmethod
+    def output_shape(self, *inputs: Shape) -> Shape:
+        """Shape of the output for inputs of these shapes, in the order of ``reads``.
+
+        Raises:
+            InvalidArgument: the operation cannot read such values, or its own fields contradict each other.
+        """
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The operation's weights by field name."""
+        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in pairs if isinstance(value, Tensor)}
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """In words, for reports: "conv 3×3 16→32, stride 2, +residual, relu"."""
+
+    def __repr__(self) -> str:
+        return f"v{self.output} = {self}({', '.join(f'v{value}' for value in self.reads)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Conv2d(Op):
+    """activation(conv(input) + bias + residual); batch norm is folded into weight and bias.
+
+    ``weight`` (out, in/groups, kh, kw) f32; ``bias`` (out,) f32; ``padding`` (top, bottom, left, right) of
+    zeros; ``residual`` a value of the output's shape, or None.
+    """
+
+    input: int
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: int | None = None
+    activation: ActivationKind = "none"
+
+    operands = ("input", "residual")
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        channels, height, width = _require_map(inputs[0], "conv2d")
+        require(self.weight.ndim == 4, f"conv2d weight has shape {tuple(self.weight.shape)}; expected 4 axes")
+        out, per_group, kernel_h, kernel_w = self.weight.shape
+        require_tensor(self.weight, (out, per_group, kernel_h, kernel_w), "conv2d weight")
+        require_tensor(self.bias, (out,), "conv2d bias")
+        require(
+            self.groups >= 1 and out % self.groups == 0 and channels == per_group * self.groups,
+            f"conv2d of {per_group} channels in each of {self.groups} groups, {out} out, reads {channels}",
+        )
+        sizes = (*self.stride, *self.dilation, kernel_h, kernel_w, out)
+        require(min(sizes) >= 1 and min(self.padding) >= 0, "conv2d with a size below 1 or negative padding")
+        top, bottom, left, right = self.padding
+        reach_h, reach_w = (self.dilation[0] * (kernel_h - 1) + 1, self.dilation[1] * (kernel_w - 1) + 1)
+        shape = (
+            out,
+            _windows(height, reach_h, self.stride[0], top, bottom),
+            _windows(width, reach_w, self.stride[1], left, right),
+        )
+        require(
+            self.residual is None or inputs[1] == shape,
+            f"conv2d answers {shape} but its residual has shape {inputs[-1]}",
+        )
+        return shape
+
+    def __str__(self) -> str:
+        out, per_group, kernel_h, kernel_w = self.weight.shape
+        words = [f"conv {kernel_h}×{kernel_w} {per_group * self.groups}→{out}"]
+        words += [f"stride {_pair(self.stride)}"] * (self.stride != (1, 1))
+        words += [f"dilation {_pair(self.dilation)}"] * (self.dilation != (1, 1))
+        words += [f"groups {self.groups}"] * (self.groups != 1)
+        words += ["+residual"] * (self.residual is not None)
+        return ", ".join([*words, *_named(self.activation)])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pool(Op):
+    """Max or average over windows. Max ignores padding and propagates NaN.
+
+    ``padding`` (top, bottom, left, right). ``include_padding``: padded zeros count in an average's divisor;
+    cells past the declared padding (``ceil_mode`` windows) never count.
+    """
+
+    input: int
+    kind: Literal["max", "average"]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    ceil_mode: bool = False
+    include_padding: bool = True
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        channels, height, width = _require_map(inputs[0], "pool")
+        top, bottom, left, right = self.padding
+        require(min(*self.kernel, *self.stride) >= 1, "pool with a kernel or stride below 1")
+        require(
+            min(self.padding) >= 0
+            and max(top, bottom) <= self.kernel[0] // 2
+            and max(left, right) <= self.kernel[1] // 2,
+            f"pool with padding {self.padding} of kernel {self.kernel}; expected at most half the kernel",
+        )
+        return (
+            channels,
+            _windows(height, self.kernel[0], self.stride[0], top, bottom, self.ceil_mode),
+            _windows(width, self.kernel[1], self.stride[1], left, right, self.ceil_mode),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind} pool {self.kernel[0]}×{self.kernel[1]}, stride {_pair(self.stride)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Linear(Op):
+    """activation(weight · input + bias); ``weight`` (out, in) f32, ``bias`` (out,) f32; input (in,)."""
+
+    input: int
+    weight: Tensor
+    bias: Tensor
+    activation: ActivationKind = "none"
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require(self.weight.ndim == 2, f"linear weight has shape {tuple(self.weight.shape)}; expected 2 axes")
+        out, width = self.weight.shape
+        require_tensor(self.weight, (out, width), "linear weight")
+        require_tensor(self.bias, (out,), "linear bias")
+        require(inputs[0] == (width,), f"linear reads {inputs[0]}; expected ({width},)")
+        return (out,)
+
+    def __str__(self) -> str:
+        out, width = self.weight.shape
+        return ", ".join([f"linear {width}→{out}", *_named(self.activation)])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Op):
+    """activation(input + other), same shapes."""
+
+    input: int
+    other: int
+    activation: ActivationKind = "none"
+
+    operands = ("input", "other")
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require(inputs[0] == inputs[1], f"add reads shapes {inputs[0]} and {inputs[1]}; expected equal ones")
+        return inputs[0]
+
+    def __str__(self) -> str:
+        return ", ".join(["add", *_named(self.activation)])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Activation(Op):
+    """An activation that could not be fused into the operation before it."""
+
+    input: int
+    kind: ActivationKind
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        return inputs[0]
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScaleShift(Op):
+    """scale[c]·input + shift[c]: a batch norm with no convolution before it; both (C,) f32."""
+
+    input: int
+    scale: Tensor
+    shift: Tensor
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require_tensor(self.scale, inputs[0][:1], "scale")
+        require_tensor(self.shift, inputs[0][:1], "shift")
+        return inputs[0]
+
+    def __str__(self) -> str:
+        return "scale and shift"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Slice(Op):
+    """input[start:stop:step] along each of (C, H, W)."""
+
+    input: int
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+    step: tuple[int, int, int]
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        shape = _require_map(inputs[0], "slice")
+        ranges = list(zip(shape, self.start, self.stop, self.step, strict=True))
+        require(
+            all(0 <= start < stop <= size and step >= 1 for size, start, stop, step in ranges),
+            f"slice {self.start}:{self.stop}:{self.step} does not lie in a value of shape {shape}",
+        )
+        return tuple(len(range(start, stop, step)) for _, start, stop, step in ranges)
+
+    def __str__(self) -> str:
+        ranges = zip(self.start, self.stop, self.step, strict=True)
+        return "slice " + " ".join(f"{start}:{stop}:{step}" for start, stop, step in ranges)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pad(Op):
+    """Constant padding; ``before`` and ``after`` along (C, H, W), never negative."""
+
+    input: int
+    before: tuple[int, int, int]
+    after: tuple[int, int, int]
+    value: float = 0.0
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        shape = _require_map(inputs[0], "pad")
+        require(min(*self.before, *self.after) >= 0, f"negative padding {self.before}, {self.after}")
+        return tuple(b + n + a for b, n, a in zip(self.before, shape, self.after, strict=True))
+
+    def __str__(self) -> str:
+        sides = zip(self.before, self.after, strict=True)
+        return f"pad with {self.value:g} " + " ".join(f"{before}+{after}" for before, after in sides)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Concat(Op):
+    """Concatenation along channels."""
+
+    inputs: tuple[int, ...]
+
+    operands = ("inputs",)
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require(len(inputs) >= 1, "concat of nothing")
+        rest = {shape[1:] for shape in inputs}
+        require(len(rest) == 1, f"concat reads shapes {inputs}; expected equal ones but for channels")
+        return (sum(shape[0] for shape in inputs), *inputs[0][1:])
+
+    def __str__(self) -> str:
+        return f"concat of {len(self.inputs)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Flatten(Op):
+    """(C, H, W) → (C·H·W,), in NCHW order."""
+
+    input: int
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        return (math.prod(inputs[0]),)
+
+    def __str__(self) -> str:
+        return "flatten"

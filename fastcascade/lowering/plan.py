@@ -1,0 +1,272 @@
+"""The plan: a cascade as plain data, which every backend lowers to a program of its own.
+
+A plan holds, per stage, a list of operations on numbered values, folded weights, the exit head, the
+selector's weights and the cost. It refers to no Python code of the model, so it can be printed, saved and
+run elsewhere. A stage that cannot be expressed as operations is *opaque*: it carries the torch module and
+the reason, runs through torch, and cannot be saved.
+
+All shapes are per instance (no batch axis): an image or feature map is (C, H, W), a vector (F,).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastcascade.errors import InvalidArgument
+from fastcascade.kernels.reference import MLPWeights
+from fastcascade.lowering.operations import Op, Shape, require, require_tensor
+from fastcascade.storage.codec import NOT_SAVED
+from fastcascade.types import (
+    Combine,
+    InputSpec,
+    OperatingPoint,
+    OperatingPointLike,
+    checked_combine,
+    resolve_thresholds,
+    stage_weights,
+)
+
+__all__ = ["Plan", "SelectorPlan", "StagePlan"]
+
+
+SIZE_LIMIT = 2**20
+"""Largest kernel, stride, padding or axis of a plan, so that backends may compute offsets in 64 bits."""
+
+ELEMENT_LIMIT = 2**31 - 1
+"""Most elements of one value per instance, or of one weight."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SelectorPlan:
+    """How one exit scores stopping.
+
+    ``kind`` "mlp": u = w2·relu(w1·((features − mean)/std) + b1) + b2, with ``features`` one of DESIGN's three
+    sets; "max_prob" | "margin" | "entropy": that score, no weights; "opaque": ``module`` is called as
+    ``module(k, log_probs, previous_label)``.
+    """
+
+    kind: Literal["mlp", "max_prob", "margin", "entropy", "opaque"]
+    features: Literal["stats", "topk", "probs"] | None = None
+    mean: Tensor | None = None  # (F,) f32
+    std: Tensor | None = None  # (F,) f32
+    w1: Tensor | None = None  # (hidden, F) f32
+    b1: Tensor | None = None  # (hidden,) f32
+    w2: Tensor | None = None  # (hidden,) f32
+    b2: Tensor | None = None  # () f32
+    module: nn.Module | None = field(default=None, metadata=NOT_SAVED)
+
+    @property
+    def weights(self) -> MLPWeights | None:
+        """The weights as the kernels take them; None unless ``kind`` is "mlp"."""
+        if self.kind != "mlp":
+            return None
+        return MLPWeights(*(cast(Tensor, getattr(self, name)) for name in MLPWeights._fields))
+
+    def check(self, num_classes: int) -> None:
+        """Raise InvalidArgument unless kind, features and weights fit together."""
+        require(
+            (self.module is not None) == (self.kind == "opaque"),
+            f"selector of kind {self.kind} {'has a' if self.module else 'lacks its'} module",
+        )
+        if self.kind != "mlp":
+            return
+        width = num_classes if self.features == "probs" else 4
+        require(self.features is not None, "an mlp selector names no features")
+        require(self.features != "topk" or num_classes >= 3, "features 'topk' need at least 3 classes")
+        require(self.w1 is not None and self.w1.ndim == 2, "an mlp selector needs w1 of 2 axes")
+        hidden = cast(Tensor, self.w1).shape[0]
+        shapes: list[Shape] = [(width,), (width,), (hidden, width), (hidden,), (hidden,), ()]
+        for name, shape in zip(MLPWeights._fields, shapes, strict=True):
+            value = getattr(self, name)
+            require(value is not None, f"an mlp selector lacks {name}")
+            require_tensor(value, shape, f"selector {name}")
+
+    def __str__(self) -> str:
+        return f"mlp on {self.features}" if self.kind == "mlp" else self.kind
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StagePlan:
+    """One stage: operations from its input to its features and logits, or an opaque module.
+
+    ``shapes[v]`` is value v's shape. ``features`` is the value that the next stage reads if its ``input`` is
+    "previous", ``logits`` the value (num_classes,) that the exit head reads. ``macs`` is the cost of this
+    stage alone, its exit included, its selector not. ``module``, for an opaque stage only, maps a batch to
+    (features, logits).
+    """
+
+    name: str
+    input: Literal["image", "previous"]
+    macs: int
+    selector_macs: int
+    selector: SelectorPlan | None
+    shapes: tuple[Shape, ...] = ()
+    ops: tuple[Op, ...] = ()
+    features: int = 0
+    logits: int = 0
+    opaque_reason: str | None = field(default=None, metadata=NOT_SAVED)
+    module: nn.Module | None = field(default=None, metadata=NOT_SAVED)
+
+    def last_reads(self) -> list[tuple[int, ...]]:
+        """Per operation, the values that nothing reads after it: their memory is free from there on.
+
+        Features and logits are never among them.
+        """
+        last = {value: position for position, op in enumerate(self.ops) for value in (*op.reads, op.output)}
+        kept = {self.features, self.logits}
+        return [
+            tuple(v for v in dict.fromkeys((*op.reads, op.output)) if last[v] == position and v not in kept)
+            for position, op in enumerate(self.ops)
+        ]
+
+    def check(self, num_classes: int) -> None:
+        """Raise InvalidArgument unless every value is defined before use and has the shape it must have."""
+        require(self.macs >= 0 and self.selector_macs >= 0, f"stage {self.name!r} has a negative cost")
+        has_module = self.module is not None
+        require(
+            has_module >= bool(self.opaque_reason) and not (has_module and self.ops),
+            f"stage {self.name!r} must have either operations or a module; a reason needs a module",
+        )
+        require(all(len(shape) in (1, 3) for shape in self.shapes), f"stage {self.name!r}: bad value shape")
+        if self.module is None:
+            self._check_ops(num_classes)
+
+    def _check_ops(self, num_classes: int) -> None:
+        require(len(self.shapes) == len(self.ops) + 1, f"stage {self.name!r} needs one shape per value")
+        defined = {0}
+        for op in self.ops:
+            what = f"stage {self.name!r}, {type(op).__name__} v{op.output}"  # its repr needs valid fields
+            require(set(op.reads) <= defined, f"{what}: reads a value that is not defined before it")
+            require(op.output not in defined and 0 < op.output < len(self.shapes), f"{what}: bad output")
+            try:
+                shape = op.output_shape(*(self.shapes[value] for value in op.reads))
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{what}: {error}") from error
+            require(shape == self.shapes[op.output], f"{what}: shape {self.shapes[op.output]}, not {shape}")
+            defined.add(op.output)
+            require(max(op.sizes) <= SIZE_LIMIT, f"{what}: a number above {SIZE_LIMIT}")
+        for shape in self.shapes:
+            require(
+                all(1 <= size <= SIZE_LIMIT for size in shape) and math.prod(shape) <= ELEMENT_LIMIT,
+                f"stage {self.name!r} has a value of shape {shape}; expected sizes of 1 … {SIZE_LIMIT}",
+            )
+        require({self.features, self.logits} <= defined, f"stage {self.name!r}: features or logits undefined")
+        require(
+            self.shapes[self.logits] == (num_classes,),
+            f"stage {self.name!r} answers {self.shapes[self.logits]}; expected ({num_classes},) logits",
+        )
+
+    def __str__(self) -> str:
+        head = f"stage {self.name!r} reads {self.input}, {self.macs:,} MACs"
+        tail = [] if self.selector is None else [f"  selector {self.selector}, {self.selector_macs:,} MACs"]
+        if self.opaque_reason is not None:
+            return "\n".join([f"{head}, opaque: {self.opaque_reason}", *tail])
+        lines = [f"  {op!r} → {'×'.join(map(str, self.shapes[op.output]))}" for op in self.ops]
+        return "\n".join([head, *lines, f"  features v{self.features}, logits v{self.logits}", *tail])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """A whole cascade as data; ``stages[-1].selector`` is None.
+
+    ``default_thresholds`` (K−1,) is None where the selector has none (confidence thresholds).
+    """
+
+    stages: tuple[StagePlan, ...]
+    input: InputSpec
+    num_classes: int
+    combine: Combine
+    dense_macs: int
+    default_thresholds: Tensor | None
+    classes: tuple[str, ...] | None = None
+    operating_points: dict[str, OperatingPoint] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(bool(self.stages), "a plan needs at least one stage")
+        require(
+            2 <= self.num_classes <= SIZE_LIMIT, f"num_classes is {self.num_classes}; expected at least 2"
+        )
+        require(self.dense_macs >= 0, f"dense_macs is {self.dense_macs}; expected at least 0")
+        require(
+            self.classes is None or len(self.classes) == self.num_classes,
+            f"{len(self.classes or ())} class names for {self.num_classes} classes",
+        )
+        exits = len(self.stages) - 1
+        if self.default_thresholds is not None:
+            require_tensor(self.default_thresholds, (exits,), "default_thresholds")
+        for name, point in self.operating_points.items():
+            require(
+                len(point.thresholds) == exits and len(point.exit_shares) == exits + 1,
+                f"operating point {name!r} does not have {exits} thresholds and {exits + 1} exit shares",
+            )
+        checked_combine(self.combine, len(self.stages))
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        features: Shape = ()
+        for k, stage in enumerate(self.stages):
+            require(k > 0 or stage.input == "image", "the first stage has nothing before it to read")
+            require(
+                (stage.selector is None) == (k == len(self.stages) - 1),
+                f"stage {k} of {len(self.stages)} {'has a' if stage.selector else 'lacks its'} selector; "
+                "all stages have one but the last",
+            )
+            source = self.input.shape if stage.input == "image" else features
+            require(
+                stage.module is not None or stage.shapes[:1] == (source,),
+                f"stage {stage.name!r} reads {stage.shapes[:1]}; the value it is given has shape {source}",
+            )
+            stage.check(self.num_classes)
+            if stage.selector is not None:
+                stage.selector.check(self.num_classes)
+            features = stage.shapes[stage.features] if stage.shapes else ()
+
+    @property
+    def stage_weights(self) -> tuple[float | None, ...]:
+        """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
+        return stage_weights(self.combine, len(self.stages))
+
+    @property
+    def exit_macs(self) -> Tensor:
+        """(K,) int64: the accumulated cost of stopping at each exit (stages 0…k, selectors 0…min(k, K−2))."""
+        stages = torch.tensor([stage.macs for stage in self.stages]).cumsum(0)
+        selectors = torch.tensor([stage.selector_macs for stage in self.stages]).cumsum(0)
+        return stages + selectors
+
+    def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
+        """(K−1,) float32 stop thresholds; see :meth:`fastcascade.Cascade.thresholds`."""
+        return resolve_thresholds(
+            operating_point, self.operating_points, self.default_thresholds, len(self.stages)
+        )
+
+    def save(self, directory: str | Path, overwrite: bool = False) -> None:
+        """Save as JSON and safetensors; see :func:`fastcascade.load_plan`.
+
+        Raises:
+            LoweringError: a stage or selector is opaque and cannot be saved without its Python code.
+            InvalidArgument: the directory holds a plan and ``overwrite`` is False.
+            SaveError: the operating system refused; what was there before is intact.
+        """
+        from fastcascade.lowering.plan_file import save_plan
+
+        save_plan(self, directory, overwrite=overwrite)
+
+    def __str__(self) -> str:
+        size = "×".join(map(str, self.input.shape))
+        pixels = "float" if self.input.preprocess is None else "uint8 or float"
+        points = ", ".join(sorted(self.operating_points)) or "none"
+        head = (
+            f"plan: {len(self.stages)} stages, {size} {pixels} images, {self.num_classes} classes, "
+            f"combine {self.combine}, dense {self.dense_macs:,} MACs, operating points: {points}"
+        )
+        return "\n".join([head, *map(str, self.stages)])
+
+    __repr__ = __str__

@@ -1,0 +1,83 @@
+"""Networks by name, as configs and saved cascades spell them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from torch import nn
+
+from fastcascade.errors import InvalidArgument
+from fastcascade.model.resnet import FAMILIES, Head, ResNet, cut_segment
+
+__all__ = ["build_module", "build_network"]
+
+
+def build_network(name: str, num_classes: int) -> ResNet:
+    """Build the network that a registry name describes; its weights are random.
+
+    Args:
+        name: ``family:size`` with optional ``,key=value`` options.
+
+    Raises:
+        InvalidArgument: unknown family, option or size.
+
+    Example:
+        >>> build_network("resnet_cifar:20,shortcut=B", num_classes=100).head.num_classes
+        100
+    """
+    family, _, rest = name.partition(":")
+    if family not in FAMILIES:
+        raise InvalidArgument(f"unknown network {name!r}; known families: {', '.join(sorted(FAMILIES))}")
+    size, *options = rest.split(",")
+    function = FAMILIES[family]
+    known = [p for p in list(inspect.signature(function).parameters)[1:] if p != "num_classes"]
+    keywords: dict[str, int | str] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in known or not value:
+            raise InvalidArgument(
+                f"bad option {option!r} in {name!r}; {family} takes {known or 'no options'}"
+            )
+        keywords[key] = int(value) if _NUMBER.fullmatch(value) else value
+    if not _NUMBER.fullmatch(size):
+        raise InvalidArgument(f"{name!r} has no size in 1 … 9999; write for example {family}:20")
+    try:
+        return function(int(size), num_classes=num_classes, **keywords)
+    except TypeError as error:
+        raise InvalidArgument(f"cannot build {name!r}: {error}") from error
+
+
+# Names also come from files: four digits bound the time that an absurd size can cost.
+_NUMBER = re.compile(r"[1-9][0-9]{0,3}")
+
+
+_SEGMENT = re.compile(r"(.+)\[([0-9]{1,4}):([0-9]{1,4})\]")
+
+
+def build_module(name: str, num_classes: int) -> nn.Module:
+    """Build a whole network, a segment of one, or an exit head from its registry name.
+
+    Args:
+        name: as for :func:`build_network`, ``<network>[begin:end]`` or ``head:<channels>``.
+
+    Raises:
+        InvalidArgument: not a registry name.
+
+    Example:
+        >>> import torch
+        >>> len(build_module("resnet_cifar:20[0:3]", num_classes=10))   # the stem and three blocks
+        4
+        >>> build_module("head:64", num_classes=10)(torch.zeros(2, 64, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    segment = _SEGMENT.fullmatch(name)
+    if segment:
+        network, begin, end = build_network(segment[1], num_classes), int(segment[2]), int(segment[3])
+        if not begin < end <= len(network.blocks):
+            raise InvalidArgument(f"{name!r} is no part of the network's {len(network.blocks)} blocks")
+        return cut_segment(network, begin, end)
+    family, _, size = name.partition(":")
+    if family == "head" and _NUMBER.fullmatch(size):
+        return Head(int(size), num_classes)
+    return build_network(name, num_classes)

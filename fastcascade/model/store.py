@@ -1,0 +1,350 @@
+"""Cascades as files: networks by registry name, everything else as plain data.
+
+A stage, exit or selector whose class the registry does not know is saved as its weights and a name; the
+caller supplies the module when loading. Nothing in a file is run or unpickled, and a network from the
+registry is laid out without memory until the file's tensors have been found to fit it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument
+from fastcascade.model.cascade import Cascade, Stage
+from fastcascade.model.registry import build_module
+from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
+from fastcascade.storage.codec import Reader, encode
+from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
+from fastcascade.types import Combine, InputSpec, OperatingPoint
+
+__all__ = ["load_cascade", "save_cascade"]
+
+FORMAT = BundleFormat("cascade", 1)
+MAX_INPUT_VALUES = 2**24
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A network: its registry name, or None for code of the caller's own, whose class is told."""
+
+    architecture: str | None
+    class_name: str
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str | None
+    module: _Module
+    exit: _Module | None
+    input: Literal["image", "previous"]
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class _Selector:
+    """How the cascade decides; one of the classes below."""
+
+
+@dataclass(frozen=True)
+class _Mlp(_Selector):
+    features: FeatureKind
+    hidden: int
+
+
+@dataclass(frozen=True)
+class _Threshold(_Selector):
+    score: ScoreKind
+
+
+@dataclass(frozen=True)
+class _Custom(_Selector):
+    class_name: str
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """For readers of the file; loading counts again."""
+
+    stage_macs: tuple[int, ...]
+    selector_macs: tuple[int, ...]
+    dense_macs: int
+
+
+@dataclass(frozen=True)
+class _Cascade:
+    stages: tuple[_Stage, ...]
+    selector: _Selector | None
+    num_classes: int
+    input: InputSpec
+    combine: Combine
+    classes: tuple[str, ...] | None
+    operating_points: Mapping[str, OperatingPoint]
+    costs: _Costs
+    seen_images: Tensor  # (n,) uint64, increasing
+
+
+def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = False) -> None:
+    """Save as ``cascade.json`` and ``cascade-<sha256>.safetensors``.
+
+    Args:
+        directory: made if missing; other files in it are left alone.
+        overwrite: replace a cascade saved there before.
+
+    Raises:
+        InvalidArgument: there is one already, two stages of the caller's own have the same name, or a
+            module keeps state that is not tensors.
+        SaveError: the operating system refused; what was there before is intact.
+    """
+    tensors = dict(cascade.state_dict())
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InvalidArgument(f"{name} is a {type(value).__name__}; only tensors can be saved")
+    saved = _Cascade(
+        stages=tuple(_describe_stage(cascade, k) for k in range(len(cascade.stages))),
+        selector=_describe_selector(cascade.selector),
+        num_classes=cascade.num_classes,
+        input=cascade.input,
+        combine=cascade.combine,
+        classes=cascade.classes,
+        operating_points=cascade.operating_points,
+        costs=_Costs(cascade.stage_macs, cascade.selector_macs, cascade.dense_macs),
+        seen_images=torch.from_numpy(cascade.seen_images.copy()),
+    )
+    own = [name for name, _ in _own_modules(saved)]
+    if len(set(own)) != len(own):
+        raise InvalidArgument(f"modules of your own have the names {own}; give each Stage its own name")
+    save_bundle(directory, FORMAT, encode(saved, tensors), tensors, overwrite=overwrite)
+
+
+def _describe_stage(cascade: Cascade, k: int) -> _Stage:
+    stage = cascade.stage(k)
+    exit_module = None if stage.exit is None else _describe_module(stage.exit, cascade.num_classes)
+    return _Stage(
+        stage.name, _describe_module(stage.module, cascade.num_classes), exit_module, stage.input, stage.macs
+    )
+
+
+def _describe_module(module: nn.Module, num_classes: int) -> _Module:
+    """Its registry name, if that really rebuilds it: a network may have been changed after it was built."""
+    architecture = getattr(module, "architecture", None)
+    if isinstance(architecture, str):
+        try:
+            with torch.device("meta"):
+                twin = build_module(architecture, num_classes)
+        except InvalidArgument:
+            return _Module(None, type(module).__name__)
+        if repr(twin) == repr(module) and _shapes(twin) == _shapes(module):
+            return _Module(architecture, type(module).__name__)
+    return _Module(None, type(module).__name__)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _describe_selector(selector: nn.Module | None) -> _Selector | None:
+    if selector is None:
+        return None
+    if type(selector) is MLPSelector:
+        return _Mlp(selector.features, selector.hidden)
+    if type(selector) is ThresholdSelector:
+        return _Threshold(selector.score)
+    return _Custom(type(selector).__name__)
+
+
+def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None = None) -> Cascade:
+    """Load what :meth:`Cascade.save` wrote, on the CPU.
+
+    Args:
+        modules: the modules of your own, to be filled with the saved weights: under the stage's name (or
+            ``stage<k>``), its exit head under ``<name>.exit``, and ``selector``.
+
+    Raises:
+        FileFormatError: missing, damaged, written by a newer version, or not a valid cascade.
+        InvalidArgument: a module of your own is missing, superfluous, or does not fit its weights.
+
+    Example:
+        >>> import tempfile
+        >>> import fastcascade as fc
+        >>> from fastcascade.model.resnet import resnet_cifar
+        >>> cascade = fc.Cascade([resnet_cifar(8)], None, num_classes=10, input_shape=(3, 32, 32))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     cascade.save(directory)
+        ...     load_cascade(directory).stage(0).module.architecture
+        'resnet_cifar:8'
+    """
+    content, tensors = load_bundle(directory, FORMAT)
+    reader = Reader(tensors)
+    try:
+        saved = cast(_Cascade, reader.decode(_Cascade, content, "cascade"))
+        _check_saved(saved)
+    except InvalidArgument as error:
+        raise FileFormatError(f"{directory} does not hold a valid cascade: {error}") from error
+    own = dict(modules or {})
+    _check_own_modules(saved, own)
+    loader = _Loader({name: tensors[name] for name in reader.unused}, own, saved.num_classes)
+    stages = [loader.stage(k, stage) for k, stage in enumerate(saved.stages)]
+    selector = loader.selector(saved)
+    if loader.tensors:
+        raise FileFormatError(f"{directory} holds tensors of no module: {sorted(loader.tensors)[:5]}")
+    try:
+        cascade = Cascade(
+            stages,
+            selector,
+            saved.num_classes,
+            saved.input.shape,
+            saved.combine,
+            saved.input.preprocess,
+            saved.classes,
+        )
+    except (FastCascadeError, RuntimeError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{directory} holds parts that do not make a cascade: {error}") from error
+    cascade.operating_points = dict(saved.operating_points)
+    cascade.seen_images = saved.seen_images.numpy()
+    return cascade
+
+
+def _check_saved(saved: _Cascade) -> None:
+    """What the types of the fields cannot say.
+
+    Raises:
+        InvalidArgument: a value out of range.
+    """
+    exits = len(saved.stages)
+    seen = saved.seen_images
+    checks = [
+        (exits >= 1, "it has no stages"),
+        (2 <= saved.num_classes <= 2**20, f"num_classes is {saved.num_classes}"),
+        (
+            math.prod(saved.input.shape) <= MAX_INPUT_VALUES,
+            f"images of shape {saved.input.shape} are too large",
+        ),
+        (seen.dtype == torch.uint64 and seen.ndim == 1, "seen_images is not a row of uint64"),
+        (not isinstance(saved.selector, _Mlp) or saved.selector.hidden <= 2**16, "its selector is too wide"),
+    ]
+    for name, point in saved.operating_points.items():
+        fits = len(point.thresholds) == exits - 1 and len(point.exit_shares) == exits and point.name == name
+        checks.append((fits, f"operating point {name!r} does not fit {exits} stages"))
+        checks.append((not any(map(math.isnan, point.thresholds)), f"operating point {name!r} has a NaN"))
+    for holds, complaint in checks:
+        if not holds:
+            raise InvalidArgument(complaint)
+
+
+def _own_modules(saved: _Cascade) -> Iterator[tuple[str, str]]:
+    """(name, class) of every module that the caller supplies."""
+    for k, stage in enumerate(saved.stages):
+        name = _stage_name(k, stage)
+        if stage.module.architecture is None:
+            yield name, stage.module.class_name
+        if stage.exit is not None and stage.exit.architecture is None:
+            yield f"{name}.exit", stage.exit.class_name
+    if isinstance(saved.selector, _Custom):
+        yield "selector", saved.selector.class_name
+
+
+def _stage_name(k: int, stage: _Stage) -> str:
+    return f"stage{k}" if stage.name is None else stage.name
+
+
+def _check_own_modules(saved: _Cascade, given: Mapping[str, nn.Module]) -> None:
+    wanted = dict(_own_modules(saved))
+    missing = [f"{name!r}: a {wanted[name]}" for name in wanted if name not in given]
+    if missing:
+        raise InvalidArgument(
+            "this cascade has modules that the registry does not know; "
+            f"pass modules={{{', '.join(missing)}}} with a module of that class for each"
+        )
+    if set(given) - set(wanted):
+        raise InvalidArgument(
+            f"modules names {sorted(set(given) - set(wanted))}, which this cascade does not need; "
+            f"it needs {sorted(wanted) or 'none'}"
+        )
+
+
+class _Loader:
+    """Builds modules and hands each its tensors; ``tensors`` holds those that no module has claimed yet."""
+
+    def __init__(self, tensors: dict[str, Tensor], own: Mapping[str, nn.Module], num_classes: int) -> None:
+        self.tensors = tensors
+        self.own = own
+        self.num_classes = num_classes
+
+    def stage(self, k: int, saved: _Stage) -> Stage:
+        name, prefix = _stage_name(k, saved), f"stages.{k}"
+        module = self.module(saved.module, name, f"{prefix}.module.")
+        exit_module = (
+            None if saved.exit is None else self.module(saved.exit, f"{name}.exit", f"{prefix}.exit.")
+        )
+        return Stage(module, exit_module, saved.input, saved.name, saved.macs)
+
+    def module(self, saved: _Module, name: str, prefix: str) -> nn.Module:
+        if saved.architecture is None:
+            return self.fill_own(self.own[name], name, prefix)
+        try:
+            with torch.device("meta"):
+                module = build_module(saved.architecture, self.num_classes)
+        except (InvalidArgument, RuntimeError) as error:
+            raise FileFormatError(f"stage {name!r} cannot be built: {error}") from error
+        return self.fill(module, name, prefix)
+
+    def selector(self, saved: _Cascade) -> nn.Module | None:
+        kind, prefix = saved.selector, "selector."
+        if isinstance(kind, _Mlp):
+            selector = MLPSelector(kind.features, kind.hidden)
+            try:
+                with torch.device("meta"):
+                    selector.build(len(saved.stages), saved.num_classes)
+            except (InvalidArgument, RuntimeError) as error:
+                raise FileFormatError(f"the selector cannot be built: {error}") from error
+            return self.fill(selector, "selector", prefix)
+        if isinstance(kind, _Threshold):
+            return ThresholdSelector(kind.score)
+        return None if kind is None else self.fill_own(self.own["selector"], "selector", prefix)
+
+    def fill(self, module: nn.Module, name: str, prefix: str) -> nn.Module:
+        """Give a module without memory the file's own tensors; any floating dtype fits floating weights."""
+        weights = self.claim(prefix)
+        complaint = _misfit(module, weights, any_float=True)
+        if complaint:
+            raise FileFormatError(f"the weights of {name!r} do not fit: {complaint}")
+        module.load_state_dict(weights, assign=True)
+        return module
+
+    def fill_own(self, module: nn.Module, name: str, prefix: str) -> nn.Module:
+        """Copy the weights into a module of the caller's."""
+        weights = self.claim(prefix)
+        complaint = _misfit(module, weights, any_float=False)
+        if complaint:
+            raise InvalidArgument(f"modules[{name!r}] does not fit the saved weights: {complaint}")
+        module.load_state_dict(weights)
+        return module
+
+    def claim(self, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.tensors.pop(name) for name in names}
+
+
+def _misfit(module: nn.Module, weights: Mapping[str, Tensor], any_float: bool) -> str | None:
+    """The first difference between a module's tensors and saved ones, or None."""
+    expected = module.state_dict()
+    if set(expected) != set(weights):
+        missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+        return f"missing {missing[:5]}, superfluous {extra[:5]}"
+    for name, tensor in weights.items():
+        wanted = expected[name]
+        same_kind = any_float and wanted.dtype in _FLOATS and tensor.dtype in _FLOATS
+        if tensor.shape != wanted.shape or not (tensor.dtype == wanted.dtype or same_kind):
+            return (
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}; "
+                f"expected {tuple(wanted.shape)} {wanted.dtype}"
+            )
+    return None

@@ -1,0 +1,1 @@
+"""Classifying sets of images and writing what comes out."""

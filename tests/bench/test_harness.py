@@ -1,0 +1,314 @@
+"""The harness of the comparisons: wrong answers are refused, every target is shown, nothing is dropped."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import fastcascade as fc
+from fastcascade.testing.oracle import balanced_thresholds
+from fastcascade.types import Combine
+
+sys.path.append(str(Path(__file__).parents[2]))  # at the end: fastcascade itself stays the installed one
+
+from bench import tables, targets
+from bench.cases import Case, Reference, noise
+from bench.engines import OURS, engines_for, left_out
+from bench.handmade import PeerCascade
+from bench.measure import Engine, Timing, Worker, check, measure
+from bench.peers import PEERS, Schedule, make_peer
+from bench.stored import CEILING, beside, beside_table
+from bench.targets import TRAINING, Row, target_rows
+
+
+@pytest.fixture
+def expected() -> Reference:
+    logits = np.random.default_rng(0).standard_normal((200, 10)).astype(np.float32)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    margin = np.full(200, 1.0)
+    margin[:2] = 1e-5
+    return Reference(log_probs, np.arange(200) % 3, margin, 1.0)
+
+
+def answers(expected: Reference) -> dict[str, np.ndarray]:
+    return {"log_probs": expected.log_probs.copy(), "exits": expected.exits.copy()}
+
+
+def test_equal_answers_pass(expected: Reference) -> None:
+    gate = check(answers(expected), expected, 1e-4)
+    assert gate.max_error < 1e-6
+    assert gate.flips == 0
+
+
+def test_a_wrong_row_is_refused(expected: Reference) -> None:
+    wrong = answers(expected)
+    wrong["log_probs"][17, 3] += 0.01
+    with pytest.raises(RuntimeError, match=r"differ from torch's by 0\.00.*allowed: 0\.0001"):
+        check(wrong, expected, 1e-4)
+
+
+def test_missing_rows_are_refused(expected: Reference) -> None:
+    wrong = {name: rows[:-1] for name, rows in answers(expected).items()}
+    with pytest.raises(RuntimeError, match="199 answers for 200"):
+        check(wrong, expected, 1e-4)
+
+
+def test_answers_that_are_not_numbers_are_refused(expected: Reference) -> None:
+    wrong = answers(expected)
+    wrong["log_probs"][5] = np.nan
+    with pytest.raises(RuntimeError, match="differ from torch's by nan"):
+        check(wrong, expected, 1e-4)
+
+
+def test_an_exit_may_flip_at_its_threshold_only(expected: Reference) -> None:
+    near, far = answers(expected), answers(expected)
+    near["exits"][0] += 1
+    assert check(near, expected, 1e-4).flips == 1 / 200
+    far["exits"][50] += 1
+    with pytest.raises(RuntimeError, match="leave at another exit"):
+        check(far, expected, 1e-4)
+
+
+def timing(images_per_s: float) -> dict[str, Any]:
+    return Timing("", "whole batch", tuple(r / images_per_s for r in (1.0, 1.01, 0.99))).as_json()
+
+
+def results(**engines: dict[str, Any]) -> dict[str, Any]:
+    return {"cases": {"resnet_cifar:20 batch 256 threads 2": {"engines": engines}}, "facts": {}}
+
+
+def find(rows: list[Row], work: str) -> Row:
+    return next(row for row in rows if row.work == work)
+
+
+def test_the_fastest_peer_is_the_measure() -> None:
+    rows = target_rows(results(fastcascade=timing(300), eager=timing(10), ncnn=timing(100)))
+    row = find(rows, "ResNet-20, batch 256: best fp32 peer")
+    assert (row.beside, row.verdict) == ("ncnn", "pass")
+    assert row.measured.startswith("3.00×")
+
+
+def test_a_missed_target_shows_its_distance() -> None:
+    row = find(
+        target_rows(results(fastcascade=timing(200), ncnn=timing(100))),
+        "ResNet-20, batch 256: best fp32 peer",
+    )
+    assert row.verdict == "80% of it"
+
+
+def test_a_refused_peer_is_named() -> None:
+    refused = {"engine": "OpenVINO", "refused": "package openvino is not installed"}
+    rows = target_rows(results(fastcascade=timing(300), ncnn=timing(100), OpenVINO=refused))
+    assert find(rows, "ResNet-20, batch 256: best fp32 peer").beside == "ncnn (refused: OpenVINO)"
+    rows = target_rows(results(fastcascade=timing(300), OpenVINO=refused))
+    assert find(rows, "ResNet-20, batch 256: best fp32 peer").verdict == "refused: OpenVINO"
+
+
+def test_every_target_is_shown_when_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "TRAINING", Path("nowhere"))
+    rows = target_rows({"cases": {}, "facts": {}})
+    assert {row.verdict for row in rows} == {"not measured"}
+    assert len({row.work for row in rows}) == len(rows)
+    text = "\n".join(f"{row.work} {row.wanted}" for row in rows)
+    for depth in (20, 56, 110):
+        for batch in (256, 8, 1):
+            assert f"ResNet-{depth}, batch {batch}: best fp32 peer" in text
+    for word in (
+        "bf16",
+        "latency mode",
+        "AVX2",
+        "hand-written",
+        "≥ 20×",
+        "schedule efficiency",
+        "two threads over one",
+        "≥ 1.9×",
+        "logit error",
+        "≤ 8 MiB",
+        "≥ 92.5 %",
+    ):
+        assert word in text
+
+
+def test_a_fact_that_could_not_be_measured_says_why() -> None:
+    failed = {"refused": "it broke\ntraceback"}
+    facts = {"schedule": failed, "errors": {"cascade": failed}, "memory": {"cascade": failed}}
+    rows = target_rows({"cases": {}, "facts": facts})
+    assert sum(row.verdict == "refused: it broke" for row in rows) == 3 + 2 + 1
+
+
+def test_few_batches_prove_no_efficiency() -> None:
+    batch = {"batch": 256, "schedule_efficiency": {"median": 0.99, "low": 0.98, "high": 1.0}}
+    for count, verdict in ((64, "pass"), (63, "only 63 of 64 different batches")):
+        facts = {"schedule": {"batches": [batch | {"batches": count, "batch": b} for b in (8, 64, 256)]}}
+        row = find(target_rows({"cases": {}, "facts": facts}), "cascade, batch 256: schedule efficiency")
+        assert row.verdict == verdict
+
+
+def test_labels_that_differ_fail_whatever_the_error() -> None:
+    stage = {
+        "torch": 1e-6,
+        "direct": 1e-6,
+        "winograd": 3e-6,
+        "labels_seen": 10,
+        "direct_labels_differ": 0,
+        "winograd_labels_differ": 1,
+    }
+    rows = target_rows({"cases": {}, "facts": {"errors": {"cascade": {"images": 9, "stages": [stage]}}}})
+    assert find(rows, "cascade: largest logit error, direct kernels").verdict == "pass"
+    assert "1 labels differ" in find(rows, "cascade: largest logit error, winograd kernels").verdict
+
+
+def test_training_targets_are_read_from_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = {
+        "operating_point": "fast",
+        "difference": -0.01,
+        "interval_95": [-0.012, -0.008],
+        "share_of_dense_macs": 0.25,
+    }
+    path = tmp_path / TRAINING.name
+    path.write_text(json.dumps({"last_network": {"a": 0.93}, "operating_points": [point]}))
+    monkeypatch.setattr(targets, "TRAINING", path)
+    rows = target_rows({"cases": {}, "facts": {}})
+    assert find(rows, "last network alone, accuracy").verdict == "pass"
+    assert find(rows, 'operating point "fast"').verdict == "+0.00 points, +5.0% of the MACs"
+
+
+def full_results() -> dict[str, Any]:
+    refused = {"engine": "OpenVINO", "refused": "package openvino is not installed\nmore"}
+    engines = {
+        "fastcascade": timing(300),
+        "ncnn": timing(100),
+        "OpenVINO bf16": timing(450),
+        "OpenVINO": refused,
+    }
+    entry = {
+        "engines": {name: row | {"engine": name} for name, row in engines.items()},
+        "ceilings": {"threads": 2.0, "fp32_avx2_gflops": 100.0},
+        "when": "2026-01-01",
+    }
+    for row in entry["engines"].values():  # type: ignore[attr-defined]
+        row.setdefault("gate", {"max_error": 1e-5, "flips": 0.0})
+        if row["gate"] is None:
+            row["gate"] = {"max_error": 1e-5, "flips": 0.0}
+    machine = {
+        "cpu": "Some CPU",
+        "threads": 2,
+        "flags": ["avx2"],
+        "platform": "Linux",
+        "packages": {"torch": "2"},
+    }
+    return {"machine": machine, "cases": {"resnet_cifar:20 batch 256 threads 2": entry}, "facts": {}}
+
+
+def test_the_document_gets_its_tables_and_nothing_else_changes() -> None:
+    text = tables.DOCUMENT.read_text()
+    names = set(re.findall(r"<!-- table: (\S+) -->", text))
+    assert names == set(tables.TABLES)
+    written = tables.write_tables(text, full_results())
+    assert "| resnet_cifar:20, batch 256 | fastcascade | 300 |" in written
+    assert "refused: package openvino is not installed |" in written
+    assert "| resnet_cifar:20, batch 256 | OpenVINO bf16 | 1.50× |" in written
+    assert tables.write_tables(written, full_results()) == written
+    kept = re.compile(r"(<!-- table: \S+ -->).*?<!-- end -->", re.DOTALL)
+    assert kept.sub(r"\1", written) == kept.sub(r"\1", text)
+
+
+def run_at(speed: float, gain: float = 1.0) -> dict[str, Any]:
+    """The cases of a run on a machine of some speed, on which our engine has become faster by ``gain``."""
+    engines = {"fastcascade": timing(300 * speed * gain), "ncnn": timing(100 * speed)}
+    entry = {"engines": engines, "ceilings": {"threads": 2.0, "fp32_avx2_gflops": 50.0 * speed}}
+    return {"resnet_cifar:20 batch 8 threads 2": entry}
+
+
+@pytest.mark.parametrize("baseline", [CEILING, "ncnn"])
+def test_a_stored_run_is_compared_through_its_own_baseline(baseline: str) -> None:
+    (row,) = beside(run_at(0.5, gain=1.2), run_at(2.0), baseline)
+    assert row.baseline == pytest.approx(0.25)
+    assert row.ratio == pytest.approx(1.2)
+    assert (row.then, row.now) == (pytest.approx(600), pytest.approx(180))
+
+
+def test_without_a_common_baseline_nothing_is_claimed() -> None:
+    rows = beside(run_at(1.0), run_at(2.0), "OpenVINO")
+    assert [row.ratio for row in rows] == [None]
+    assert beside(run_at(1.0), {}) == []
+
+
+def test_a_comparison_with_a_stored_run_is_marked_as_indicative() -> None:
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    for baseline in (CEILING, "OpenVINO"):
+        console.print(beside_table(beside(run_at(1.0), run_at(2.0), baseline), "old.json", baseline))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("INDICATIVE: now over old.json, scaled by the") == 2
+    assert "≈ 1.00×" in text
+    assert "no baseline" in text
+
+
+def test_every_peer_is_measured_or_named_as_left_out() -> None:
+    for model in ("resnet_cifar:20", "resnet_cifar:110", "cascade:model"):
+        for batch in (1, 8, 256):
+            case = Case(model, batch, 2)
+            measured = {engine.name for engine in engines_for(case, everyone=False)}
+            assert {peer.name for peer in PEERS} <= measured | set(left_out(case, everyone=False))
+
+
+@pytest.mark.parametrize("name", ["eager", "eager channels_last"])
+@pytest.mark.parametrize("schedule", [Schedule(1, 5), Schedule(2, 2), Schedule(2, 2, padded=False)])
+def test_cutting_a_batch_changes_no_answer(name: str, schedule: Schedule) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    peer = make_peer(name)
+    peer.build(network, (3, 32, 32), 2)
+    x = noise(5)
+    whole = peer.run(x, Schedule(1, 5))
+    np.testing.assert_allclose(peer.run(x, schedule), whole, atol=1e-5)
+    assert whole.shape == (5, 4)
+
+
+@pytest.mark.parametrize("combine", ["last", "mean", (0.2, 0.5, 1.0)])
+def test_the_hand_written_cascade_answers_as_the_cascade(combine: Combine) -> None:
+    torch.manual_seed(0)
+    networks = [
+        nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
+        )
+        for width in (2, 4, 8)
+    ]
+    cascade = fc.Cascade(networks, fc.MLPSelector(), 5, (3, 8, 8), combine=combine).eval()
+    x = torch.randn(60, 3, 8, 8)
+    thresholds = balanced_thresholds(cascade, x)
+    expected = cascade(x, thresholds)
+    assert len(expected.exit_stage.unique()) == 3
+    by_hand = PeerCascade("eager", cascade, thresholds.numpy(), 2)
+    schedules = (Schedule(1, 1 << 20, padded=False), Schedule(2, 4), Schedule(2, 4, padded=False))
+    log_probs, exits = by_hand.run(x.numpy(), schedules)
+    np.testing.assert_array_equal(exits, expected.exit_stage.numpy())
+    np.testing.assert_allclose(log_probs, expected.probs.log().numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_is_refused_and_the_others_are_timed() -> None:
+    case = Case("resnet_cifar:8", 4, 1)
+    engines = [Engine(OURS, OURS), Engine("broken", OURS), Engine("inexact", OURS, tolerance=0.0)]
+    workers = [Worker(engine, 1) for engine in engines]
+    try:
+        for worker in workers:
+            worker.load(case.model)
+        workers[1].process.kill()
+        timed, *refused = measure(case, workers, noise(4), rounds=2, seconds=0.001, tuning=0)
+    finally:
+        for worker in workers:
+            worker.__exit__(None, None, None)
+    assert (timed.engine, len(timed.seconds)) == (OURS, 2)
+    reasons = {timing.engine: timing.refused or "" for timing in refused}
+    assert "its process ended" in reasons["broken"]
+    assert "allowed: 0" in reasons["inexact"]

@@ -1,0 +1,94 @@
+"""The CUDA kernels on the CPU: ``gpu/host_threads.cpp`` compiled and loaded, as a launcher of its kernels.
+
+Also the WHILE node of a CUDA graph: its loop on the host, around the kernels that decide how long it goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcascade.kernels.cuda import launch
+
+SOURCE = Path(__file__).parents[1] / "gpu" / "host_threads.cpp"
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def missing_compiler() -> str | None:
+    """Why the library cannot be built here; None if it can."""
+    if shutil.which(COMPILER) is None:
+        return f"there is no C++ compiler ({COMPILER})"
+    return None
+
+
+def build(library: Path, *flags: str) -> Path:
+    """Compile the library, with the kernels that the installed package holds."""
+    kernels = Path(launch.__file__).parent
+    options = "-std=c++20 -O1 -g -shared -fPIC -pthread -Wall -Wextra -Werror".split()
+    command = [COMPILER, *options, *flags, f"-I{kernels}", str(SOURCE), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+class HostLaunch(launch.Launch):
+    """Runs kernels on host threads, one for each CUDA thread of a block, one block after the other.
+
+    Args:
+        library: from :func:`build`.
+        descending: the last block first; no kernel may count on either order.
+        left_out: a barrier that all threads run through, counted from 0 in each block: a planted fault.
+    """
+
+    def __init__(self, library: Path, descending: bool = False, left_out: int = -1) -> None:
+        self.device = torch.device("cpu")
+        self.library = ctypes.CDLL(str(library))
+        self.descending = descending
+        self.left_out = left_out
+
+    def start(self, kernel: str, blocks: int, threads: int, values: list[Any]) -> None:
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        order = int(self.descending)
+        unknown = self.library.launch(kernel.encode(), pointers, blocks, threads, order, self.left_out)
+        assert not unknown, f"host_threads.cpp has no kernel {kernel}"
+
+
+class HostLoops:
+    """What a WHILE node does, on the host: begin_chunks, then work and next_chunk as long as they say.
+
+    Attributes:
+        recordings: how many loops were recorded; repetitions: of work, per run of a loop.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self.launch = HostLaunch(library)
+        self.recordings = 0
+        self.repetitions: list[int] = []
+
+    def stream(self) -> int:
+        """There is one."""
+        return 0
+
+    def record(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> Callable[[], None]:
+        """As :meth:`fastcascade.backends.gpu.while_loops.Loops.record`; the work runs once here, too."""
+        work()
+        self.recordings += 1
+        value = ctypes.c_uint()
+        handle = ctypes.c_ulonglong(ctypes.addressof(value))
+
+        def repeat() -> None:
+            self.repetitions.append(0)
+            self.launch("begin_chunks", 1, 1, count, chunk, handle)
+            while value.value:
+                self.repetitions[-1] += 1
+                work()
+                self.launch("next_chunk", 1, 1, count, chunk, ctypes.c_int(size), handle)
+
+        return repeat
