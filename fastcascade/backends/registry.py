@@ -18,20 +18,22 @@ from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.lowering.plan import Plan
 
 __all__ = [
+    "MODULES",
     "NAMES",
     "choose_backend",
     "load_backend",
 ]
 
-_MODULES = {
+MODULES = {
     "triton": "fastcascade.backends.gpu.triton",
     "cuda": "fastcascade.backends.gpu.cuda",
     "cpu": "fastcascade.backends.cpu",
     "reference": "fastcascade.backends.reference",
 }
 
-NAMES = tuple(_MODULES)
-"""Every backend, in the order in which "auto" tries them: the fastest first, "reference" last."""
+"""Every backend and its module, in the order in which "auto" tries them: the fastest first."""
+
+NAMES = tuple(MODULES)
 
 
 def load_backend(name: str) -> Backend:
@@ -44,9 +46,9 @@ def load_backend(name: str) -> Backend:
         >>> load_backend("reference").unavailable_reason() is None
         True
     """
-    if name not in NAMES:
-        raise InvalidArgument(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(NAMES)}")
-    return cast(Backend, import_module(_MODULES[name]).BACKEND)
+    if name not in MODULES:
+        raise InvalidArgument(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(MODULES)}")
+    return cast(Backend, import_module(MODULES[name]).BACKEND)
 
 
 def choose_backend(name: str, plan: Plan, *, precision: Precision, device: torch.device) -> Backend:
@@ -64,7 +66,7 @@ def choose_backend(name: str, plan: Plan, *, precision: Precision, device: torch
         raise InvalidArgument(f"unknown precision {precision!r}; expected one of {get_args(Precision)}")
     name = os.environ.get("FASTCASCADE_BACKEND", "auto") if name == "auto" else name
     reasons = []
-    for candidate in NAMES if name == "auto" else (name,):
+    for candidate in MODULES if name == "auto" else (name,):
         backend = load_backend(candidate)
         reason = backend.unavailable_reason() or backend.unsupported_reason(
             plan, precision=precision, device=device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade import backends
+from fastcascade.backends import registry
 from fastcascade.backends.registry import NAMES, choose_backend, load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.lowering.interpreter import run_op
@@ -251,9 +251,10 @@ class Fake:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four backends: no device, wrong plan, works, works too."""
     fakes = [Fake("a", "no device"), Fake("b", None, "too deep"), Fake("c"), Fake("d")]
-    monkeypatch.setattr(backends, "NAMES", tuple(fake.name for fake in fakes))
+    modules = {fake.name: f"fastcascade.backends.{fake.name}" for fake in fakes}
+    monkeypatch.setattr(registry, "MODULES", modules)
     for fake in fakes:
-        module = ModuleType(f"fastcascade.backends.{fake.name}")
+        module = ModuleType(modules[fake.name])
         module.BACKEND = fake  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -295,7 +296,7 @@ def test_unknown_names_are_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) 
 def test_a_broken_import_is_not_taken_for_an_absent_device(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "NAMES", ("missing", "reference"))
+    monkeypatch.setattr(registry, "MODULES", {"missing": "fastcascade.backends.missing"})
     with pytest.raises(ModuleNotFoundError):
         choose_backend("auto", plan, precision="fp32", device=CPU)
 
