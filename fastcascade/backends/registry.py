@@ -1,8 +1,8 @@
-"""Which backends exist, and which one runs a plan.
+"""The list of backends, and the choice of the one that runs a plan.
 
-A backend is a module that holds one object ``BACKEND`` with the methods of
-:class:`fastcascade.backends.interface.Backend`. Modules are imported on first use. An import that fails is an
-error; an absent device is not: the backend reports it as a reason.
+A backend is a module with an object ``BACKEND`` that implements
+:class:`fastcascade.backends.interface.Backend`. It is imported on first use. An import that fails is an
+error; a missing device is a reason that the backend reports.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ MODULES = {
     "cpu": "fastcascade.backends.cpu",
     "reference": "fastcascade.backends.reference",
 }
-
-"""Every backend and its module, in the order in which "auto" tries them: the fastest first."""
+"""Every backend and its module, in the order in which "auto" tries them: fastest first, "reference" last."""
 
 NAMES = tuple(MODULES)
 
@@ -55,12 +54,14 @@ def choose_backend(name: str, plan: Plan, *, precision: Precision, device: torch
     """The backend to lower with.
 
     Args:
-        name: one of :data:`NAMES`, or "auto" for the environment's FASTCASCADE_BACKEND and, without that,
-            the first backend that has no reason against it. A named backend is never replaced by another.
+        name: one of :data:`NAMES`, or "auto". "auto" is the backend that the environment's
+            FASTCASCADE_BACKEND names, or else the first that can run the plan. A named backend is never
+            replaced by another.
 
     Raises:
         InvalidArgument: unknown backend or precision.
-        BackendUnavailable: the named backend, or every backend under "auto", has a reason; it is quoted.
+        BackendUnavailable: the named backend, or with "auto" every backend, cannot run the plan; quotes the
+            reasons.
     """
     if precision not in get_args(Precision):
         raise InvalidArgument(f"unknown precision {precision!r}; expected one of {get_args(Precision)}")

@@ -1,10 +1,11 @@
-"""From a cascade to a plan: each stage through ``torch.export``, each graph to plan operations.
+"""Export of a cascade to a plan, stage by stage.
 
-Three steps per stage. *Trace*: an eval copy is exported at batch 2 with a dynamic batch. *Translate*: every
-operator that the outputs need becomes an operation on a numbered value, or part of a constant; batch norm
-and arithmetic with constants become ``ScaleShift``. *Fuse*: what can join the operation before it does.
-Constants stay float64 until the end, so folding costs no accuracy. A stage that stops at any step stays
-opaque and says which operator stopped it.
+Each stage goes through three steps. *Trace*: ``torch.export`` exports an eval copy with a dynamic batch size.
+*Translate*: every operator that the outputs depend on becomes an operation on numbered values, or part of a
+    constant;
+batch norm and arithmetic with constants become ``ScaleShift``. *Fuse*: operations are merged into the
+operation before them. Constants are float64 until the last step, so folding loses no accuracy. A stage that
+fails at any step becomes opaque, and the plan names the operator that failed.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ __all__ = ["plan"]
 
 
 def plan(cascade: Cascade) -> Plan:
-    """Express a cascade as plain data; the cascade itself is not changed.
+    """Lower a cascade to a plan.
 
     Args:
-        cascade: on any device, of any floating dtype, in any mode. Weights are copied, so later training
-            does not reach the plan.
+        cascade: on any device, of any floating dtype, in training or eval mode. It is not changed, and its
+            weights are copied, so later training does not affect the plan.
 
     Returns:
-        a :class:`fastcascade.lowering.plan.Plan` on the CPU in float32. A stage that cannot be expressed
-        is opaque.
+        a :class:`fastcascade.lowering.plan.Plan` on the CPU in float32. A stage that operations cannot
+        express is opaque.
 
     Example:
         >>> from fastcascade.model.resnet import resnet_cifar
@@ -47,7 +48,7 @@ def plan(cascade: Cascade) -> Plan:
     image = features = torch.zeros(2, *cascade.input.shape, dtype=cascade.dtype)
     stages = []
     for k in range(len(cascade.stages)):
-        # Some modules share tensors with the outside; the copy keeps eval mode and folding to itself.
+        # A copy, because eval mode and folding must not change the cascade.
         stage = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
         x = image if stage.input == "image" else features
         with torch.no_grad():
@@ -94,7 +95,7 @@ def _lower_stage(stage: Stage, x: Tensor, common: dict[str, Any]) -> StagePlan:
 
 
 def _trace(stage: Stage, x: Tensor) -> torch.export.ExportedProgram:
-    """Export a stage; in-place operators are rewritten only where there are some, for that takes longer."""
+    """Export a stage; in-place operators are functionalised, which is slow, only if there are any."""
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings():
@@ -106,7 +107,7 @@ def _trace(stage: Stage, x: Tensor) -> torch.export.ExportedProgram:
                 if isinstance(node.target, torch._ops.OpOverload)
             )
             return program.run_decompositions({}) if mutates else program
-    except Exception as error:  # export raises anything, its own and whatever the module's code raises
+    except Exception as error:  # torch.export may raise anything, and so may the module
         lines = str(error).strip().splitlines() or [""]
         raise LoweringError(f"torch.export: {type(error).__name__}: {lines[0]}") from error
 
@@ -117,7 +118,7 @@ def _opaque_shapes(x: Tensor, features: Tensor, logits: Tensor) -> tuple[Shape, 
 
 
 def _selector_plan(selector: nn.Module, k: int) -> SelectorPlan:
-    """Built-in selectors as data; a class of one's own, or a subclass, stays a module."""
+    """A built-in selector as data; a custom class, or a subclass, stays a module."""
     if type(selector) is ThresholdSelector:
         return SelectorPlan(kind=selector.score)
     if type(selector) is MLPSelector:

@@ -1,4 +1,4 @@
-"""Fusion: operations join the one before them wherever nothing else reads what lies between."""
+"""Fusion: merging an operation into the one before it, if nothing else reads the value in between."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ __all__ = ["fuse"]
 def fuse(
     ops: Sequence[Op], shapes: Mapping[int, Shape], outputs: tuple[int, int]
 ) -> tuple[tuple[Op, ...], tuple[Shape, ...], tuple[int, int]]:
-    """Fuse, drop what nothing reads, number the values 0, 1, 2, … in order.
+    """Fuse operations, drop those that nothing reads, and renumber the values 0, 1, 2, … in order.
 
     Args:
         ops: in order of execution, weights in any floating dtype.
-        shapes: of every value, per instance.
-        outputs: values that are read from outside.
+        shapes: shape per instance of every value.
+        outputs: numbers of the features and the logits.
 
     Returns:
-        operations with contiguous float32 weights, their values' shapes, and the outputs' new numbers.
+        operations with contiguous float32 weights, the shapes of their values, and the new numbers of the
+        outputs.
     """
     fused = _Fuser(ops, outputs).run()
     alive = set(outputs)
@@ -47,9 +48,9 @@ def _finished(op: Op, number: Mapping[int, int]) -> Op:
 
 
 class _Fuser:
-    """One pass in order of execution; ``done`` holds the operations so far by the value they write.
+    """One pass in order of execution; ``done`` holds the operations so far, by the value that they write.
 
-    A fused operation takes the place and the output of the later of its two parts, so everything that it
+    A fused operation takes the position and the output of the later of its two parts. Everything that it
     reads is defined there.
     """
 
@@ -74,11 +75,11 @@ class _Fuser:
         return list(self.done.values())
 
     def only_reader_of(self, value: int) -> Op | None:
-        """The operation that writes a value which is read once, hence by the caller alone."""
+        """The operation that writes a value, if the value is read only once; else None."""
         return self.done.get(value) if self.readers[value] == 1 else None
 
     def absorb_padding(self, op: Conv2d) -> Conv2d:
-        """Zeros around the image belong to the convolution, whoever else reads the padded image."""
+        """Turn a zero Pad into the convolution's own padding, even if others read the padded value."""
         pad = self.done.get(op.input)
         if not (isinstance(pad, Pad) and pad.value == 0 and pad.before[0] == pad.after[0] == 0):
             return op
@@ -106,7 +107,7 @@ class _Fuser:
         return op
 
     def add_to_convolution(self, op: Add) -> Op:
-        """The operand computed first takes the other as its residual: in a block, the main path's."""
+        """Make one operand the residual of the convolution that computes the other."""
         for value in sorted(op.reads):
             before = self.only_reader_of(value)
             if isinstance(before, Conv2d) and _is_bare(before):
@@ -139,5 +140,5 @@ class _Fuser:
 
 
 def _is_bare(op: Conv2d | Linear) -> bool:
-    """Whether nothing follows the bias yet."""
+    """Whether the operation has neither an activation nor a residual yet."""
     return op.activation == "none" and getattr(op, "residual", None) is None

@@ -1,4 +1,4 @@
-"""The operations of a plan in plain torch: the definition that every backend is held against."""
+"""The operations of a plan in plain torch: the definition that every backend is tested against."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def activate(x: Tensor, kind: ActivationKind) -> Tensor:
 def pool(op: Pool, x: Tensor, height: int, width: int) -> Tensor:
     """The windows of a :class:`Pool`, (n, C, H, W) → (n, C, height, width).
 
-    The image is padded by hand to exactly the cells that the windows cover, because torch's own pooling
-    knows symmetric padding only.
+    The image is first padded to exactly the cells that the windows cover, because torch's pooling has only
+    symmetric padding.
     """
     top, bottom, left, right = op.padding
     rows = (height - 1) * op.stride[0] + op.kernel[0] - x.shape[2] - top
     columns = (width - 1) * op.stride[1] + op.kernel[1] - x.shape[3] - left
-    sides = (left, columns, top, rows)  # a negative number crops what no window covers
+    sides = (left, columns, top, rows)  # a negative number crops cells that no window covers
     if op.kind == "max":
         return F.max_pool2d(F.pad(x, sides, value=-math.inf), op.kernel, op.stride)
     window_sum = partial(F.avg_pool2d, kernel_size=op.kernel, stride=op.stride, divisor_override=1)
@@ -62,17 +62,17 @@ def pool(op: Pool, x: Tensor, height: int, width: int) -> Tensor:
 
 
 def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """One operation on a batch.
+    """Run one operation on a batch.
 
     Args:
-        inputs: the values it reads, (n, …), in the order of ``op.reads``; weights must have their dtype.
-        shape: the output's, per instance.
+        inputs: the values that it reads, (n, …), in the order of ``op.reads``, in the dtype of the weights.
+        shape: the output's shape per instance.
     """
     x = inputs[0]
     match op:
         case Conv2d():
             top, bottom, left, right = op.padding
-            # F.conv2d pads symmetrically; what one side needs beyond that is padded by hand.
+            # F.conv2d pads symmetrically; F.pad adds the rest to one side.
             both = (min(top, bottom), min(left, right))
             extra = (left - both[1], right - both[1], top - both[0], bottom - both[0])
             padded = F.pad(x, extra) if any(extra) else x
@@ -99,11 +99,11 @@ def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
             return torch.cat(inputs, 1)
         case Flatten():
             return x.flatten(1)
-    raise InvalidArgument(f"the reference backend does not know {type(op).__name__}")
+    raise InvalidArgument(f"the interpreter has no {type(op).__name__}")
 
 
 def run_stage(stage: StagePlan, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, …) → features (n, …) and logits (n, C) of one stage, opaque or not, in x's dtype."""
+    """Run one stage, opaque or not: (n, …) → features (n, …) and logits (n, C), in x's dtype."""
     if stage.module is not None:
         return cast(tuple[Tensor, Tensor], stage.module(x))
     values = {0: x}

@@ -1,6 +1,6 @@
-"""The operations of a plan, on numbered values.
+"""The operations of a plan, which read and write numbered values.
 
-All shapes are per instance (no batch axis): an image or feature map is (C, H, W), a vector (F,).
+All shapes are per instance, without a batch axis: an image or feature map is (C, H, W), a vector (F,).
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def require_tensor(tensor: Tensor, shape: Shape, what: str) -> None:
 
 
 def _windows(size: int, kernel: int, stride: int, before: int, after: int, ceil: bool = False) -> int:
-    """How many windows fit along an axis; in ceil mode the last may overhang but must start on the image."""
+    """Number of windows along an axis; in ceil mode the last may overhang, but starts inside the image."""
     room = size + before + after - kernel
     count = (-(-room // stride) if ceil else room // stride) + 1
     return count - 1 if ceil and (count - 1) * stride >= size + before else count
 
 
 def _sizes(value: object) -> list[int]:
-    """The sizes in a field of an operation: an integer, a tuple of them, or a tensor's axes."""
+    """The integers in a field of an operation: a number, a tuple of numbers, or the sizes of a tensor."""
     numbers = value if isinstance(value, tuple) else getattr(value, "shape", (value,))
     return [n for n in numbers if isinstance(n, int)]
 
@@ -81,16 +81,16 @@ def _named(activation: ActivationKind) -> list[str]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Op(ABC):
-    """One operation: reads values by number, writes value ``output``. Value 0 is the stage's input."""
+    """One operation, which reads values and writes value ``output``. Value 0 is the input of the stage."""
 
     output: int
 
     operands: ClassVar[tuple[str, ...]] = ("input",)
-    """The fields that hold the numbers of values to read: a number, a tuple of numbers, or None, in order."""
+    """The fields with the numbers of the values to read, in order; each is a number, a tuple or None."""
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The values that this operation reads."""
+        """Numbers of the values that the operation reads."""
         values: list[int] = []
         for name in self.operands:
             value = getattr(self, name)
@@ -98,7 +98,7 @@ class Op(ABC):
         return tuple(values)
 
     def renumbered(self, number: Mapping[int, int]) -> Op:
-        """A copy with every value's number looked up in ``number``."""
+        """A copy with its values renumbered."""
         changes: dict[str, Any] = {"output": number[self.output]}
         for name in self.operands:
             value = getattr(self, name)
@@ -110,7 +110,7 @@ class Op(ABC):
 
     @property
     def sizes(self) -> list[int]:
-        """Every integer in its fields: numbers of values, kernels, strides, the axes of weights."""
+        """All integers in the fields: value numbers, kernels, strides, the sizes of weights."""
         return [n for f in fields(self) for n in _sizes(getattr(self, f.name))]
 
     @abstractmethod
@@ -118,18 +118,18 @@ class Op(ABC):
         """Shape of the output for inputs of these shapes, in the order of ``reads``.
 
         Raises:
-            InvalidArgument: the operation cannot read such values, or its own fields contradict each other.
+            InvalidArgument: the operation cannot read such values, or its fields contradict each other.
         """
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The operation's weights by field name."""
+        """The weights, by field name."""
         pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in pairs if isinstance(value, Tensor)}
 
     @abstractmethod
     def __str__(self) -> str:
-        """In words, for reports: "conv 3×3 16→32, stride 2, +residual, relu"."""
+        """The operation in words, for reports: "conv 3×3 16→32, stride 2, +residual, relu"."""
 
     def __repr__(self) -> str:
         return f"v{self.output} = {self}({', '.join(f'v{value}' for value in self.reads)})"
@@ -176,7 +176,7 @@ class Conv2d(Op):
         )
         require(
             self.residual is None or inputs[1] == shape,
-            f"conv2d answers {shape} but its residual has shape {inputs[-1]}",
+            f"conv2d returns shape {shape}, but its residual has shape {inputs[-1]}",
         )
         return shape
 
@@ -192,10 +192,10 @@ class Conv2d(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pool(Op):
-    """Max or average over windows. Max ignores padding and propagates NaN.
+    """Maximum or average over windows. The maximum ignores padding and propagates NaN.
 
-    ``padding`` (top, bottom, left, right). ``include_padding``: padded zeros count in an average's divisor;
-    cells past the declared padding (``ceil_mode`` windows) never count.
+    ``padding`` is (top, bottom, left, right). ``include_padding``: the divisor of an average counts the
+    padding. Cells beyond the padding, which ``ceil_mode`` windows reach, never count.
     """
 
     input: int
@@ -250,7 +250,7 @@ class Linear(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Op):
-    """activation(input + other), same shapes."""
+    """activation(input + other), of equal shapes."""
 
     input: int
     other: int
@@ -259,7 +259,7 @@ class Add(Op):
     operands = ("input", "other")
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        require(inputs[0] == inputs[1], f"add reads shapes {inputs[0]} and {inputs[1]}; expected equal ones")
+        require(inputs[0] == inputs[1], f"add reads {inputs[0]} and {inputs[1]}; expected equal shapes")
         return inputs[0]
 
     def __str__(self) -> str:
@@ -268,7 +268,7 @@ class Add(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Activation(Op):
-    """An activation that could not be fused into the operation before it."""
+    """An activation that fusion left on its own."""
 
     input: int
     kind: ActivationKind
@@ -282,7 +282,7 @@ class Activation(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaleShift(Op):
-    """scale[c]·input + shift[c]: a batch norm with no convolution before it; both (C,) f32."""
+    """scale[c]·input + shift[c], both (C,) f32: a batch norm without a convolution before it."""
 
     input: int
     scale: Tensor
@@ -311,7 +311,7 @@ class Slice(Op):
         ranges = list(zip(shape, self.start, self.stop, self.step, strict=True))
         require(
             all(0 <= start < stop <= size and step >= 1 for size, start, stop, step in ranges),
-            f"slice {self.start}:{self.stop}:{self.step} does not lie in a value of shape {shape}",
+            f"slice {self.start}:{self.stop}:{self.step} is out of range for a value of shape {shape}",
         )
         return tuple(len(range(start, stop, step)) for _, start, stop, step in ranges)
 
@@ -348,9 +348,9 @@ class Concat(Op):
     operands = ("inputs",)
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        require(len(inputs) >= 1, "concat of nothing")
+        require(len(inputs) >= 1, "concat without inputs")
         rest = {shape[1:] for shape in inputs}
-        require(len(rest) == 1, f"concat reads shapes {inputs}; expected equal ones but for channels")
+        require(len(rest) == 1, f"concat reads shapes {inputs}; expected shapes that differ only in channels")
         return (sum(shape[0] for shape in inputs), *inputs[0][1:])
 
     def __str__(self) -> str:

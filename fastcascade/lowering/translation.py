@@ -1,9 +1,8 @@
-"""From an exported graph to plan operations, one operator at a time.
+"""Translation of an exported graph to plan operations, one operator at a time.
 
-Each operator of the graph either computes a value (numbered, batched), or a constant from weights and other
-constants, or merely renames a value. Shapes are read off the graph, so views need no arithmetic. Weights and
-other constants of the operations are float64 here; :mod:`fastcascade.lowering.fusion` rounds them once, at
-the end.
+An operator of the graph computes a batched value, computes a constant from weights and other constants, or
+renames a value. Shapes are taken from the graph, so views need no shape inference. Constants are float64
+here; :mod:`fastcascade.lowering.fusion` rounds them once, at the end.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ aten = torch.ops.aten
 class Value:
     """A batched value: its number in the plan and its shape per instance.
 
-    The shape may differ from that of the plan's value by a view in row-major order, until something that
-    minds reads it.
+    It may be a row-major view of the plan's value, with another shape. An operation that needs the plan's
+    shape calls :meth:`_Translator.plain`.
     """
 
     number: int
@@ -56,7 +55,7 @@ class Value:
 
 @dataclass
 class Graph:
-    """Operations with float64 weights in order of execution, every value's shape, (features, logits)."""
+    """Operations with float64 weights in order of execution, shapes by value, and (features, logits)."""
 
     ops: list[Op]
     shapes: dict[int, Shape]
@@ -64,17 +63,17 @@ class Graph:
 
 
 def translate(program: ExportedProgram) -> Graph:
-    """Translate what the outputs (features, logits) of an exported stage need.
+    """Translate the operators on which the outputs (features, logits) of an exported stage depend.
 
     Args:
-        program: without in-place operators; one batched input, batch axis first and dynamic.
+        program: has no in-place operators, and one input whose first axis is a dynamic batch.
 
     Raises:
-        LoweringError: names the first operator that no plan operation expresses.
+        LoweringError: no plan operation expresses an operator; names the first such operator.
     """
     for spec in program.graph_signature.output_specs:
         if spec.kind is OutputKind.BUFFER_MUTATION:
-            raise LoweringError(f"the forward pass changes the module's buffer {spec.target!r}")
+            raise LoweringError(f"the forward pass modifies the module's buffer {spec.target!r}")
     nodes = {node.name: node for node in program.graph.nodes}
     wanted = [
         nodes[spec.arg.name]
@@ -107,7 +106,7 @@ _HANDLERS: dict[Any, Handler] = {}
 
 
 def _lowers(*operators: Any) -> Callable[[Handler], Handler]:
-    """Register a handler, called with the translator and the operator's arguments by name."""
+    """Register a handler, which is called with the translator and the operator's arguments by name."""
 
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(operators, handler))
@@ -120,7 +119,7 @@ class _Translator:
     """The state of one translation.
 
     Attributes:
-        results: by graph node, a :class:`Value`, a constant tensor, a list of them, or a plain number.
+        results: for each graph node, a :class:`Value`, a constant tensor, a list of these, or a number.
         node: the operator being translated; None while the outputs are read.
     """
 
@@ -142,14 +141,14 @@ class _Translator:
         self.shapes[0] = next(r.shape for r in self.results.values() if isinstance(r, Value))
 
     def visit(self, node: Node) -> None:
-        """Translate one call."""
+        """Translate one operator call."""
         self.node = node
         if node.target is operator.getitem:
             source, index = node.args
             self.results[node] = self.results[source][index]  # type: ignore[index]
             return
         if isinstance(node.meta.get("val"), int | torch.SymInt):
-            self.results[node] = node.meta["val"]  # size arithmetic: every shape is read off the graph
+            self.results[node] = node.meta["val"]  # size arithmetic; shapes are taken from the graph
             return
         arguments = self.arguments(node)
         handler = _HANDLERS.get(getattr(node.target, "overloadpacket", None))
@@ -161,7 +160,7 @@ class _Translator:
             self.results[node] = handler(self, **arguments)
 
     def arguments(self, node: Node) -> dict[str, Any]:
-        """The call's arguments by name, defaults filled in; ``self`` is called ``input``."""
+        """The call's arguments by name, with defaults; ``self`` becomes ``input``."""
         if not isinstance(node.target, torch._ops.OpOverload):
             self.refuse()
         args, kwargs = self.resolved(node)
@@ -173,40 +172,40 @@ class _Translator:
         return bound
 
     def resolved(self, node: Node) -> Any:
-        """The call's (args, kwargs) with results in place of nodes."""
+        """The call's (args, kwargs), with nodes replaced by their results."""
         return map_arg((node.args, node.kwargs), self.results.__getitem__)
 
     def constant(self, node: Node) -> Any:
-        """The result of an operator that reads no batched value."""
+        """Evaluate an operator that reads no batched value."""
         args, kwargs = self.resolved(node)
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # a size that depends on the batch, or an operator without a CPU kernel
+        except Exception:  # a size depends on the batch, or the operator has no CPU kernel
             self.refuse("its result depends on the batch size")
 
     def refuse(self, detail: str = "") -> NoReturn:
-        """Stop: the operator at hand cannot be lowered."""
+        """Raise LoweringError: the current operator cannot be lowered."""
         what = "the output" if self.node is None else f"operator {self.node.target}"
         raise LoweringError(f"{what}: {detail}" if detail else what)
 
     def instance_shape(self, example: Tensor) -> Shape:
-        """The shape of a graph value without its batch axis, which must come first, unchanged."""
+        """The shape of a graph value without its batch axis, which must be first and unchanged."""
         sizes: tuple[Any, ...] = tuple(example.shape)
         batch, *rest = sizes
         same = getattr(batch, "node", None) and batch.node.expr == self.batch.node.expr
         if not same or not all(isinstance(size, int) for size in rest):
-            self.refuse(f"it answers shape {tuple(example.shape)}, which does not keep the batch axis first")
+            self.refuse(f"it returns shape {tuple(example.shape)}, which does not keep the batch axis first")
         if example.dtype != self.dtype:
-            self.refuse(f"it answers {example.dtype} in a network of {self.dtype}")
+            self.refuse(f"it returns {example.dtype} in a network of {self.dtype}")
         return tuple(rest)
 
     def result_shape(self) -> Shape:
-        """The shape of what the operator at hand answers, per instance."""
+        """The shape per instance of the current operator's result."""
         assert self.node is not None
         return self.instance_shape(self.node.meta["val"])
 
     def emit(self, kind: type[Op], shape: Shape, /, **fields: Any) -> Value:
-        """Append an operation; its tensors become float64."""
+        """Append an operation, its tensors converted to float64."""
         number = len(self.shapes)
         tensors = {n: t.to("cpu", torch.float64) for n, t in fields.items() if isinstance(t, Tensor)}
         self.ops.append(kind(number, **{**fields, **tensors}))
@@ -214,9 +213,9 @@ class _Translator:
         return Value(number, shape)
 
     def plain(self, value: Any) -> Value:
-        """The operand as a value of the shape it has in the plan; a vector view of a map is flattened."""
+        """The operand in the shape that it has in the plan; a vector view of a map becomes a Flatten."""
         if not isinstance(value, Value):
-            self.refuse("it mixes constants and values where only values are supported")
+            self.refuse("it reads a constant where only a batched value is supported")
         if value.shape == self.shapes[value.number] and len(value.shape) in (1, 3):
             return value
         if len(value.shape) == 1 and len(self.shapes[value.number]) == 3:
@@ -224,7 +223,7 @@ class _Translator:
         self.refuse(f"it reads a view of shape {value.shape} per instance")
 
     def image(self, value: Any) -> Value:
-        """The operand as a map (C, H, W)."""
+        """The operand, which must be a map (C, H, W)."""
         plain = self.plain(value)
         if len(plain.shape) != 3:
             self.refuse(f"it reads shape {plain.shape} per instance; only (C, H, W) is supported")
@@ -238,7 +237,7 @@ def _holds_value(argument: Any) -> bool:
 
 
 def _two(numbers: Any) -> tuple[int, int]:
-    """Spatial arguments of torch: one number for both axes, or two."""
+    """A spatial argument of torch, which is one number for both axes or two numbers."""
     if isinstance(numbers, int):
         return numbers, numbers
     return (numbers[0], numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
@@ -325,7 +324,7 @@ def _batch_norm(
     **_: Any,
 ) -> Any:
     if training or running_mean is None:
-        t.refuse("it uses the statistics of the batch, which mixes instances")
+        t.refuse("it uses batch statistics, which mix instances")
     mean, var = running_mean.double(), running_var.double()
     scale = (var + eps).rsqrt() if weight is None else weight.double() * (var + eps).rsqrt()
     shift = -mean * scale if bias is None else bias.double() - mean * scale
@@ -335,7 +334,7 @@ def _batch_norm(
 
 
 def _scale_shift(t: _Translator, input: Value, scale: Any = 1.0, shift: Any = 0.0) -> Value:
-    """scale·input + shift for numbers or tensors that differ along channels only."""
+    """scale·input + shift, for numbers or tensors that vary only along channels."""
     value = t.plain(input)
     channels = value.shape[0]
 
@@ -427,9 +426,9 @@ def _max_pool2d(
     assert t.node is not None
     if _two(dilation) != (1, 1):
         t.refuse(f"dilation {dilation}")
-    answer = t.node.meta["val"]
-    with_indices = isinstance(answer, list | tuple)
-    shape = t.instance_shape(answer[0] if with_indices else answer)
+    example = t.node.meta["val"]
+    with_indices = isinstance(example, list | tuple)
+    shape = t.instance_shape(example[0] if with_indices else example)
     rows, columns = _two(padding)
     sides = (rows, rows, columns, columns)
     result = _pool(
@@ -468,9 +467,9 @@ def _avg_pool2d(
 @_lowers(aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d)
 def _adaptive_pool2d(t: _Translator, input: Any, output_size: Any) -> Any:
     assert t.node is not None
-    answer = t.node.meta["val"]
-    with_indices = isinstance(answer, list | tuple)
-    value, shape = t.image(input), t.instance_shape(answer[0] if with_indices else answer)
+    example = t.node.meta["val"]
+    with_indices = isinstance(example, list | tuple)
+    value, shape = t.image(input), t.instance_shape(example[0] if with_indices else example)
     if value.shape[1] % shape[1] or value.shape[2] % shape[2]:
         t.refuse(f"windows of unequal size ({value.shape[1:]} to {shape[1:]})")
     kernel = (value.shape[1] // shape[1], value.shape[2] // shape[2])
@@ -512,14 +511,14 @@ def _reduce(t: _Translator, input: Any, dim: Any = None, keepdim: bool = False, 
     aten._to_copy,
 )
 def _view(t: _Translator, input: Value, **_: Any) -> Value:
-    """The same elements in the same row-major order, maybe with other axes."""
+    """A row-major view of the input, or the input itself."""
     return Value(input.number, t.result_shape())
 
 
 @_lowers(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
 def _dropout(t: _Translator, input: Value, train: bool, **_: Any) -> Value:
     if train:
-        t.refuse("it is active in eval mode")
+        t.refuse("it is not disabled in eval mode")
     return input
 
 
@@ -548,7 +547,7 @@ def _pad(t: _Translator, input: Any, pad: Any, mode: str = "constant", value: fl
 
 
 def _slice_axis(t: _Translator, value: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
-    """input[start:stop:step] along axis 0 … 2 of (C, H, W)."""
+    """input[start:stop:step] along one axis of (C, H, W)."""
     starts, stops, steps = [0, 0, 0], list(value.shape), [1, 1, 1]
     starts[axis], stops[axis], steps[axis] = start, stop, step
     shape = list(value.shape)

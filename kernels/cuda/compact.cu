@@ -1,4 +1,4 @@
-// Entry points of compaction. Rows move as 16-byte words where they divide and align, as bytes otherwise.
+// Entry points of compaction. Rows move as 16-byte words if size and alignment allow, as bytes otherwise.
 #include "compact.cuh"
 
 using namespace fastcascade;

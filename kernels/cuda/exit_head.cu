@@ -1,5 +1,5 @@
-// Entry points of the exit head, one per type of logits. Three blocks to a multiprocessor, so that the compiler
-// keeps to about 48 registers: most of a row's time is waiting for shuffles and for memory.
+// Entry points of the exit head, one per type of logits. Asking for three blocks per multiprocessor limits the
+// compiler to about 48 registers. Occupancy matters, because most of a row's time is latency of shuffles and loads.
 #include "exit_head.cuh"
 
 using namespace fastcascade;

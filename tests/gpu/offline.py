@@ -246,24 +246,27 @@ def compact_configurations() -> list[Configuration]:
 def conv_configurations() -> list[Configuration]:
     """The convolutions of CIFAR ResNets of width 16 and 64, pooling and elementwise work between them."""
     from fastcascade.kernels import layers as la
-    from fastcascade.kernels.triton import conv as c
+    from fastcascade.kernels.triton.conv import conv_kernel, conv_tile
+    from fastcascade.kernels.triton.elementwise import elementwise_kernel
+    from fastcascade.kernels.triton.layer_launch import kind
+    from fastcascade.kernels.triton.pool import pool_kernel
 
     def conv(name: str, work: la.Conv, dtype: str, **changes: Any) -> Configuration:
         shape = work.shape
-        tile = c.conv_tile(shape.channels, la.padded(shape.out_channels), work.image)
+        tile = conv_tile(shape.channels, la.padded(shape.out_channels), work.image)
         types = {
             **dict.fromkeys(("weight", "residual"), f"*{dtype}"),
             "x": "*u8" if work.image else f"*{dtype}",
             "out": "*fp32" if work.logits else f"*{dtype}",
-            **dict.fromkeys(("bias", "table"), "*fp32"),
+            **dict.fromkeys(("bias", "pixel_table"), "*fp32"),
             **dict.fromkeys(("index", "count"), "*i32"),
             **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
         }
         return Configuration(
             f"conv {name} {dtype}",
-            c.conv_kernel,
+            conv_kernel,
             types,
-            {"KIND": c.kind(work, byte_images=True)},
+            {"KIND": kind(work, byte_images=True)},
             tile.num_warps,
             tile.num_warps,
             tile.num_stages,
@@ -297,17 +300,17 @@ def conv_configurations() -> list[Configuration]:
         conv("32→32 on 16, residual", block(16, 32, 32, view=whole), "fp32"),
         *(
             Configuration(
-                f"pool {kind}",
-                c.pool_kernel,
-                {k: v for k, v in rows.items() if k in c.pool_kernel.arg_names},
-                {"KIND": c.kind(la.Pooling(*maps, kind, *window))},
-                default=kind == "max",
+                f"pool {reduction}",
+                pool_kernel,
+                {k: v for k, v in rows.items() if k in pool_kernel.arg_names},
+                {"KIND": kind(la.Pooling(*maps, reduction, *window))},
+                default=reduction == "max",
                 wide_loads=True,
             )
-            for kind in ("max", "average")
+            for reduction in ("max", "average")
         ),
         Configuration(
-            "elementwise", c.elementwise_kernel, rows, {"KIND": c.kind(add)}, default=True, wide_loads=True
+            "elementwise", elementwise_kernel, rows, {"KIND": kind(add)}, default=True, wide_loads=True
         ),
     ]
 
@@ -317,7 +320,7 @@ def persistent_configurations() -> list[Configuration]:
     import torch
 
     import fastcascade as fc
-    from fastcascade.backends.gpu.layers import stage_layers
+    from fastcascade.backends.gpu.layer_lowering import stage_layers
     from fastcascade.kernels.triton import persistent as p
     from fastcascade.lowering.export import plan
     from fastcascade.model.resnet import BasicBlock, Head, ResNet, resnet_cifar
@@ -328,7 +331,7 @@ def persistent_configurations() -> list[Configuration]:
         table = p.layer_table(stage_layers(stage, stored, torch.device("cpu")), None)
         types = {
             **dict.fromkeys(("rows", "features", "weights", "scratch"), f"*{dtype}"),
-            **dict.fromkeys(("pixels", "logits", "vectors"), "*fp32"),
+            **dict.fromkeys(("pixel_table", "logits", "vectors"), "*fp32"),
             **dict.fromkeys(("index", "count", "entries", "queue"), "*i32"),
             **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
             "images": "*u8",

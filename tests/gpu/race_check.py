@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from host_threads import HostLaunch
 
 from fastcascade.kernels import reference
-from fastcascade.kernels.arguments import Keep
+from fastcascade.kernels.argument_checks import Keep
 from fastcascade.kernels.cuda import compact, exit_head
 from fastcascade.kernels.cuda.launch import Launch
 

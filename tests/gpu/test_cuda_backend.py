@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.backends.gpu.cuda import lower_with
-from fastcascade.backends.gpu.while_loops import Choice
+from fastcascade.backends.gpu.while_loops import LoopChoice
 from fastcascade.backends.interface import ExitResults
 from fastcascade.backends.registry import load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
@@ -33,7 +33,7 @@ from fastcascade.testing.networks import random_network
 from fastcascade.types import forced_exit
 
 SHAPE = (3, 9, 8)
-READBACK = Choice(None, "a test")
+READBACK = LoopChoice(None, "a test")
 TOLERANCE = 2e-4
 BAND = 2e-4
 
@@ -64,7 +64,7 @@ def segments(selector: nn.Module, combine: Any) -> fc.Cascade:
 class Comparison:
     """One cascade on the reference backend and with the CUDA kernels."""
 
-    def __init__(self, launch: Launch, cascade: fc.Cascade, choice: Choice = READBACK) -> None:
+    def __init__(self, launch: Launch, cascade: fc.Cascade, choice: LoopChoice = READBACK) -> None:
         self.plan: Plan = fc.plan(cascade)
         cpu = torch.device("cpu")
         self.reference = load_backend("reference").lower(

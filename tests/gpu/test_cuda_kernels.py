@@ -13,7 +13,7 @@ from host_threads import HostLaunch
 from torch import Tensor
 
 from fastcascade.kernels import reference
-from fastcascade.kernels.arguments import Keep
+from fastcascade.kernels.argument_checks import Keep
 from fastcascade.kernels.cuda import compact, exit_head
 from fastcascade.kernels.cuda.launch import Launch
 from fastcascade.kernels.reference import ExitTables, MLPWeights

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcascade.backends.gpu import while_loops as while_node
+from fastcascade.backends.gpu import while_loops
 from fastcascade.backends.gpu.while_loops import unavailable_reason
 
 PROGRAM = Path(__file__).parents[2] / "bench" / "gpu.py"
@@ -98,8 +98,8 @@ class Repeating:
 def test_a_while_node_that_miscounts_gets_no_figure(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, extra: int
 ) -> None:
-    monkeypatch.setattr(while_node, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(while_node, "WhileNodes", lambda device: Repeating(extra))
+    monkeypatch.setattr(while_loops, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(while_loops, "WhileNodes", lambda device: Repeating(extra))
     spans = iter([[0.011, 0.011], [0.001, 0.001]])  # a thousand and one repetitions, and one
     monkeypatch.setattr(gpu.Run, "seconds", lambda self, work: next(spans))
     entry = gpu.while_entry(gpu.Run(torch.device("cpu")))

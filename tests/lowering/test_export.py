@@ -262,8 +262,8 @@ class Counting(nn.Module):
         (lambda self, x: self.conv(x) - self.conv(x).mean(0, keepdim=True), "aten.mean.dim"),
         (lambda self, x: F.pad(self.conv(x), (1, 1, 1, 1), mode="reflect"), "mode 'reflect'"),
         (lambda self, x: F.adaptive_avg_pool2d(self.conv(x), 2), "windows of unequal size"),
-        (lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), "statistics of the batch"),
-        (lambda self, x: F.dropout(self.conv(x), 0.5, training=True), "active in eval mode"),
+        (lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), "batch statistics"),
+        (lambda self, x: F.dropout(self.conv(x), 0.5, training=True), "not disabled in eval mode"),
         (batch_branch, "torch.export: "),
     ],
 )

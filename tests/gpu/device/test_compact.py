@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastcascade.kernels import reference
-from fastcascade.kernels.arguments import Keep
+from fastcascade.kernels.argument_checks import Keep
 
 compact = pytest.importorskip("fastcascade.kernels.triton.compact", reason="triton is not installed")
 

@@ -1,8 +1,11 @@
-"""A stage as own kernels, by either schedule, computes what the reference backend computes."""
+"""Stages in custom kernels, launched per layer or once, compute what the reference backend computes."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastcascade as fc
-from fastcascade.backends.gpu.rows import channels_first, channels_last
+from fastcascade.backends.gpu.feature_layout import channels_first, channels_last
 from fastcascade.backends.gpu.scheduler import Active
 from fastcascade.lowering.export import plan
 from fastcascade.lowering.interpreter import run_stage
@@ -19,11 +22,14 @@ from fastcascade.types import InputSpec
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastcascade.backends.gpu.layers import no_kernel_reason, stage_layers
+from fastcascade.backends.gpu.layer_lowering import no_kernel_reason, stage_layers
 from fastcascade.backends.gpu.per_layer_stage import PerLayerStage
 from fastcascade.backends.gpu.persistent_stage import PersistentStage
-from fastcascade.kernels.triton.conv import run
+from fastcascade.kernels.triton.conv import ConvKind, conv_tiles
+from fastcascade.kernels.triton.elementwise import ElementwiseKind, elementwise_tiles
+from fastcascade.kernels.triton.layer_launch import run_layer
 from fastcascade.kernels.triton.persistent import layer_table
+from fastcascade.kernels.triton.pool import PoolKind, pool_tiles
 
 CLASSES = 7
 
@@ -212,4 +218,16 @@ def test_rows_that_would_be_misread_are_refused(x: Tensor, out: Tensor, words: s
     stage, _ = stage_of(Classifier(nn.Sequential(conv(3, 16, padding=1), conv(16, 16, padding=1)), 16), 4)
     layer = stage_layers(stage, torch.float32, torch.device("cpu"))[1]
     with pytest.raises(ValueError, match=words):
-        run(layer, x, None, torch.ones(1, dtype=torch.int32), out)
+        run_layer(layer, x, None, torch.ones(1, dtype=torch.int32), out)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [(conv_tiles, ConvKind), (pool_tiles, PoolKind), (elementwise_tiles, ElementwiseKind)],
+    ids=["conv", "pool", "elementwise"],
+)
+def test_fields_of_a_kind_are_the_constexpr_arguments_in_order(kernel: Any, kind: Any) -> None:
+    """A kind is passed by position, so its names are true only if the two lists agree."""
+    source = inspect.getsource(kernel.fn)
+    arguments = re.findall(r"(\w+): tl\.constexpr", source.partition("):")[0])
+    assert [name.lower() for name in arguments] == list(kind._fields)

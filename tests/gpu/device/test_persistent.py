@@ -16,7 +16,7 @@ from fastcascade.model.resnet import BasicBlock, Head, ResNet, cut_into_segments
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastcascade.backends.gpu import persistent_stage as backend
-from fastcascade.backends.gpu.layers import stage_layers
+from fastcascade.backends.gpu.layer_lowering import stage_layers
 from fastcascade.kernels.triton import persistent as kernels
 
 CLASSES = 7
@@ -88,9 +88,11 @@ class Case:
             want_rows = torch.empty(n, *self.out, dtype=self.dtype)
         count = torch.tensor([n], dtype=torch.int32, device=self.device)
         there = [None if t is None else t.to(self.device) for t in (source, index.int(), pixels)]
-        kernels.persistent(self.table, there[0], there[1], count, got_rows, got, pixels=there[2])
+        kernels.persistent(self.table, there[0], there[1], count, got_rows, got, pixel_table=there[2])
         rows = source if source.shape[1] == 3 else source[:n]
-        reference.persistent(self.layers, rows, index[:n], want_rows, want, kept=self.kept, pixels=pixels)
+        reference.persistent(
+            self.layers, rows, index[:n], want_rows, want, kept=self.kept, pixel_table=pixels
+        )
         tolerance = 1e-4 if self.dtype == torch.float32 else 1e-2
         assert got[n:].isnan().all()
         torch.testing.assert_close(got[:n].cpu(), want, atol=tolerance, rtol=tolerance)
@@ -172,14 +174,14 @@ def test_the_report_says_that_it_is_one_launch(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "words"),
-    [("SCRATCH_LIMIT", "activations"), ("WEIGHT_LIMIT", "weights"), ("KIND_LIMIT", "different layers")],
+    [("SCRATCH_LIMIT", "activations"), ("WEIGHT_LIMIT", "weights"), ("KIND_LIMIT", "distinct layers")],
 )
 def test_what_does_not_fit_runs_layer_by_layer_and_says_why(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, limit: str, words: str
 ) -> None:
     monkeypatch.setattr(backend, limit, 8)
     lines = report_lines(NETWORKS["shortcut A"](), device)
-    assert "a launch per layer" in lines[0]
+    assert "one launch per layer" in lines[0]
     assert words in lines[0]
     assert not any("persistent" in line for line in lines)
 
@@ -191,7 +193,7 @@ def test_what_does_not_fit_runs_layer_by_layer_and_says_why(
         ({"logits": torch.empty(CLASSES, 2).T}, "strides"),
         ({"index": torch.zeros(2, dtype=torch.int64)}, "int64"),
         ({"index": torch.zeros(1, dtype=torch.int32)}, "at least 2"),
-        ({"source": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "table of pixels"),
+        ({"source": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "no pixel table"),
         ({"features": torch.empty(2, 8, 8, 16)}, "features"),
         ({"count": torch.ones(1, dtype=torch.int32, device="meta")}, "one device"),
     ],

@@ -15,7 +15,7 @@ from readback import NoReadback
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends.gpu.while_loops import Choice
+from fastcascade.backends.gpu.while_loops import LoopChoice
 from fastcascade.backends.interface import ExitResults, Precision
 from fastcascade.backends.registry import load_backend
 from fastcascade.lowering.export import plan
@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime.errors import OutOfResources, TritonError
 
-from fastcascade.kernels.triton import conv
+from fastcascade.kernels.triton import layer_launch
 
 IMAGE = (3, 8, 8)
 CLASSES = 10
@@ -299,7 +299,9 @@ def test_opaque_stages_are_repeated_in_chunks(
     """Between own kernels, with the loop of a WHILE node on the host and the kernels that steer it."""
     loops = HostLoops(library)
     if device.type == "cpu":
-        monkeypatch.setattr("fastcascade.backends.gpu.triton.choose_loops", lambda device: Choice(loops, ""))
+        monkeypatch.setattr(
+            "fastcascade.backends.gpu.triton.choose_loops", lambda device: LoopChoice(loops, "")
+        )
     monkeypatch.setattr("fastcascade.backends.gpu.torch_stage.CHUNK", 4)
     stages = [tiny_network(16, 1), Opaque(tiny_network(16, 1)), tiny_network(16, 1)]
     cascade = spread(fc.Cascade(stages, fc.MLPSelector(), CLASSES, IMAGE, preprocess=NORMALIZE))
@@ -321,7 +323,7 @@ class TooLarge:
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-        self.fn = conv.conv_kernel.fn
+        self.fn = layer_launch.conv_kernel.fn
 
     def __getitem__(self, grid: tuple[int, ...]):  # type: ignore[no-untyped-def]
         def start(*arguments: object, **constants: object) -> None:
@@ -344,7 +346,7 @@ def test_a_kernel_that_cannot_run_is_named(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     program = Comparison(plan(independent()), device).program
-    monkeypatch.setattr(conv, "conv_kernel", TooLarge(error))
+    monkeypatch.setattr(layer_launch, "conv_kernel", TooLarge(error))
     with pytest.raises(fc.FastCascadeError, match=f"(?s)stage 0 .*{said}"):
         program.run(images(2).to(device), torch.zeros(1))
 

@@ -25,11 +25,16 @@ from readback import NoReadback
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends.gpu import torch_stage as chunked
-from fastcascade.backends.gpu import while_loops as while_node
+from fastcascade.backends.gpu import torch_stage, while_loops
 from fastcascade.backends.gpu.cuda import lower_with
 from fastcascade.backends.gpu.scheduler import BreadthFirstProgram
-from fastcascade.backends.gpu.while_loops import Choice, Loops, WhileNodes, choose_loops, unavailable_reason
+from fastcascade.backends.gpu.while_loops import (
+    LoopChoice,
+    Loops,
+    WhileNodes,
+    choose_loops,
+    unavailable_reason,
+)
 from fastcascade.backends.registry import load_backend
 from fastcascade.errors import BackendUnavailable, FastCascadeError, InvalidArgument
 from fastcascade.testing.networks import random_network
@@ -59,18 +64,18 @@ def segments() -> fc.Cascade:
 
 @pytest.fixture
 def loops(library: Path, few_threads: None, monkeypatch: pytest.MonkeyPatch) -> HostLoops:
-    monkeypatch.setattr(chunked, "CHUNK", CHUNK)
+    monkeypatch.setattr(torch_stage, "CHUNK", CHUNK)
     return HostLoops(library)
 
 
 class Pair:
     """A cascade in chunks, and by the reference backend."""
 
-    def __init__(self, cascade: fc.Cascade, loops: HostLoops, choice: Choice | None = None) -> None:
+    def __init__(self, cascade: fc.Cascade, loops: HostLoops, choice: LoopChoice | None = None) -> None:
         self.cascade, self.loops = cascade.eval(), loops
         plan = fc.plan(cascade)
         self.program: BreadthFirstProgram = lower_with(
-            loops.launch, plan, "fp32", Choice(loops, "") if choice is None else choice
+            loops.launch, plan, "fp32", LoopChoice(loops, "") if choice is None else choice
         )
         self.reference = load_backend("reference").lower(plan, precision="fp32", device=CPU, threads=None)
 
@@ -175,9 +180,9 @@ def test_what_cannot_be_recorded_reads_the_count_and_says_so(loops: HostLoops, l
 
 def test_where_it_is_forced_that_is_an_error(loops: HostLoops, library: Path) -> None:
     refusing = Refusing(library, RuntimeError("not permitted"))
-    program = Pair(independent(), refusing, Choice(refusing, "", forced=True)).program
+    program = Pair(independent(), refusing, LoopChoice(refusing, "", forced=True)).program
     with pytest.raises(
-        BackendUnavailable, match=r"TORCH_STAGES=while cannot be obeyed by stage .*not permitted"
+        BackendUnavailable, match=r"TORCH_STAGES=while is impossible for stage .*not permitted"
     ):
         program.run(torch.randn(9, *SHAPE), torch.full((2,), math.inf))
 
@@ -200,7 +205,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if bindings else None)
-        monkeypatch.setattr(while_node, "_driver_version", lambda: (12, 3) if driver < 12.4 else (driver, 0))
+        monkeypatch.setattr(while_loops, "_driver_version", lambda: (12, 3) if driver < 12.4 else (driver, 0))
 
     return pretend
 
@@ -224,17 +229,17 @@ def test_the_reason_names_all_that_is_missing(machine: Callable[..., None]) -> N
 def test_a_forced_choice_is_obeyed_or_an_error(
     machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choice(wanted: str, **here: Any) -> Choice:
+    def choice(wanted: str, **here: Any) -> LoopChoice:
         machine(**here)
         monkeypatch.setenv("FASTCASCADE_TORCH_STAGES", wanted)
         return choose_loops(torch.device("cuda", 0))
 
     assert isinstance(choice("").loops, WhileNodes)
     assert not choice("").forced
-    assert choice("", gpu=False) == Choice(None, "torch sees no NVIDIA GPU")
-    assert choice("readback") == Choice(None, "FASTCASCADE_TORCH_STAGES=readback")
+    assert choice("", gpu=False) == LoopChoice(None, "torch sees no NVIDIA GPU")
+    assert choice("readback") == LoopChoice(None, "FASTCASCADE_TORCH_STAGES=readback")
     assert choice("while").forced
-    with pytest.raises(BackendUnavailable, match="=while cannot be obeyed: torch sees no NVIDIA GPU"):
+    with pytest.raises(BackendUnavailable, match="=while is impossible: torch sees no NVIDIA GPU"):
         choice("while", gpu=False)
     with pytest.raises(InvalidArgument, match="'loop'; expected 'while' or 'readback'"):
         choice("loop")
@@ -245,7 +250,7 @@ def test_a_forced_choice_is_obeyed_or_an_error(
 
 def used_names() -> set[str]:
     """Dotted names of cuda-bindings in the module: ``driver.…``, ``nvrtc.…``, and fields of a node."""
-    tree = ast.parse(Path(while_node.__file__).read_text())
+    tree = ast.parse(Path(while_loops.__file__).read_text())
     dotted = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return {name for name in dotted if name.split(".")[0] in ("driver", "nvrtc", "node")}
 
@@ -264,7 +269,7 @@ def test_cuda_bindings_has_every_name_and_every_parameter() -> None:
             found = getattr(found, part)
 
     checked = 0
-    for call in ast.walk(ast.parse(Path(while_node.__file__).read_text())):
+    for call in ast.walk(ast.parse(Path(while_loops.__file__).read_text())):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "_call":
             root, function = ast.unparse(call.args[0]).split(".")
             signature = (getattr(roots[root], function).__doc__ or "").splitlines()[0]
@@ -396,7 +401,9 @@ def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
     fake = FakeDriver(HostLaunch(library))
     monkeypatch.setattr(bindings, "driver", fake)
-    monkeypatch.setattr(while_node, "_setters", lambda device: {n: n for n in ("begin_chunks", "next_chunk")})
+    monkeypatch.setattr(
+        while_loops, "_setters", lambda device: {n: n for n in ("begin_chunks", "next_chunk")}
+    )
     monkeypatch.setattr(Stream, "current", [Stream(0)])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current[-1])
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -456,7 +463,7 @@ def test_the_kernels_that_steer_it_compile_to_machine_code(architecture: str) ->
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
     if importlib.util.find_spec("nvidia") is None:
         pytest.skip("nvidia-cuda-nvrtc is not installed")
-    code = while_node.compile_setters(architecture)
+    code = while_loops.compile_setters(architecture)
     assert code.startswith(b"\x7fELF")
     assert b"begin_chunks" in code
     assert b"next_chunk" in code

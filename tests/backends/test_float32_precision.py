@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends.arithmetic import exact_float32
+from fastcascade.backends.float32_precision import exact_float32
 from fastcascade.testing.networks import random_network
 
 SHAPE = (3, 9, 8)
@@ -82,7 +82,7 @@ def test_a_choice_made_for_convolutions_in_the_older_form() -> None:
     """In a process of its own, since it cannot be unmade."""
     code = (
         "import torch\n"
-        "from fastcascade.backends.arithmetic import exact_float32\n"
+        "from fastcascade.backends.float32_precision import exact_float32\n"
         "for allowed in (True, False):\n"
         "    torch.backends.cudnn.allow_tf32 = allowed\n"
         "    with exact_float32():\n"
