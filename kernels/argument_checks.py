@@ -88,9 +88,7 @@ def check_exit_head(
 def check_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, out_count: Tensor) -> None:
     """Check the arguments of a kernel that compacts an index list; raises ValueError."""
     if out_index.data_ptr() == index.data_ptr() or out_count.data_ptr() == count.data_ptr():
-        raise ValueError(
-            "compact_index cannot work in place; pass other tensors for the output"
-        )
+        raise ValueError("compact_index cannot work in place; pass other tensors for the output")
     lists = _int32(index=index, count=count, out_index=out_index, out_count=out_count)
     _check(**lists, **_flags(keep))
 

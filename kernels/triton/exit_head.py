@@ -136,9 +136,7 @@ def _merge_tile(top1, top2, top3, rest, label, scores, column, TOP: tl.constexpr
     low = float("-inf")
     best1 = tl.max(scores, 1)
     at = tl.argmax(scores, 1)
-    label = tl.where(
-        best1 > top1, tl.min(column) + at, label
-    )  # ties: the lowest class
+    label = tl.where(best1 > top1, tl.min(column) + at, label)  # ties: the lowest class
     scores = tl.where(column[None, :] == (tl.min(column) + at)[:, None], low, scores)
     best2 = tl.full(best1.shape, low, tl.float32)
     best3 = tl.full(best1.shape, low, tl.float32)

@@ -1,4 +1,4 @@
-"""Compile GPU kernels without a GPU and read what the compiler made of them.
+"""Compile the Triton kernels without a GPU, and check registers, spills and instructions.
 
 Run as a program (triton must not be in interpreter mode) it compiles the shipped configurations for one
 architecture or all, prints a table, and fails on a gate: local-memory traffic beyond the stated allowance,
@@ -51,7 +51,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel uses. ``spills`` counts local-memory instructions or spilled registers."""
+    """Resources of a compiled kernel; ``spills`` counts local-memory instructions or spilled registers."""
 
     name: str
     target: str
@@ -133,7 +133,7 @@ def read_cubin(name: str, target: str, cubin: bytes, tools: Path, shared_bytes: 
 
 
 def failures(configuration: Configuration, report: Report) -> list[str]:
-    """Which gates a report fails, in words."""
+    """The gates that a report fails, in words."""
     allowed = configuration.spills.get(report.target, 0)
     found = []
     if report.spills > allowed:
@@ -146,7 +146,7 @@ def failures(configuration: Configuration, report: Report) -> list[str]:
 
 
 def configurations() -> list[Configuration]:
-    """Everything that the triton backend ships."""
+    """All configurations that the triton backend launches."""
     return [
         *exit_head_configurations(),
         *compact_configurations(),
@@ -170,7 +170,7 @@ TABLE_TYPES = {
 
 
 def exit_constants(selector: str, num_classes: int, combine: str) -> dict[str, Any]:
-    """The selector's share of a kernel's constants."""
+    """The constants of an exit head that depend on the selector."""
     return {
         "SELECTOR": selector,
         "MEAN": combine == "mean",
@@ -208,7 +208,7 @@ def exit_head_configurations() -> list[Configuration]:
             },
             default=(selector, classes) == ("stats", 1000),
             spills={"sm_80": 8} if (selector, classes) == ("probs", 1000) else {},
-            # A row of fp16 logits starts on 16 bytes only if the class count is a multiple of 8.
+            # Rows of fp16 logits are 16-byte aligned only if the class count is a multiple of 8.
             wide_loads=classes == 1000,
         )
         for selector, classes, combine, dtype in cases
@@ -244,7 +244,7 @@ def compact_configurations() -> list[Configuration]:
 
 
 def conv_configurations() -> list[Configuration]:
-    """The convolutions of CIFAR ResNets of width 16 and 64, pooling and elementwise work between them."""
+    """Convolutions of CIFAR ResNets of width 16 and 64, pooling, and an elementwise layer."""
     from fastcascade.kernels import layers as la
     from fastcascade.kernels.triton.conv import conv_kernel, conv_tile
     from fastcascade.kernels.triton.elementwise import elementwise_kernel
@@ -316,7 +316,7 @@ def conv_configurations() -> list[Configuration]:
 
 
 def persistent_configurations() -> list[Configuration]:
-    """Whole CIFAR networks, and the shortest stage that has an image, a residual, a pool and logits."""
+    """Whole CIFAR networks, and the shortest stage with an image, a residual, a pool and logits."""
     import torch
 
     import fastcascade as fc

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels give what their twins give: on host threads, and on a GPU where one is."""
+"""The CUDA C++ kernels agree with their twins, on CPU threads and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fastcascade.kernels.reference import ExitTables, MLPWeights
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 300)
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 SELECTORS = ("stats", "topk", "probs", "max_prob", "margin", "entropy")
-TOLERANCE = 3e-5  # float32 through exp and log of two libraries
-GAP = 1e-3  # between the scores next to a threshold: no rounding flips a decision
+TOLERANCE = 3e-5  # float32 through two implementations of exp and log
+GAP = 1e-3  # between a threshold and the nearest score, so that rounding flips no decision
 
 
 def int32(device: torch.device, *values: int) -> Tensor:
@@ -47,7 +47,7 @@ def weights_for(selector: str | None, num_classes: int, hidden: int = 16) -> MLP
 
 
 def visited_tables(n: int, num_classes: int) -> ExitTables:
-    """Tables after one stage that nobody stopped at, and where one row was invalid."""
+    """Tables after one stage at which no row stopped and one row was invalid."""
     tables = reference.exit_tables(n, num_classes)
     logits = torch.randn(n, num_classes) * 2
     logits[n // 2, 0] = math.nan
@@ -64,7 +64,7 @@ def stop_scores(
     selector: str,
     weights: MLPWeights | None,
 ) -> Tensor:
-    """The twin's stop scores of the valid rows, in rising order."""
+    """The twin's stop scores of the valid rows, ascending."""
     seen = []
 
     def score(log_probs: Tensor, previous: Tensor, own: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def stop_scores(
 
 
 def middle_of_widest_gap(scores: Tensor) -> float:
-    """A threshold that no score of the middle half is near."""
+    """A threshold in the middle half of the scores, with none near it."""
     quarter = len(scores) // 4
     middle = scores[quarter : len(scores) - quarter]
     if len(middle) < 2:
@@ -104,14 +104,14 @@ def check_exit_head(
     scale: float = 3.0,
     hidden: int = 16,
 ) -> tuple[ExitTables, Keep]:
-    """Run the kernel and its twin on n active rows of a larger batch, compare all that they write.
+    """Run the kernel and its twin on n active rows of a larger batch, and compare everything they write.
 
     The threshold lies between two of the twin's own scores unless it is given.
     """
     torch.manual_seed(n * 31 + num_classes)
     capacity, batch = n + 5, n + 9
     logits = (torch.randn(capacity, num_classes) * scale).to(dtype)
-    logits[n:] = math.nan  # rubbish that must not be read
+    logits[n:] = math.nan  # must not be read
     rows = torch.randperm(n)[:invalid]
     logits[rows[::2], 0] = math.inf
     logits[rows[1::2], num_classes - 1] = math.nan
@@ -204,7 +204,7 @@ def test_logit_types(launch: Launch, dtype: torch.dtype, num_classes: int) -> No
 
 
 def test_subnormal_and_extreme_half_logits(launch: Launch) -> None:
-    """Half precision is decoded by hand on the host and by an instruction on the device."""
+    """The CPU decodes half precision in C++, the device with an instruction."""
     check_exit_head(launch, 17, dtype=torch.float16, scale=1e-6, selector="max_prob", threshold=-2.19)
     check_exit_head(launch, 17, dtype=torch.float16, scale=2e4, selector=None, invalid=4)
 
@@ -294,7 +294,7 @@ def test_exit_arguments_that_would_be_misread_are_refused(launch: Launch) -> Non
 
 
 def keep_of(flags: Tensor, capacity: int, device: torch.device) -> Keep:
-    """What the exit head leaves for these flags; beyond them, rubbish."""
+    """The exit head's output for these flags, with garbage beyond them."""
     keep = exit_head.new_keep(capacity, 10, device)
     keep.flags.fill_(77)
     keep.flags[: len(flags)] = flags.to(torch.int8)
@@ -343,7 +343,7 @@ def test_hole_filling_matches_the_twin(launch: Launch, share: float, shape: tupl
 
 @pytest.mark.slow
 def test_more_counts_than_threads(launch: Launch) -> None:
-    """The base of a block is the sum of more counts than the block has threads."""
+    """A block sums more counts than it has threads."""
     n, device = 64 * 64 + 33, launch.device
     index, flags = torch.arange(n, dtype=torch.int32), torch.rand(n) < 0.4
     out, count = torch.full_like(index, -5).to(device), int32(device, -1)
@@ -355,7 +355,7 @@ def test_more_counts_than_threads(launch: Launch) -> None:
 
 @pytest.mark.parametrize(("shape", "offset"), [((3, 4, 4), 0), ((5,), 0), ((2, 20, 20), 1)])
 def test_gather_fills_chunks_and_zeros_the_rest(launch: Launch, shape: tuple[int, ...], offset: int) -> None:
-    """Rows of 16-byte words, odd rows, and rows that an offset has moved off 16 bytes."""
+    """Rows of 16-byte words, rows of odd size, and rows at an offset that is not 16-byte aligned."""
     device = launch.device
     source = torch.randn(30 * math.prod(shape) + offset)[offset:].view(30, *shape)
     index, n, size = torch.randperm(30).int(), 21, 8
@@ -403,7 +403,7 @@ def test_compaction_arguments_that_would_be_misread_are_refused(launch: Launch) 
 
 @pytest.mark.usefixtures("few_threads")
 def test_blocks_may_run_in_any_order(library: Path) -> None:
-    """The last block first gives the same bits as the first block first."""
+    """Blocks in descending order give the same bits as in ascending order."""
     n, device = 150, torch.device("cpu")
     flags = torch.rand(n) < 0.5
     answers = []

@@ -1,7 +1,7 @@
-"""Runs the device tests under Triton's interpreter, where there is no GPU.
+"""Runs the device tests under Triton's interpreter if there is no GPU.
 
-The interpreter acts when kernels are decorated, so every file gets a process of its own with
-TRITON_INTERPRET=1; in this process triton is never imported.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so every file runs in its own process. This process
+never imports triton.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ pytestmark = [
 
 
 def interpret(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run one file of device tests in an interpreting process."""
+    """Run one file of device tests in a process with the interpreter."""
     return subprocess.run(
         [sys.executable, "-m", "pytest", str(file), "-p", "no:cacheprovider", *options],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=file.parent,  # the interpreter imports from its folder first: never the uninstalled package
+        cwd=file.parent,  # Python imports from this folder first, which has no copy of the package
         capture_output=True,
         text=True,
     )
@@ -44,5 +44,5 @@ def test_quick(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_thorough(file: Path) -> None:
     run = interpret(file, "-m", "slow")
-    nothing_marked = 5  # pytest's code for an empty selection
+    nothing_marked = 5  # pytest's exit code for an empty selection
     assert run.returncode in (0, nothing_marked), run.stdout[-4000:] + run.stderr[-2000:]

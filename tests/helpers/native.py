@@ -1,4 +1,4 @@
-"""Building the engine's torch-free drivers for tests, as it is or with a planted fault."""
+"""Builds of the engine's torch-free drivers for tests, with or without a planted fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPILER = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake planted in one file of a copy of the engine: ``old`` becomes ``new``."""
+    """A fault planted in one file of a copy of the engine: ``old`` becomes ``new``."""
 
     name: str
     file: str
@@ -26,7 +26,7 @@ class Fault:
     new: str
 
     def plant(self, objects: Sequence[Path], folder: Path) -> list[Path]:
-        """The engine's objects with the spoilt file among them; compiled in ``folder``."""
+        """The engine's objects, with the faulty file compiled into ``folder``."""
         source = folder / "csrc"
         shutil.copytree(driver.SOURCE, source)
         spoilt = source / self.file
@@ -76,6 +76,6 @@ BF16_LAYER = Fault(
 
 
 def run(command: Sequence[str | Path]) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
+    """The exit status and the output."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr

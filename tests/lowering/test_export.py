@@ -1,4 +1,4 @@
-"""Lowering: operations compute what the module does, the rest says why not, and the module never changes."""
+"""Export: operations match the module, opaque stages give a reason, and the cascade never changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPE = (3, 9, 8)
 
 
 class Call(nn.Module):
-    """A network from a function of (this module, images), with layers to call and a head for ``channels``."""
+    """A network whose forward pass is a given function, with layers to call and a head for ``channels``."""
 
     def __init__(
         self, forward: Callable[[Call, Tensor], Tensor], channels: int | None = 4, **layers: nn.Module
@@ -58,7 +58,7 @@ def lower(network: nn.Module, shape: tuple[int, int, int] = SHAPE, classes: int 
 
 
 def check(network: nn.Module, shape: tuple[int, int, int] = SHAPE, classes: int = 5) -> StagePlan:
-    """Lower, require operations throughout, compare with eager in float64; the stage for further looks."""
+    """Lower, require operations throughout, and compare with eager mode in float64; returns the stage."""
     plan = lower(network, shape, classes)
     assert plan.stages[0].opaque_reason is None
     compare(plan, network, shape)
@@ -101,7 +101,7 @@ def test_residual_networks(
     network: Callable[[], nn.Module], shape: tuple[int, int, int], classes: int
 ) -> None:
     module = network()
-    for parameter in module.parameters():  # ResNet-9 starts with a head of zeros
+    for parameter in module.parameters():  # the head of ResNet-9 starts as zeros
         if parameter.abs().max() == 0:
             nn.init.normal_(parameter)
     stage = check(module, shape, classes)
@@ -140,7 +140,7 @@ def in_place(self: Call, x: Tensor) -> Tensor:
     y = self.conv(x)
     y.add_(0.5).relu_()
     same = y.view(y.size(0), y.shape[1], -1).view_as(y)
-    same *= 2  # through the view, y too
+    same *= 2  # changes y through the view
     return y
 
 
@@ -224,7 +224,7 @@ def test_shared_modules_and_dead_values() -> None:
 
 
 def test_a_stage_that_is_read_before_its_last_activation_keeps_its_features() -> None:
-    """The exit's in-place ReLU changes the features that the next stage reads, as it does in eager mode."""
+    """The exit's in-place ReLU changes the features of the next stage, as in eager mode."""
     first = fc.Stage(
         nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(168, 5))
     )
@@ -240,7 +240,7 @@ def batch_branch(self: Call, x: Tensor) -> Tensor:
 
 
 class Counting(nn.Module):
-    """Counts its calls in a buffer."""
+    """A network that counts its calls in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plans: they check themselves, print readably, and come back from files as they were or not at all."""
+"""Plans check themselves, print readably, and survive a round trip through files or fail to load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPE = (3, 9, 8)
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """Two stages, one of them with most kinds of operation, and everything that a file holds."""
+    """A plan of two stages with most kinds of operation and every optional field."""
     torch.manual_seed(0)
     mixed = nn.Sequential(
         nn.BatchNorm2d(3),
@@ -100,7 +100,7 @@ def test_shapes_follow_from_operations(
         (Pad(1, 0, (0, 0, -1), (0, 0, 0)), [SHAPE], "negative padding"),
     ],
 )
-def test_operations_refuse_what_does_not_fit(op: Op, inputs: list[tuple[int, ...]], message: str) -> None:
+def test_operations_reject_inconsistent_inputs(op: Op, inputs: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         op.output_shape(*inputs)
     assert message in str(caught.value)
@@ -130,7 +130,7 @@ def first(plan: Plan, **changes: Any) -> dict[str, Any]:
         (lambda p: {"stages": ()}, "at least one stage"),
     ],
 )
-def test_a_plan_that_contradicts_itself_cannot_be_made(
+def test_an_inconsistent_plan_is_rejected(
     plan: Plan, change: Callable[[Plan], dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -138,7 +138,7 @@ def test_a_plan_that_contradicts_itself_cannot_be_made(
     assert message in str(caught.value)
 
 
-def test_numbers_that_could_overflow_are_refused() -> None:
+def test_sizes_that_could_overflow_are_rejected() -> None:
     plan = fc.plan(fc.Cascade([nn.Sequential(nn.Conv2d(3, 5, 1), nn.Flatten())], None, 5, (3, 1, 1)))
     stage = plan.stages[0]
     ops = (replace(stage.ops[0], dilation=(2**40, 1)), *stage.ops[1:])
@@ -165,7 +165,7 @@ def test_plans_print_every_operation(plan: Plan) -> None:
     assert "tensor" not in text
 
 
-def answers(plan: Plan) -> list[torch.Tensor]:
+def outputs(plan: Plan) -> list[torch.Tensor]:
     x = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return list(fc.compile(plan, backend="reference")(x, [0.3]))
 
@@ -176,7 +176,7 @@ def test_saved_plans_come_back_whole(plan: Plan, tmp_path: Path) -> None:
     assert str(loaded) == str(plan)
     assert loaded.operating_points == plan.operating_points
     assert (loaded.input, loaded.classes, loaded.combine) == (plan.input, plan.classes, plan.combine)
-    for got, want in zip(answers(loaded), answers(plan), strict=True):
+    for got, want in zip(outputs(loaded), outputs(plan), strict=True):
         assert torch.equal(got, want)
 
 
@@ -257,7 +257,7 @@ def test_hostile_plans_are_refused(plan: Plan, tmp_path: Path, edit: Edit, messa
     plan.save(tmp_path)
     content, tensors = load_bundle(tmp_path, FORMAT)
     edit(content)
-    save_bundle(tmp_path, FORMAT, content, tensors, overwrite=True)  # with right hashes
+    save_bundle(tmp_path, FORMAT, content, tensors, overwrite=True)  # with correct hashes
     with pytest.raises(FileFormatError) as caught:
         fc.load_plan(tmp_path)
     assert message in str(caught.value)
@@ -270,7 +270,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> None:
-    """Whatever one field becomes, loading raises the library's error or gives a plan that runs."""
+    """After a change of any field, loading raises the library's error or returns a plan that runs."""
     plan.save(tmp_path)
     content, tensors = load_bundle(tmp_path, FORMAT)
     choose = random.Random(0)
@@ -296,7 +296,7 @@ def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> Non
 
 
 def test_flipped_bits_are_refused_or_harmless(plan: Plan, tmp_path: Path) -> None:
-    """A flipped bit in the tensors is always found; one in the text may spell another name."""
+    """A flipped bit in the tensors is always detected; one in the text may only change a name."""
     plan.save(tmp_path)
     choose = random.Random(0)
     for path in list(tmp_path.iterdir()):

@@ -1,4 +1,4 @@
-"""The Triton exit head gives what its twin gives."""
+"""The Triton exit head agrees with its twin."""
 
 import math
 
@@ -13,7 +13,7 @@ exit_head = pytest.importorskip("fastcascade.kernels.triton.exit_head", reason="
 
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 300)
 SELECTORS = ("stats", "topk", "probs", "max_prob", "margin", "entropy")
-# Log-probabilities and scores are float32 through exp and log of two libraries.
+# Log-probabilities and scores are float32 through two implementations of exp and log.
 TOLERANCE = 3e-5
 BAND = 1e-3
 
@@ -33,7 +33,7 @@ def weights_for(selector: str, num_classes: int, hidden: int = 16) -> MLPWeights
 
 
 def batch_tables(n: int, num_classes: int, visited: bool) -> ExitTables:
-    """Tables before the first stage, or as after one earlier stage that nobody stopped at."""
+    """Tables before the first stage, or after one stage at which no row stopped."""
     tables = reference.exit_tables(n, num_classes)
     if visited and n:
         everyone = torch.arange(n)
@@ -46,7 +46,7 @@ def batch_tables(n: int, num_classes: int, visited: bool) -> ExitTables:
 
 
 class Case:
-    """One call of the kernel on n active rows of a larger batch, and the twin's answer."""
+    """One call of the kernel on n active rows of a larger batch, and the twin's result."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Case:
     ) -> None:
         torch.manual_seed(n * 31 + num_classes)
         self.n, self.selector = n, selector
-        capacity, batch = n + 5, n + 9  # rows beyond n hold rubbish that must not be read
+        capacity, batch = n + 5, n + 9  # rows beyond n hold garbage that must not be read
         self.logits = (torch.randn(capacity, num_classes) * scale).to(dtype)
         self.logits[n:] = math.nan
         rows = torch.randperm(n)[:invalid]
@@ -75,7 +75,7 @@ class Case:
         )
         arguments = {"stage_weight": stage_weight, "selector": selector, "weights": weights}
 
-        # A threshold between two of the twin's own scores, ±inf at the ends.
+        # A threshold between two of the twin's scores; ±inf at the ends.
         self.scores = self._scores(before, arguments)
         threshold = {0.0: math.inf, 1.0: -math.inf}.get(quantile)
         if threshold is None:
@@ -107,7 +107,7 @@ class Case:
         self.stage_weight = stage_weight
 
     def _scores(self, before: ExitTables, arguments: dict[str, object]) -> Tensor:
-        """The twin's stop scores, read off its own decision function; NaN on invalid rows."""
+        """The twin's stop scores, captured from its decision; NaN on invalid rows."""
         seen = {}
         if self.selector is None:
             return torch.empty(0)
@@ -142,7 +142,7 @@ class Case:
         sums = torch.stack([c.sum() for c in blocks.split(self.keep.rows)])[: len(self.keep.counts)]
         assert self.keep.counts.cpu().tolist() == sums.tolist()
 
-        # Decisions agree outside a band around the threshold; few rows lie inside it.
+        # Decisions agree outside a band around the threshold, and few rows are inside it.
         same = got_keep.bool() == self.want_keep
         if not same.all():
             assert ((self.scores - self.threshold).abs() < BAND)[~same].all()

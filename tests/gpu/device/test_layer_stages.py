@@ -96,7 +96,7 @@ def stage_of(module: nn.Module, size: int) -> tuple[StagePlan, InputSpec]:
 
 @pytest.fixture(params=["per layer", "persistent"])
 def schedule(request: pytest.FixtureRequest) -> str:
-    """A launch for every layer, or one for the stage."""
+    """One launch per layer, or one per stage."""
     return request.param
 
 
@@ -110,7 +110,7 @@ def run_fused(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits of the rows images[index[:n]]; memory beyond is poisoned by the conftest."""
+    """Logits of the rows images[index[:n]]; the conftest poisons the memory beyond."""
     assert no_kernel_reason(stage, None) is None
     layers = stage_layers(stage, dtype, device)
     runner: PerLayerStage | PersistentStage
@@ -138,19 +138,19 @@ def test_every_operation(device: torch.device, schedule: str, body: str, dtype: 
     images, index = torch.randn(6, 3, 9, 9), torch.tensor([4, 1, 5, 0, 2])
     got = run_fused(schedule, stage, spec, images, index, 3, device, dtype)
     want = run_stage(stage, images[index[:3]])[1]
-    # float32 sums in another order; fp16 rounds every value that is stored.
+    # float32 is summed in another order; fp16 rounds every stored value.
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
 def test_small_integers_are_exact(device: torch.device, schedule: str) -> None:
-    """Integers make every sum exact, so any wrong tap, channel or pixel shows: also TF32 or bf16 would."""
+    """Integer sums are exact, so any wrong tap, channel or pixel is detected, and so are TF32 and bf16."""
     body = nn.Sequential(conv(3, 20, padding=1), nn.MaxPool2d(2), conv(20, 16, stride=2))
     module = nn.Sequential(body, nn.Flatten(), nn.Linear(16 * 2 * 2, CLASSES))
     for parameter in module.parameters():
         parameter.copy_(torch.randint(-3, 4, parameter.shape))
-    body[0].weight.mul_(257)  # needs more bits than bf16 or TF32 keep
+    body[0].weight.mul_(257)  # needs more bits than bf16 or TF32 have
     stage, spec = stage_of(module, 10)
     images = torch.randint(-4, 5, (3, 3, 10, 10)).float()
     got = run_fused(schedule, stage, spec, images, torch.arange(3), 3, device)
@@ -227,7 +227,7 @@ def test_rows_that_would_be_misread_are_refused(x: Tensor, out: Tensor, words: s
     ids=["conv", "pool", "elementwise"],
 )
 def test_fields_of_a_kind_are_the_constexpr_arguments_in_order(kernel: Any, kind: Any) -> None:
-    """A kind is passed by position, so its names are true only if the two lists agree."""
+    """A kind is passed by position, so its field names must match the arguments."""
     source = inspect.getsource(kernel.fn)
     arguments = re.findall(r"(\w+): tl\.constexpr", source.partition("):")[0])
     assert [name.lower() for name in arguments] == list(kind._fields)

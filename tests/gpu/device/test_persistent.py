@@ -1,4 +1,4 @@
-"""The persistent kernel computes what its twin computes, on every kind of network that fits it."""
+"""The persistent kernel agrees with its twin, on every kind of network that it can run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ NETWORKS = {
 
 
 class Case:
-    """One stage on both sides, with rows that poison whatever should not be read or written."""
+    """One stage on the kernel and on the twin, with poisoned rows beyond the active ones."""
 
     def __init__(self, lowered: Plan, k: int, dtype: torch.dtype, device: torch.device) -> None:
         stage = lowered.stages[k]
@@ -78,7 +78,7 @@ class Case:
         self.dtype, self.device = dtype, device
 
     def agrees(self, source: Tensor, index: Tensor, n: int, pixels: Tensor | None = None) -> Tensor:
-        """Kernel and twin agree on the first n rows, and the kernel writes no other; returns the logits."""
+        """Assert that kernel and twin agree on the first n rows and write no others; returns the logits."""
         capacity = len(index)
         got = torch.full((capacity, CLASSES), torch.nan, device=self.device)
         want = torch.empty(n, CLASSES)
@@ -108,7 +108,7 @@ class Case:
 def test_every_network(device: torch.device, network: str, dtype: torch.dtype) -> None:
     case = Case(NETWORKS[network](), 0, dtype, device)
     logits = case.agrees(torch.randn(5, 3, 8, 8), torch.tensor([4, 0, 3, 1]), 3)
-    assert logits.std(0).min() > 1e-3, "the images must give different answers, or swapped rows would pass"
+    assert logits.std(0).min() > 1e-3, "the logits must differ between images, or swapped rows would pass"
 
 
 @torch.no_grad()
