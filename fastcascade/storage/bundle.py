@@ -45,7 +45,7 @@ _READ_ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class BundleFormat:
-    """A kind of bundle. ``name`` is the stem of its files; ``version`` grows when old readers cannot read it."""
+    """A kind of bundle: the prefix of its file names, and its version, which grows when old readers fail."""
 
     name: str
     version: int

@@ -1,8 +1,8 @@
 """Atomic writes, locks, and guarded reads.
 
-A file is written under a temporary name in the same directory and renamed when it is complete. The writer holds
-a lock on the temporary file. The kernel releases it when the process ends, so a temporary file whose lock
-is free was left by a killed writer.
+A file is written under a temporary name in the same directory and renamed when it is complete. The writer
+holds a lock on the temporary file, which the kernel releases when the process ends. A temporary file whose
+lock is free was therefore left by a killed writer.
 """
 
 from __future__ import annotations
@@ -221,15 +221,14 @@ def open_regular(path: str | Path) -> BinaryIO:
     """A regular file, or a link to one, opened for reading.
 
     Raises:
-        OSError: it cannot be opened, or it is a FIFO, a device or a socket, which could block for ever.
+        OSError: it cannot be opened, or it is a directory, FIFO, device or socket.
     """
-    # Opened without O_NONBLOCK, a FIFO waits for a writer.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    mode = os.fstat(file.fileno()).st_mode
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a blocking open of a FIFO waits for a writer
+    mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
-        return file
-    file.close()
-    kind = "FIFO" if stat.S_ISFIFO(mode) else "device"
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    kind = "FIFO" if stat.S_ISFIFO(mode) else "directory" if stat.S_ISDIR(mode) else "device"
     raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
 
 

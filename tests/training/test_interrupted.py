@@ -1,4 +1,4 @@
-"""Training that is stopped at the worst moment: the same command again completes it, with every epoch once."""
+"""Training that is stopped at the worst moment: the same command completes it, with every epoch once."""
 
 from __future__ import annotations
 
