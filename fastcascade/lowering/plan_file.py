@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError, InvalidArgument, LoweringError
 from fastcascade.lowering.plan import Plan
+from fastcascade.storage.bundle import BundleFormat, load_bundle, save_bundle
 from fastcascade.storage.codec import Reader, encode
-from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
 
 __all__ = ["FORMAT", "load_plan", "save_plan"]
 

@@ -20,11 +20,11 @@ from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgumen
 from fastcascade.model.cascade import Cascade, Stage
 from fastcascade.model.registry import build_module
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
+from fastcascade.storage.bundle import BundleFormat, bundle_exists, load_bundle, save_bundle
 from fastcascade.storage.codec import Reader, encode
-from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
 from fastcascade.types import Combine, InputSpec, OperatingPoint
 
-__all__ = ["load_cascade", "save_cascade"]
+__all__ = ["cascade_exists", "load_cascade", "save_cascade"]
 
 FORMAT = BundleFormat("cascade", 1)
 MAX_INPUT_VALUES = 2**24
@@ -89,6 +89,11 @@ class _Cascade:
     operating_points: Mapping[str, OperatingPoint]
     costs: _Costs
     seen_images: Tensor  # (n,) uint64, increasing
+
+
+def cascade_exists(directory: str | Path) -> bool:
+    """Whether a directory holds a completely saved cascade."""
+    return bundle_exists(directory, FORMAT)
 
 
 def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = False) -> None:

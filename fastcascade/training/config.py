@@ -19,6 +19,7 @@ from fastcascade.evaluation.calibration import calibrate
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.registry import build_network
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, Selector, ThresholdSelector
+from fastcascade.model.store import cascade_exists
 from fastcascade.training.distributed import process_group, rank
 from fastcascade.training.objective import Objective
 from fastcascade.training.trainer import Recipe, fit
@@ -134,7 +135,7 @@ def train_from_config(
     """
     directory = Path(directory)
     plan = read_config(config)
-    if (directory / "model").exists() and not overwrite:
+    if cascade_exists(directory / "model") and not overwrite:
         raise InvalidArgument(f"{directory / 'model'} exists; choose another directory or pass --overwrite")
     data = load_data(source, "train", shape=plan.input_shape)
     images, labels = arrays(data, plan.num_classes)

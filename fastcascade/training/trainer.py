@@ -25,7 +25,7 @@ from fastcascade.training.checkpoint import (
     OptimizerState,
     Position,
     load_checkpoint,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
 )
 from fastcascade.training.distributed import (
@@ -45,7 +45,7 @@ from fastcascade.training.objective import (
     objective_loss,
     rewards,
 )
-from fastcascade.training.progress import EpochProgress, append_json_line
+from fastcascade.training.progress import EpochProgress, write_metrics
 from fastcascade.training.refit import collect_logits, fit_selector, standardise_features
 
 __all__ = ["Recipe", "fit"]
@@ -166,13 +166,14 @@ class _Trainer:
             position, stored = load_checkpoint(checkpoint_dir, settings, self.cascade)
         self.average_reward = position.average_reward
         history = list(position.history)
+        if checkpoint_dir is not None and history and rank() == 0:
+            write_metrics(checkpoint_dir / "metrics.jsonl", history)  # the run may have ended before it did
         for number in range(position.phase, len(phases)):
             phase = phases[number]
             optimizers = self._optimizers(phase)
             first = position.epoch if number == position.phase else 0
             if first:
-                for optimizer, state in zip(optimizers, stored, strict=True):
-                    restore_optimizer(optimizer, state)
+                restore_optimizers(optimizers, stored)
             elif phase.joint and phase.epochs:
                 standardise_features(self.cascade, collect_logits(self.cascade, self.val[0]))
             before = sum(p.epochs for p in phases[:number])
@@ -184,7 +185,7 @@ class _Trainer:
                 if checkpoint_dir is not None and rank() == 0:
                     done = Position(number, epoch + 1, self.average_reward, tuple(history))
                     save_checkpoint(checkpoint_dir, done, settings, self.cascade, optimizers)
-                    append_json_line(checkpoint_dir / "metrics.jsonl", record)
+                    write_metrics(checkpoint_dir / "metrics.jsonl", history)
         return history
 
     def _optimizers(self, phase: _Phase) -> list[torch.optim.Optimizer]:

@@ -19,7 +19,7 @@ from fastcascade.errors import FileFormatError, InvalidArgument, LoweringError
 from fastcascade.lowering.operations import Add, Concat, Conv2d, Flatten, Linear, Op, Pad, Pool, Slice
 from fastcascade.lowering.plan import Plan
 from fastcascade.lowering.plan_file import FORMAT
-from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
+from fastcascade.storage.bundle import BundleFormat, load_bundle, save_bundle
 from fastcascade.testing.networks import random_network
 
 SHAPE = (3, 9, 8)
