@@ -8,7 +8,6 @@
 namespace fastcascade {
 
 // True where Winograd is the faster of the two; from the committed table in choices.inl.
-bool prefers_winograd(const std::string& isa, int64_t in_channels, int64_t out_channels, int64_t height,
-                      int64_t width);
+bool prefers_winograd(const std::string& isa, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width);
 
 }  // namespace fastcascade

@@ -14,8 +14,8 @@
 namespace fastcascade {
 namespace {
 
-constexpr int kJoinSpins = 8000;       // how long eight images wait for helpers, some 200 µs
-constexpr int64_t kSmallestTile = 4;   // what is left of a large batch is shared out in tiles no smaller
+constexpr int kJoinSpins = 8000;      // how long eight images wait for helpers, some 200 µs
+constexpr int64_t kSmallestTile = 4;  // what is left of a large batch is shared out in tiles no smaller
 
 // One thread's buffers.
 struct Worker {
@@ -42,8 +42,8 @@ struct Waiting {
 };
 
 // Runs all steps of a network on up to a tile of rows; several threads with a barrier share every step.
-void run_network(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances,
-                 Share share, Barrier* barrier) {
+void run_network(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances, Share share,
+                 Barrier* barrier) {
   run_steps(net, source, arena, scratch, instances, share, [&](size_t) {
     if (barrier) barrier->wait();
   });
@@ -132,8 +132,8 @@ class Run {
  public:
   Run(const Executor& e, Context& context, const Images& images, const float* thresholds, const Results& results)
       : e_(e), context_(context), images_(images), thresholds_(thresholds), stages_(e.networks_.size()) {
-    tables_ = {context.log_sum.data(), context.weight_sum.data(), context.previous_label.data(),
-               results.log_probs,      results.label,             results.exit_stage};
+    tables_ = {context.log_sum.data(), context.weight_sum.data(), context.previous_label.data(), results.log_probs,
+               results.label,          results.exit_stage};
   }
 
   void run() {
@@ -166,9 +166,8 @@ class Run {
     const Network& net = e_.networks_[stage];
     const float threshold = stage + 1 < stages_ ? thresholds_[stage] : 0.f;
     const float weight = e_.stage_weights_.empty() ? 0.f : e_.stage_weights_[stage];
-    return exit_row(tables_, value_row(net, net.logits, owner.arena.data(), instance), row,
-                    static_cast<int64_t>(stage), e_.classes_, weight, e_.selectors_[stage], threshold,
-                    self.head.data());
+    return exit_row(tables_, value_row(net, net.logits, owner.arena.data(), instance), row, static_cast<int64_t>(stage),
+                    e_.classes_, weight, e_.selectors_[stage], threshold, self.head.data());
   }
 
   void keep_features(size_t stage, const Worker& owner, int64_t instance, int64_t slot) const {
@@ -229,7 +228,8 @@ class Run {
       const int64_t even = team.active / team.size, each = even < e_.networks_[stage].rows_alone ? 0 : even;
       const int64_t shared = each * team.size;
       for (int64_t first = member * each; first < (member + 1) * each; first += e_.networks_[stage].tile)
-        run_rows(stage, self, self, first, std::min(e_.networks_[stage].tile, (member + 1) * each - first), {}, nullptr);
+        run_rows(stage, self, self, first, std::min(e_.networks_[stage].tile, (member + 1) * each - first), {},
+                 nullptr);
       if (shared < team.active) run_shared(team, stage, member, shared);
       team.barrier.wait();
       if (member == 0) compact(team, stage);
@@ -419,8 +419,7 @@ Executor::Executor(const CascadeSpec& spec)
     if (stage.reads_previous && k == 0) throw std::invalid_argument("the first stage cannot read a previous one");
     if (stage.reads_previous && !(stage.input == features_shape(static_cast<int64_t>(k) - 1)))
       throw std::invalid_argument("stage '" + stage.name + "' reads features of shape " + stage.input.text() +
-                                  ", but the stage before gives " +
-                                  features_shape(static_cast<int64_t>(k) - 1).text());
+                                  ", but the stage before gives " + features_shape(static_cast<int64_t>(k) - 1).text());
     networks_.push_back(build_network(stage, *kernels_, spec.forced_kernel));
     const Shape& logits = networks_[k].values[networks_[k].logits].shape;
     if (!(logits == Shape{spec.classes, 1, 1}))
@@ -482,9 +481,10 @@ void Executor::run_stage(int64_t stage, const Images& input, float* logits, floa
   std::atomic<int64_t> next{0};
   Waiting& all = context->waiting[0];
   for (int64_t row = 0; row < input.count; ++row) all.push(row, row);
-  const int64_t feature_floats = net.features < 0 ? 0 : net.values[net.features].shape.c *
-                                                            net.values[net.features].shape.h *
-                                                            net.values[net.features].shape.w;
+  const int64_t feature_floats =
+      net.features < 0
+          ? 0
+          : net.values[net.features].shape.c * net.values[net.features].shape.h * net.values[net.features].shape.w;
   const auto work = [&](int rank) {
     Worker& self = context->workers[static_cast<size_t>(rank)];
     for (int64_t first; (first = next.fetch_add(net.tile)) < input.count;) {

@@ -106,8 +106,8 @@ void retire(const ExitTables& t, int64_t row, int64_t stage, int64_t n, const fl
 
 }  // namespace
 
-bool exit_row(const ExitTables& t, const float* logits, int64_t row, int64_t stage, int64_t classes,
-              float stage_weight, const Selector& selector, float threshold, float* work) {
+bool exit_row(const ExitTables& t, const float* logits, int64_t row, int64_t stage, int64_t classes, float stage_weight,
+              const Selector& selector, float threshold, float* work) {
   const bool last = selector.score == Score::none;
   if (!all_finite(logits, classes)) {
     t.previous_label[row] = -1;

@@ -90,9 +90,9 @@ struct Elementwise {
 
 struct KernelTable {
   const char* isa;
-  int lanes;        // floats in a vector
-  int tile_rows;    // rows (pixels or Winograd tiles) that the product kernels keep in registers
-  int pair;         // vectors of output channels that go together in packed weights
+  int lanes;      // floats in a vector
+  int tile_rows;  // rows (pixels or Winograd tiles) that the product kernels keep in registers
+  int pair;       // vectors of output channels that go together in packed weights
   // `pixels` counts output pixels over all instances, `blocks` vectors of output channels (begin even to `pair`).
   void (*conv_direct_f32)(const DirectConv&, Range pixels, Range blocks);
   void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);

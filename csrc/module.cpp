@@ -98,11 +98,16 @@ void read_linear(OpSpec& op, const py::dict& d) {
 }
 
 OpSpec read_op(const py::dict& d) {
-  static const std::map<std::string, OpKind> kinds = {
-      {"Conv2d", OpKind::conv2d},         {"Pool", OpKind::pool},   {"Linear", OpKind::linear},
-      {"Add", OpKind::add},               {"Slice", OpKind::slice}, {"Activation", OpKind::activation},
-      {"ScaleShift", OpKind::scale_shift}, {"Pad", OpKind::pad},     {"Concat", OpKind::concat},
-      {"Flatten", OpKind::flatten}};
+  static const std::map<std::string, OpKind> kinds = {{"Conv2d", OpKind::conv2d},
+                                                      {"Pool", OpKind::pool},
+                                                      {"Linear", OpKind::linear},
+                                                      {"Add", OpKind::add},
+                                                      {"Slice", OpKind::slice},
+                                                      {"Activation", OpKind::activation},
+                                                      {"ScaleShift", OpKind::scale_shift},
+                                                      {"Pad", OpKind::pad},
+                                                      {"Concat", OpKind::concat},
+                                                      {"Flatten", OpKind::flatten}};
   const auto name = get<std::string>(d, "op");
   const auto found = kinds.find(name);
   if (found == kinds.end()) fail("unknown operation '" + name.substr(0, 80) + "'");
@@ -153,9 +158,9 @@ Selector read_selector(const py::handle& item) {
   Selector s;
   if (item.is_none()) return s;
   const py::dict d = as_dict(item, "a selector");
-  static const std::map<std::string, Score> scores = {
-      {"stats", Score::mlp_stats},   {"topk", Score::mlp_topk}, {"probs", Score::mlp_probs},
-      {"max_prob", Score::max_prob}, {"margin", Score::margin}, {"entropy", Score::entropy}};
+  static const std::map<std::string, Score> scores = {{"stats", Score::mlp_stats}, {"topk", Score::mlp_topk},
+                                                      {"probs", Score::mlp_probs}, {"max_prob", Score::max_prob},
+                                                      {"margin", Score::margin},   {"entropy", Score::entropy}};
   const auto kind = get<std::string>(d, "score");
   const auto found = scores.find(kind);
   if (found == scores.end()) fail("unknown selector '" + kind.substr(0, 80) + "'");
@@ -174,8 +179,8 @@ Selector read_selector(const py::handle& item) {
 
 class Cascade {
  public:
-  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, const std::vector<float>& stage_weights, int threads,
-          const std::string& isa, const std::string& kernel) {
+  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, const std::vector<float>& stage_weights,
+          int threads, const std::string& isa, const std::string& kernel) {
     if (classes < 1 || classes > (int64_t{1} << 20)) fail("classes is " + std::to_string(classes));
     CascadeSpec spec;
     for (const py::handle& stage : stages) spec.stages.push_back(read_stage(as_dict(stage, "a stage")));
@@ -192,8 +197,10 @@ class Cascade {
   py::tuple run(const py::array& images, const std::optional<FloatArray>& table, const FloatArray& thresholds) const {
     const Images input = check_images(images, 0, table);
     if (thresholds.ndim() != 1 || thresholds.size() + 1 != static_cast<int64_t>(executor_->networks().size()))
-      fail("thresholds have " + std::to_string(thresholds.size()) + " numbers, expected one for every stage but "
-           "the last: " + std::to_string(executor_->networks().size() - 1));
+      fail("thresholds have " + std::to_string(thresholds.size()) +
+           " numbers, expected one for every stage but "
+           "the last: " +
+           std::to_string(executor_->networks().size() - 1));
     for (int64_t i = 0; i < thresholds.size(); ++i)
       if (std::isnan(thresholds.data()[i])) fail("a threshold is NaN; expected numbers or infinity");
     FloatArray log_probs({input.count, executor_->classes()});
@@ -295,8 +302,8 @@ py::list instruction_sets() {
   py::list list;
   for (const Isa& isa : isas()) {
     const bool here = isa.table && isa.supported();
-    list.append(py::make_tuple(isa.name, here ? py::object(py::none())
-                                              : py::object(py::str(std::string("it needs ") + isa.needs))));
+    list.append(py::make_tuple(
+        isa.name, here ? py::object(py::none()) : py::object(py::str(std::string("it needs ") + isa.needs))));
   }
   return list;
 }
@@ -310,9 +317,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("chosen_isa", [](const std::string& name) { return choose_isa(name).isa; }, py::arg("name") = "");
   py::class_<Cascade>(m, "Cascade")
-      .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&, const std::string&>(),
-           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(), py::arg("stage_weights") = std::vector<float>(),
-           py::arg("threads") = 1, py::arg("isa") = "", py::arg("kernel") = "")
+      .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&,
+                    const std::string&>(),
+           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(),
+           py::arg("stage_weights") = std::vector<float>(), py::arg("threads") = 1, py::arg("isa") = "",
+           py::arg("kernel") = "")
       .def("run", &Cascade::run, py::arg("images"), py::arg("table"), py::arg("thresholds").noconvert())
       .def("run_stage", &Cascade::run_stage, py::arg("stage"), py::arg("rows"), py::arg("table") = py::none())
       .def("time_steps", &Cascade::time_steps, py::arg("stage"), py::arg("rows"), py::arg("table"), py::arg("seconds"))

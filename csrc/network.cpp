@@ -89,9 +89,7 @@ class Builder {
     return prefers_winograd(kernels_.isa, op.weight_shape[1], out.c, out.h, out.w);
   }
 
-  bool is_direct(const OpSpec& op) const {
-    return op.kind == OpKind::conv2d && !is_depthwise(op) && !is_winograd(op);
-  }
+  bool is_direct(const OpSpec& op) const { return op.kind == OpKind::conv2d && !is_depthwise(op) && !is_winograd(op); }
 
   bool image_feeds_direct_only() const {
     for (const OpSpec& op : ops_) {
@@ -103,7 +101,8 @@ class Builder {
 
   int64_t count_reads(int64_t value) const {
     int64_t reads = (value == net_.features) + (value == spec_.logits);
-    for (const OpSpec& op : ops_) reads += std::count(op.inputs.begin(), op.inputs.end(), value) + (op.residual == value);
+    for (const OpSpec& op : ops_)
+      reads += std::count(op.inputs.begin(), op.inputs.end(), value) + (op.residual == value);
     return reads;
   }
 
@@ -113,8 +112,8 @@ class Builder {
     for (size_t i = 1; i < ops_.size(); ++i) {
       OpSpec& add = ops_[i];
       OpSpec& conv = ops_[i - 1];
-      const bool unclamped = add.low == -std::numeric_limits<float>::infinity() &&
-                             add.high == std::numeric_limits<float>::infinity();
+      const bool unclamped =
+          add.low == -std::numeric_limits<float>::infinity() && add.high == std::numeric_limits<float>::infinity();
       if (add.kind != OpKind::add || conv.kind != OpKind::conv2d || conv.residual >= 0 || !unclamped) continue;
       if (count_reads(conv.output) != 1 || add.inputs[0] == add.inputs[1]) continue;
       if (add.inputs[0] != conv.output && add.inputs[1] != conv.output) continue;
@@ -146,8 +145,7 @@ class Builder {
   void add_load() {
     OpSpec op;
     op.output = 0;
-    add_step(StepKind::load, op, spec_.reads_previous ? "read features" : "read image", "load_f32").work =
-        shape(0).h;
+    add_step(StepKind::load, op, spec_.reads_previous ? "read features" : "read image", "load_f32").work = shape(0).h;
   }
 
   Epilogue epilogue(Step& step, const OpSpec& op) {
@@ -290,16 +288,19 @@ class Builder {
   void add_pool(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
     const std::string window = std::to_string(op.kernel[0]) + "x" + std::to_string(op.kernel[1]);
-    Step& step = add_step(StepKind::pool, op, (op.is_max ? "max pool " : "average pool ") + window + " " +
-                          in.shape.text(), op.is_max ? "pool_max_f32" : "pool_average_f32");
-    step.pool = {nullptr,       nullptr,       op.is_max,     op.include_padding, op.kernel[0],  op.kernel[1],
-                 op.stride[0],  op.stride[1],  op.padding[0], op.padding[2],      op.padding[1], op.padding[3],
-                 in.shape.h,    in.shape.w,    out.shape.h,   out.shape.w,        out.pitch};
+    Step& step =
+        add_step(StepKind::pool, op, (op.is_max ? "max pool " : "average pool ") + window + " " + in.shape.text(),
+                 op.is_max ? "pool_max_f32" : "pool_average_f32");
+    step.pool = {nullptr,      nullptr,      op.is_max,     op.include_padding, op.kernel[0],  op.kernel[1],
+                 op.stride[0], op.stride[1], op.padding[0], op.padding[2],      op.padding[1], op.padding[3],
+                 in.shape.h,   in.shape.w,   out.shape.h,   out.shape.w,        out.pitch};
   }
 
   void add_elementwise(const OpSpec& op) {
     const Value& out = net_.values[op.output];
-    const char* name = op.kind == OpKind::add ? "add" : op.kind == OpKind::activation ? "activation" : "scale and shift";
+    const char* name = op.kind == OpKind::add          ? "add"
+                       : op.kind == OpKind::activation ? "activation"
+                                                       : "scale and shift";
     Step& step = add_step(StepKind::elementwise, op, name, "elementwise_f32");
     Elementwise& c = step.elementwise;
     c.pitch = out.pitch;
@@ -457,8 +458,7 @@ std::string Shape::text() const {
 
 Network build_network(const StageSpec& spec, const KernelTable& kernels, const std::string& forced) {
   if (!forced.empty() && forced != "conv_direct_f32" && forced != "conv3x3_winograd_f32")
-    throw std::invalid_argument("unknown kernel '" + forced +
-                                "'; expected conv_direct_f32 or conv3x3_winograd_f32");
+    throw std::invalid_argument("unknown kernel '" + forced + "'; expected conv_direct_f32 or conv3x3_winograd_f32");
   return Builder(spec, kernels, forced).build();
 }
 

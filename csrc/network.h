@@ -58,10 +58,10 @@ struct OpSpec {
   std::array<int64_t, 4> padding{};
   int64_t groups = 1;
   bool is_max = false, ceil_mode = false, include_padding = true;
-  std::array<int64_t, 3> before{}, after{};          // pad
+  std::array<int64_t, 3> before{}, after{};               // pad
   std::array<int64_t, 3> start{}, stop{}, step{1, 1, 1};  // slice
-  float value = 0.f;                                 // pad
-  bool residual_after_clamp = false;                 // set by fusion only
+  float value = 0.f;                                      // pad
+  bool residual_after_clamp = false;                      // set by fusion only
 };
 
 struct StageSpec {
@@ -77,10 +77,10 @@ struct StageSpec {
 // one sub-tile of its segment.
 struct Value {
   Shape shape;
-  int64_t pitch = 0;  // channels as stored
-  int64_t floats = 0; // per instance
+  int64_t pitch = 0;   // channels as stored
+  int64_t floats = 0;  // per instance
   bool whole = false;
-  int64_t offset = 0; // in the arena
+  int64_t offset = 0;  // in the arena
 };
 
 enum class StepKind { load, direct, winograd, depthwise, pool, elementwise, pad, slice, concat, flatten };
@@ -90,12 +90,12 @@ struct Step {
   std::vector<int64_t> inputs;
   int64_t output = 0, residual = -1;
   std::string operation, kernel;  // for describe()
-  int64_t macs = 0;    // per instance, as the plan defines it, whatever the kernel does
+  int64_t macs = 0;               // per instance, as the plan defines it, whatever the kernel does
   std::vector<float> bias;
   std::vector<int64_t> taps;
   Buffer weights, plain_weights;  // the second of Winograd convolutions in networks with large weights
-  int64_t work = 0;    // pixels or tiles per instance
-  int64_t blocks = 1;  // vectors of output channels that may be split
+  int64_t work = 0;               // pixels or tiles per instance
+  int64_t blocks = 1;             // vectors of output channels that may be split
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};
@@ -106,8 +106,8 @@ struct Step {
 
 // Steps that run one sub-tile after the other, so that what they exchange stays in cache.
 struct Segment {
-  size_t begin, end;      // steps
-  int64_t instances;      // of a sub-tile
+  size_t begin, end;  // steps
+  int64_t instances;  // of a sub-tile
 };
 
 struct Network {
@@ -118,10 +118,10 @@ struct Network {
   std::vector<Step> steps;  // the first loads value 0
   std::vector<Segment> segments;
   int64_t features, logits;  // values; features is -1 where no later stage reads them
-  int64_t tile;           // instances that run together
-  int64_t rows_alone;     // with fewer a thread, threads share every step instead of each running its own rows
-  int64_t arena_floats;   // activations of a tile
-  int64_t scratch_floats; // of one thread
+  int64_t tile;              // instances that run together
+  int64_t rows_alone;        // with fewer a thread, threads share every step instead of each running its own rows
+  int64_t arena_floats;      // activations of a tile
+  int64_t scratch_floats;    // of one thread
   int64_t weight_bytes;
   Buffer zeros;
 };

@@ -78,9 +78,8 @@ std::vector<StepTime> time_steps(const Network& net, const Source& source, int64
                                  double seconds) {
   std::vector<Worker> workers;
   for (int rank = 0; rank < threads; ++rank) workers.emplace_back(net);
-  run_on_helpers(threads, [&](int rank) {
-    run_passes(net, source, instances, seconds, workers[static_cast<size_t>(rank)]);
-  });
+  run_on_helpers(threads,
+                 [&](int rank) { run_passes(net, source, instances, seconds, workers[static_cast<size_t>(rank)]); });
   std::vector<StepTime> times(net.steps.size());
   for (const Segment& segment : net.segments)
     for (size_t i = segment.begin; i < segment.end; ++i) {

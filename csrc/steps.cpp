@@ -109,8 +109,9 @@ void slice(const Step& step, const Value& in, const Value& out, const float* x, 
   Line line;
   for (int64_t p = pixels.begin; p < pixels.end; p += line.count) {
     line = line_at(p, pixels.end, out.shape);
-    const float* from = x + op.start[0] + image_offset(in, line.image, op.start[1] + line.row * op.step[1],
-                                                       op.start[2] + line.column * op.step[2]);
+    const float* from =
+        x + op.start[0] +
+        image_offset(in, line.image, op.start[1] + line.row * op.step[1], op.start[2] + line.column * op.step[2]);
     float* to = y + p * out.pitch;
     for (int64_t i = 0; i < line.count; ++i, from += op.step[2] * in.pitch, to += out.pitch) {
       if (op.step[0] == 1)
@@ -147,8 +148,8 @@ void flatten(const Value& in, const Value& out, const float* x, float* y, Range 
 
 }  // namespace
 
-void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch,
-              int64_t first, int64_t instances, Share share) {
+void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
+              int64_t instances, Share share) {
   const auto at = [&](int64_t v) {
     const Value& value = net.values[v];
     return arena + value.offset + (value.whole ? first * value.floats : 0);

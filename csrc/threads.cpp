@@ -16,7 +16,7 @@ constexpr int kSpins = 2000;  // a helper stays awake for some 50 µs after work
 
 struct Job {
   const std::function<void(int)>* work;
-  int wanted;       // helpers still welcome
+  int wanted;  // helpers still welcome
   int next_rank = 1;
   std::atomic<int> running{0};  // helpers inside work
 };
@@ -55,8 +55,8 @@ class HelperPool {
  private:
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::vector<Job*> jobs_;        // with helpers wanted
-  std::atomic<int> pending_{0};   // jobs_.size(), for spinning helpers
+  std::vector<Job*> jobs_;       // with helpers wanted
+  std::atomic<int> pending_{0};  // jobs_.size(), for spinning helpers
   int idle_ = 0, starting_ = 0;
 
   void start_helper() {

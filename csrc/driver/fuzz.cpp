@@ -1,5 +1,6 @@
 // Differential fuzzing of the engine without Python: random networks and cascades run on every instruction set
-// of this machine, alone and on several threads, with and without NaN in some images, and must agree. Built with the sanitizers by tools/fuzz.py.
+// of this machine, alone and on several threads, with and without NaN in some images, and must agree. Built with the
+// sanitizers by tools/fuzz.py.
 //
 //   fuzz SECONDS SEED      prints the seed of each failing case and exits 1
 #include <algorithm>

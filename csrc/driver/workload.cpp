@@ -181,8 +181,10 @@ struct Case {
 // In the cascades some images stop first; one count makes a large batch and one a small batch.
 std::vector<Case> cases() {
   return {
-      {"winograd", {winograd_stage()}, 6, false, 0.f}, {"direct", {direct_stage()}, 6, false, 0.f},
-      {"light", {light_stage()}, 6, false, 0.f},       {"layout", {layout_stage()}, 20, true, 0.f},
+      {"winograd", {winograd_stage()}, 6, false, 0.f},
+      {"direct", {direct_stage()}, 6, false, 0.f},
+      {"light", {light_stage()}, 6, false, 0.f},
+      {"layout", {layout_stage()}, 20, true, 0.f},
       {"large", {large_stage()}, 2, false, 0.f},
       {"cascade", {direct_stage(), winograd_stage()}, 100, true, 0.4f},
       {"few", {light_stage(), direct_stage()}, 7, true, 0.53f},
@@ -223,8 +225,8 @@ struct Call {
 }  // namespace
 }  // namespace fastcascade
 
-extern "C" __attribute__((noinline)) void measured_run(const fastcascade::Executor& executor,
-                                                       fastcascade::Call& call, float threshold) {
+extern "C" __attribute__((noinline)) void measured_run(const fastcascade::Executor& executor, fastcascade::Call& call,
+                                                       float threshold) {
   executor.run(call.images, &threshold, {call.log_probs.data(), call.label.data(), call.exit_stage.data()});
 }
 

@@ -33,8 +33,8 @@ FC_INLINE void take_back(const DirectConv& c, Accumulators<R, B>& acc, const Pix
 }
 
 template <int R, int B, size_t... I>
-FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
-                          int64_t channel, std::index_sequence<I...>) {
+FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
+                          std::index_sequence<I...>) {
   (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes,
          finish(acc.v[I], c.epilogue, pixels.out[I / B] + channel + (I % B) * kLanes,
                 load(c.epilogue.bias + channel + (I % B) * kLanes))),

@@ -16,11 +16,7 @@ FC_INLINE Six input_transform(const Six& d) {
   const V minus4 = broadcast(-4.f), minus5 = broadcast(-5.f), plus4 = broadcast(4.f);
   const V even = fma(minus4, d.v2, d.v4), odd = fma(minus4, d.v1, d.v3);
   const V even2 = sub(d.v4, d.v2), half = sub(d.v3, d.v1), odd2 = add(half, half);
-  return {fma(plus4, d.v0, fma(minus5, d.v2, d.v4)),
-          add(even, odd),
-          sub(even, odd),
-          add(even2, odd2),
-          sub(even2, odd2),
+  return {fma(plus4, d.v0, fma(minus5, d.v2, d.v4)), add(even, odd), sub(even, odd), add(even2, odd2), sub(even2, odd2),
           fma(plus4, d.v1, fma(minus5, d.v3, d.v5))};
 }
 
@@ -147,8 +143,8 @@ inline WinogradProduct winograd_product_of(int64_t rows, std::index_sequence<R..
 }
 
 // Terms [first, first + depth) of the products of one slot, for `width` vectors of channels from m on.
-static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64_t first, int64_t depth,
-                          const float* v, const float* u, float* m) {
+static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64_t first, int64_t depth, const float* v,
+                          const float* u, float* m) {
   constexpr std::make_index_sequence<kTileRows> counts;
   for (int64_t r = 0; r < tiles; r += kTileRows) {
     const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
@@ -221,11 +217,10 @@ FC_INLINE void finish_row(const Epilogue& e, const Four& row, float* out, int64_
 }
 
 // The same where the tile hangs over the right edge.
-FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, int64_t offset, int64_t pitch,
-                                V bias, int64_t columns) {
+FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, int64_t offset, int64_t pitch, V bias,
+                                int64_t columns) {
   const V values[4] = {row.v0, row.v1, row.v2, row.v3};
-  for (int64_t x = 0; x < columns; ++x)
-    store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
+  for (int64_t x = 0; x < columns; ++x) store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
 }
 
 // Transforms one vector of channels of one tile back and finishes its 4×4 outputs.

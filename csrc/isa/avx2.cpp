@@ -35,9 +35,7 @@ FC_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 FC_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 // Both instructions return their second operand where either is NaN, so x stays where it is NaN.
 FC_INLINE V clamp(V x, V low, V high) { return _mm256_min_ps(high, _mm256_max_ps(low, x)); }
-FC_INLINE V maximum(V a, V b) {
-  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-}
+FC_INLINE V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 
 #include "../generic/all.inl"
 
