@@ -4,7 +4,6 @@ Metadata lives in pyproject.toml. ``kernels/`` is installed as ``fastcascade.ker
 one by one because that mapping defeats automatic discovery.
 """
 
-import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -19,7 +18,7 @@ kernels = Pybind11Extension(
     sources,
     depends=headers,
     cxx_std=17,
-    extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-fno-math-errno"],
+    extra_compile_args=["-O3", "-fno-math-errno"],
 )
 
 setup(

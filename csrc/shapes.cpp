@@ -1,13 +1,14 @@
 #include "shapes.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace fastcascade {
 namespace {
 
-// As kMaxFloats: larger than real, too small to overflow.
+// Like kMaxFloats: above what real networks have, too small to overflow.
 constexpr int64_t kMaxSide = int64_t{1} << 16, kMaxChannels = int64_t{1} << 20;
-constexpr size_t kMaxOps = 100000, kMaxInputs = 64;
+constexpr size_t kMaxOps = 100000;
 
 [[noreturn]] void fail(const std::string& where, const std::string& what) {
   throw std::invalid_argument(where + ": " + what);
@@ -23,7 +24,7 @@ void check_shape(const std::string& where, const Shape& s) {
   check_range(where, "channels", s.c, 1, kMaxChannels);
   check_range(where, "height", s.h, 1, kMaxSide);
   check_range(where, "width", s.w, 1, kMaxSide);
-  if (s.c * s.h * s.w > kMaxFloats) fail(where, "value " + s.text() + " is too large");
+  if (s.size() > kMaxFloats) fail(where, "value " + s.text() + " is too large");
 }
 
 void check_count(const std::string& where, const char* name, size_t got, int64_t expected) {
@@ -141,7 +142,7 @@ Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>
     case OpKind::slice: return slice_shape(where, op, in);
     case OpKind::pad: return pad_shape(where, op, in);
     case OpKind::concat: return concat_shape(where, op, shapes);
-    case OpKind::flatten: return {in.c * in.h * in.w, 1, 1};
+    case OpKind::flatten: return {in.size(), 1, 1};
   }
   fail(where, "unknown operation");
 }

@@ -1,4 +1,4 @@
-// Everything that an instruction set's file includes after its vector operations, in order of use.
+// All kernels. An instruction set's file includes this after its vector operations. The order matters.
 // clang-format off
 #include "gemm.inl"
 #include "direct.inl"
@@ -9,8 +9,8 @@
 static constexpr KernelTable make_table(const char* isa) {
   return {isa,
           kLanes,
-          kTileRows,
-          kPair,
+          kMr,
+          kNrBlocks,
           conv_direct_f32,
           conv3x3_winograd_f32,
           transform_weights_f32,

@@ -1,4 +1,4 @@
-// Depthwise convolution, pooling and elementwise operations: one vector of channels at a time.
+// Depthwise convolution, pooling and elementwise operations, one block of channels at a time.
 
 static void conv_depthwise_f32(const DepthwiseConv& c, Range pixels) {
   const int64_t per_image = c.height * c.width;
@@ -15,7 +15,7 @@ static void conv_depthwise_f32(const DepthwiseConv& c, Range pixels) {
   }
 }
 
-// The window of one output pixel along one axis, cut to the image, and its length for an average.
+// A pooling window along one axis, clipped to the image, and the length that an average divides by.
 struct Window {
   int64_t begin, end, length;
 };
