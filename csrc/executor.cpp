@@ -36,9 +36,9 @@ std::unique_ptr<RunContext> Executor::take_context(int64_t instances) const {
     if (!context) context = std::make_unique<RunContext>(program_);
     context->start_batch(program_, instances);
   } catch (const std::bad_alloc&) {
+    const std::string batches = instances > 1 ? "batches of " + std::to_string(instances / 2) + " or " : "";
     throw OutOfMemory("no memory is left for " + std::to_string(instances) + " images on " +
-                      std::to_string(program_.threads) + " threads; try batches of " +
-                      std::to_string(std::max<int64_t>(1, instances / 2)) + ", or fewer threads");
+                      std::to_string(program_.threads) + " threads; try " + batches + "fewer threads");
   }
   return context;
 }
