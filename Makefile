@@ -15,6 +15,7 @@ pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
 python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
 checked := fastcascade kernels tests tools $(wildcard bench examples) setup.py
+cpp_sources := $(shell find csrc kernels/cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
@@ -85,10 +86,12 @@ test-all: lint typecheck  ## the same, with the slow tests
 	@$(pytest) $(CURDIR)/tests
 	@$(pytest) --doctest-modules --pyargs fastcascade
 
-lint: install  ## run ruff
+lint: install  ## run ruff and clang-format
 	$(say) "ruff"
 	@$(bin)/ruff check $(checked)
 	@$(bin)/ruff format --check $(checked)
+	$(say) "clang-format"
+	@$(bin)/clang-format --dry-run --Werror $(cpp_sources)
 
 typecheck: install  ## run mypy on the installed package
 	$(say) "mypy"
@@ -128,9 +131,10 @@ bench-compare: install  ## compare two commits in one run: make bench-compare A=
 	@$(bench_folder) && $(bin)/python -m bench.compare "$(A)" "$(B)" $(ARGS)
 
 .PHONY: format
-format: $(VENV)/.dependencies  ## apply ruff's fixes and formatting
+format: $(VENV)/.dependencies  ## apply ruff's fixes, and format Python, C++ and CUDA
 	@$(bin)/ruff check --fix $(checked)
 	@$(bin)/ruff format $(checked)
+	@$(bin)/clang-format -i $(cpp_sources)
 
 .PHONY: clean
 clean:  ## remove build products and .venv

@@ -94,9 +94,8 @@ FC_FUNCTION void move_rows(Context& context, Word* rows, int* index, const int* 
 
 // bucket[i] = source[index[chunk·size + i]]; zeros beyond the active rows.
 template <class Context, class Word>
-FC_FUNCTION void gather_rows(Context& context, const Word* source, const int* index, const int* count,
-                             const int* chunk, Word* bucket, int* bucket_index, int* bucket_count, int size,
-                             long long words) {
+FC_FUNCTION void gather_rows(Context& context, const Word* source, const int* index, const int* count, const int* chunk,
+                             Word* bucket, int* bucket_index, int* bucket_count, int size, long long words) {
   const int first = chunk[0] * size;
   const int left = count[0] - first;
   const int n = left < 0 ? 0 : left < size ? left : size;

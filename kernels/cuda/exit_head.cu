@@ -4,11 +4,11 @@
 
 using namespace fastcascade;
 
-#define ENTRY(name, Scalar)                                                                            \
+#define ENTRY(name, Scalar)                                                                                        \
   extern "C" __global__ void __launch_bounds__(256, 3) name(const ExitArguments arguments, const Scalar* logits) { \
-    __shared__ int stays[kRows];                                                                       \
-    DeviceContext context;                                                                             \
-    exit_head(context, arguments, logits, stays);                                                      \
+    __shared__ int stays[kRows];                                                                                   \
+    DeviceContext context;                                                                                         \
+    exit_head(context, arguments, logits, stays);                                                                  \
   }
 
 ENTRY(exit_head_f32, float)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exit_rows import CLASS_COUNTS, INVALID, outliers, places, rotations
 from host_threads import HostLaunch
 from torch import Tensor
 
@@ -195,6 +196,66 @@ def test_last_exit_retires_everything_and_marks_invalid_rows(
     got, keep = check_exit_head(launch, 33, selector=None, stage_weight=stage_weight, invalid=5)
     assert int(keep.counts.sum()) == 0
     assert int(((got.exit_stage == 3) & (got.label == -1)).sum()) == 5
+
+
+def run_rows(
+    launch: Launch,
+    logits: Tensor,
+    selector: str | None,
+    threshold: float = 0.0,
+    weights: MLPWeights | None = None,
+) -> tuple[ExitTables, Tensor]:
+    """The kernel's tables and keep flags after one exit over these rows."""
+    n, num_classes = logits.shape
+    device = launch.device
+    tables = ExitTables(*(t.to(device) for t in reference.exit_tables(n, num_classes)))
+    keep = exit_head.new_keep(n, num_classes, device)
+    exit_head.exit_head(
+        launch,
+        tables,
+        logits.to(device),
+        int32(device, *range(n)),
+        int32(device, n),
+        0,
+        keep,
+        stage_weight=0.7,
+        selector=selector,
+        weights=None if weights is None else MLPWeights(*(w.to(device) for w in weights)),
+        threshold=None if selector is None else torch.tensor([threshold], device=device),
+    )
+    return tables, keep.flags.cpu()
+
+
+@pytest.mark.parametrize("num_classes", CLASS_COUNTS)
+def test_maximum_and_mass_in_every_place(launch: Launch, num_classes: int) -> None:
+    logits = torch.cat([outliers(num_classes, value) for value in (1.0, 4.0, 12.0)])
+    tables, _ = run_rows(launch, logits, None)
+    assert tables.label.tolist() == places(num_classes) * 3
+    torch.testing.assert_close(tables.log_probs.cpu(), logits.log_softmax(1), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_classes", CLASS_COUNTS)
+def test_invalid_logits_in_every_place(launch: Launch, num_classes: int) -> None:
+    tables, _ = run_rows(launch, torch.cat([outliers(num_classes, value) for value in INVALID]), None)
+    assert (tables.label == -1).all()
+    assert tables.log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("num_classes", [3, 9, 17, 100])
+def test_scores_read_every_class(launch: Launch, num_classes: int, selector: str) -> None:
+    logits = rotations(num_classes)
+    log_probs, weights = logits.double().log_softmax(1), None
+    if selector in ("stats", "topk", "probs"):  # the score is the sum of the features
+        ones, one = torch.ones(num_classes if selector == "probs" else 4), torch.ones(1)
+        weights = MLPWeights(0 * ones, ones, ones[None], 10 * one, one, 0 * one[0])
+        seen = reference.features(selector, log_probs, torch.zeros(len(logits), dtype=torch.float64))
+        score = float(reference.mlp_score(seen, weights)[0])
+    else:
+        score = float(reference.threshold_score(selector, log_probs)[0])
+    for step, stays in ((-3e-5, 0), (3e-5, 1)):
+        threshold = score + step * max(abs(score), 1)
+        assert (run_rows(launch, logits, selector, threshold, weights)[1] == stays).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
