@@ -18,19 +18,32 @@ REPOSITORY = Path(__file__).parents[1]
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "text": set(),
     "types": {"errors"},
+    "scale": {"errors", "types"},
     "storage": {"errors"},
-    "model": {"errors", "types", "storage", "kernels"},
+    "model": {"errors", "types", "scale", "storage", "kernels"},
     "data": {"errors", "types", "storage"},
-    "evaluation": {"errors", "types", "storage", "kernels", "model", "data"},
+    "evaluation": {"errors", "text", "types", "storage", "kernels", "model", "data"},
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
-    "engine": {"errors", "types", "model", "lowering", "backends"},
+    "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},
     "prediction": {"errors", "types", "storage", "data", "engine"},
     "benchmarking": {
-        *{"errors", "types", "storage", "model", "data", "evaluation", "lowering", "backends", "engine"}
+        *{
+            "errors",
+            "text",
+            "types",
+            "storage",
+            "model",
+            "data",
+            "evaluation",
+            "lowering",
+            "backends",
+            "engine",
+        }
     },
 }
 """For each folder or module of the package, the others that it may import. There is no cycle."""
