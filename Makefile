@@ -97,7 +97,8 @@ typecheck: install  ## mypy, on the installed package
 test-gpu: install  ## on a GPU machine: the GPU tests on the device, then gpu-report.json
 	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 		"torch sees no GPU here; make test runs the GPU tests under an interpreter and a compiler")'
-	@$(pytest) $(CURDIR)/tests/gpu
+	@$(pytest) --junitxml=$(CURDIR)/build/gpu-tests.xml $(CURDIR)/tests/gpu
+	@$(bin)/python $(CURDIR)/tests/helpers/ran.py $(CURDIR)/build/gpu-tests.xml
 	$(say) "measuring the kernels, the cascade and torch beside it: gpu-report.json"
 	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
 
