@@ -100,7 +100,8 @@ typecheck: install  ## run mypy on the installed package
 test-gpu: install  ## on a machine with a GPU: run the GPU tests, then measure into gpu-report.json
 	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 		"torch sees no GPU here; make test runs the GPU tests in an interpreter and on CPU threads")'
-	@$(pytest) $(CURDIR)/tests/gpu
+	@$(pytest) --junitxml=$(CURDIR)/build/gpu-tests.xml $(CURDIR)/tests/gpu
+	@$(bin)/python $(CURDIR)/tests/helpers/ran.py $(CURDIR)/build/gpu-tests.xml
 	$(say) "measuring the kernels, and the cascade against torch: gpu-report.json"
 	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
 

@@ -1,4 +1,4 @@
-"""Which engines stand against each other in which case."""
+"""The engines of each case."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bench.worker import OURS
 __all__ = [
     "AVX2_OURS",
     "AVX2_PEER",
+    "BEST_LAST",
     "BF16_PEERS",
     "FP32_PEERS",
     "LAST",
@@ -24,20 +25,24 @@ BF16_PEERS = tuple(peer.name for peer in PEERS if not peer.counts_as_fp32)
 ONE_THREAD = "fastcascade, 1 thread"
 AVX2_OURS, AVX2_PEER = "fastcascade, AVX2", "OpenVINO, AVX2"
 LAST = "plain eager, last network on everything"
+BEST_LAST = ("eager channels_last", "torch.compile")
+"""PyTorch's own ways that a cascade's last network is also run with, each at its best schedule."""
 
 _SLOW = ("plain eager", "eager", "eager channels_last", "eager bf16", "torch.compile")
-"""PyTorch's own engines, never the fastest: the standard set measures them on ResNet-20 only."""
+"""PyTorch's own engines, never the fastest. The standard set measures them on ResNet-20, and the fastest of
+them on the cascade."""
 _ONE_SHAPE = "torch.compile"
-"""Compiles for one batch size, for up to a minute: no cascade can be written over it."""
+"""Takes up to a minute to compile for one number of rows, so no cascade runs on it."""
 
 
 def engines_for(case: Case, everyone: bool) -> list[Engine]:
-    """Ours, the fast peers, and on ResNet-20 (or for ``everyone``) the slow ones too."""
+    """Ours, the fast peers, and on ResNet-20 (or with ``everyone``) the slow ones too."""
     skipped = left_out(case, everyone)
     peers = [Engine(p.name, p.name, p.tolerance) for p in PEERS if p.name not in skipped]
     engines = [Engine(OURS, OURS), *peers]
     if case.is_cascade:
-        return [*engines, Engine(LAST, "plain eager", last_only=True)]
+        last = [Engine(f"{p}, last network on everything", p, last_only=True) for p in BEST_LAST]
+        return [*engines, Engine(LAST, "plain eager", last_only=True), *last]
     if case.batch in (1, 256):
         engines.append(Engine(ONE_THREAD, OURS, threads=1))
     if case.batch == 256:
@@ -47,9 +52,10 @@ def engines_for(case: Case, everyone: bool) -> list[Engine]:
 
 
 def left_out(case: Case, everyone: bool) -> tuple[str, ...]:
-    """The peers that are not measured in this case; results say so."""
+    """The peers that are not measured in this case; the results name them."""
     if case.is_cascade:
-        return (*(BF16_PEERS if everyone else (*BF16_PEERS, *_SLOW)), _ONE_SHAPE)
+        slow = () if everyone else tuple(name for name in _SLOW if name != "eager channels_last")
+        return tuple(dict.fromkeys((*BF16_PEERS, *slow, _ONE_SHAPE)))
     if everyone or case.model == "resnet_cifar:20":
         return () if everyone or case.batch != 1 else (_ONE_SHAPE,)
     return _SLOW

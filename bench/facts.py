@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import fastcascade as fc
 from bench.cases import cascade_images, load_model, model_file, noise
 from fastcascade.backends.cpu import CpuProgram
-from fastcascade.benchmarking.runner import benchmark, stage_alone
+from fastcascade.benchmarking.parts import stage_alone
+from fastcascade.benchmarking.runner import benchmark
 from fastcascade.lowering.export import plan as lower_plan
 
 __all__ = ["errors", "memory", "schedule"]

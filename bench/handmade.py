@@ -1,7 +1,7 @@
-"""The cascade that a careful user writes by hand over a runtime: run, score, gather the survivors, go on.
+"""A cascade written by hand over a runtime: run a stage, score, gather the survivors, run the next.
 
-Everything between the networks is NumPy. Survivors are gathered into micro-batches, whose size and padding
-are tuned per stage, because the number of survivors changes with every batch.
+Everything between the networks is NumPy. The number of survivors changes with every batch, so how they are
+cut into micro-batches and padded is tuned for each stage.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from bench.peers import Peer, Schedule, make_peer
+from bench.peers import WHOLE, Peer, Schedule, make_peer
 from fastcascade import Cascade, MLPSelector, ThresholdSelector
 
 __all__ = ["PeerCascade"]
@@ -66,11 +66,18 @@ class PeerCascade:
         return log_probs, exits
 
     def schedules(self, k: int, survivors: int) -> list[Schedule]:
-        """Ways of cutting about this many survivors at stage k: dynamic whole batch, and padded or dynamic
-        micro-batches."""
-        whole, *streams = self.peers[k].schedules(survivors)
-        return [whole._replace(micro_batch=1 << 20, padded=False)] + [
-            schedule._replace(padded=padded) for schedule in streams for padded in (True, False)
+        """Ways of cutting about this many survivors at stage k.
+
+        All rows at once, or micro-batches on one stream or one per thread; for fixed shapes, for a ladder of
+        shapes, or for any shape. Stage 0 reads whole batches, whose shape never changes.
+        """
+        whole, *cut = self.peers[k].schedules(survivors)
+        if k == 0:
+            return [whole, *cut]
+        shapes = ("fixed", "ladder", "dynamic") if self.peers[k].fixes_rows else ("fixed", "dynamic")
+        return [
+            *(Schedule(1, WHOLE, shape) for shape in shapes if shape != "fixed"),
+            *(schedule._replace(shapes=shape) for schedule in cut for shape in shapes),
         ]
 
 
@@ -112,7 +119,7 @@ def _score(cascade: Cascade, k: int) -> Score:
     kind = selector.features
     with torch.no_grad():
         mean, std, w1, b1, w2, b2 = (w.numpy().copy() for w in selector.weights(k))
-    # (x − mean)/std folded into the first layer, as anyone who writes this by hand would.
+    # (x − mean)/std is folded into the first layer.
     first = (w1 / std).T.copy()
     bias = b1 - (w1 / std) @ mean
 
@@ -123,8 +130,8 @@ def _score(cascade: Cascade, k: int) -> Score:
             features = np.stack([*_top_log_odds(log_probs, 3), agreement], 1)
         else:
             features = np.stack([*_top_log_odds(log_probs, 2), _entropy(log_probs), agreement], 1)
-        answer: np.ndarray = np.maximum(features @ first + bias, 0) @ w2 + b2
-        return answer
+        scores: np.ndarray = np.maximum(features @ first + bias, 0) @ w2 + b2
+        return scores
 
     return score
 

@@ -1,25 +1,22 @@
-"""The machine line and the ceilings that every result stands beside."""
+"""The machine line of every result, and where this checkout keeps things."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CACHE", "ROOT", "THREADS", "ceilings", "machine", "machine_slug"]
+__all__ = ["CACHE", "ROOT", "THREADS", "machine", "machine_slug"]
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".benchmarks"
 """Exported models and compiled helpers; safe to delete."""
 
 THREADS = min(2, len(os.sched_getaffinity(0)))
-"""What the targets are set for."""
+"""The number of threads that the targets are set for."""
 
 _PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "openvino", "ncnn", "pnnx", "fastcascade")
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
@@ -56,19 +53,3 @@ def machine_slug(facts: dict[str, Any]) -> str:
     isa = next((flag for flag in ("avx512f", "avx2") if flag in facts["flags"]), platform.machine())
     name = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
     return f"{name}-{facts['threads']}-{isa}"
-
-
-def ceilings(threads: int, milliseconds: int = 100) -> dict[str, float]:
-    """Peak arithmetic (GFLOP/s) and copy bandwidth (GB/s, read + write) of ``threads`` threads, measured now.
-
-    Raises:
-        subprocess.CalledProcessError: no C++ compiler, or it refuses the source.
-    """
-    source = Path(__file__).with_name("ceilings.cpp")
-    binary = CACHE / f"ceilings-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
-    if not binary.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX", "g++")
-        subprocess.run([compiler, "-O3", "-std=c++17", "-pthread", source, "-o", binary], check=True)
-    answer = subprocess.run([binary, str(threads), str(milliseconds)], check=True, capture_output=True)
-    return {key: float(value) for key, value in json.loads(answer.stdout).items()}

@@ -1,4 +1,4 @@
-"""The protocol of every comparison: check, tune, then time in turns, with one process awake at a time."""
+"""The protocol of every comparison: tune, check, then time in turns, with one process awake at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bench.ratios import relative_spread
 __all__ = ["Engine", "Gate", "Timing", "Worker", "check", "measure"]
 
 _PATIENCE_S = 600
-"""An engine that takes longer over one command is ended and refused."""
+"""An engine that takes longer over one command is killed and refused."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Engine:
 
 
 class Worker:
-    """A process that holds one engine and is stopped (SIGSTOP) except while it answers.
+    """A process that holds one engine and is stopped (SIGSTOP) except while it carries out a command.
 
     A runtime's idle threads may spin; in a stopped process they cannot slow the engine being timed.
 
@@ -94,14 +94,14 @@ class Worker:
         self.log.close()
 
     def load(self, model: str) -> None:
-        """Load a model; failure is remembered in ``refused``."""
+        """Load a model; a failure is stored in ``refused``."""
         try:
             self.ask("load", model=model)
         except RuntimeError as error:
             self.refused = str(error)
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Wake the process, send a command, wait for its answer, stop the process.
+        """Wake the process, send a command, wait for its reply, stop the process.
 
         Raises:
             RuntimeError: the worker reports an error or died; the message ends with its log's last lines.
@@ -116,18 +116,18 @@ class Worker:
             print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         watchdog.cancel()
-        ended = f"its process ended, or was ended after {_PATIENCE_S} s without an answer"
-        answer: dict[str, Any] = json.loads(line) if line else {"error": ended}
+        ended = f"its process ended, or was killed after {_PATIENCE_S} s without a reply"
+        reply: dict[str, Any] = json.loads(line) if line else {"error": ended}
         self.process.send_signal(signal.SIGSTOP)
-        if "error" in answer:
+        if "error" in reply:
             self.log.seek(0)
             tail = "".join(self.log.readlines()[-12:])
-            raise RuntimeError(f"{self.engine.name}, asked to {command}: {answer['error']}\n{tail}")
-        return answer
+            raise RuntimeError(f"{self.engine.name}, on command {command!r}: {reply['error']}\n{tail}")
+        return reply
 
 
 def _python_path(library: Path | None) -> str:
-    """A path on which ``bench`` is found but not this checkout's ``fastcascade``, which is not built."""
+    """A path with ``bench`` on it but without this checkout's ``fastcascade``, which is not built."""
     folder = CACHE / "path"
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "bench"
@@ -142,25 +142,26 @@ class Gate:
 
     Attributes:
         max_error: of log-probabilities (clipped at −20), over rows that left at the same exit.
-        flips: share of rows that left at another exit, all of them closer to a threshold than the band.
+        flips: share of rows that left at another exit, all of them within the band around a threshold.
     """
 
     max_error: float
     flips: float
 
 
-def check(answers: Mapping[str, np.ndarray], expected: Reference, tolerance: float) -> Gate:
-    """Compare an engine's ``log_probs`` (or logits) and ``exits`` with torch's.
+def check(results: Mapping[str, np.ndarray], expected: Reference, tolerance: float) -> Gate:
+    """Compare an engine's ``log_probs`` (or logits), ``labels`` and ``exits`` with torch's.
 
     Raises:
-        RuntimeError: rows are missing, they differ by more than ``tolerance``, an exit differs where the stop
-            score is further than ten tolerances from its threshold, or more than 1 % of the exits differ.
+        RuntimeError: rows are missing, they differ by more than ``tolerance``, a label differs where the top
+            two classes are further apart than two tolerances, an exit differs where the stop score is further
+            than ten tolerances from its threshold, or more than 1 % of the exits differ.
     """
     exits, margin = expected.exits, expected.margin
-    if len(answers["log_probs"]) != len(exits):
-        raise RuntimeError(f"{len(answers['log_probs'])} answers for {len(exits)} images")
-    own = torch.from_numpy(answers["log_probs"]).log_softmax(1).clamp(min=-20).numpy()
-    differing = answers["exits"] != exits
+    if len(results["log_probs"]) != len(exits):
+        raise RuntimeError(f"{len(results['log_probs'])} results for {len(exits)} images")
+    own = torch.from_numpy(results["log_probs"]).log_softmax(1).clamp(min=-20).numpy()
+    differing = results["exits"] != exits
     if differing.mean() > 0.01 or bool((differing & (margin > 10 * tolerance)).any()):
         raise RuntimeError(
             f"{int(differing.sum())} of {len(exits)} instances leave at another exit, the furthest at a "
@@ -169,6 +170,11 @@ def check(answers: Mapping[str, np.ndarray], expected: Reference, tolerance: flo
     error = float(np.abs(own - expected.log_probs.clip(-20))[~differing].max())
     if not error <= tolerance:
         raise RuntimeError(f"log-probabilities differ from torch's by {error:.2g}; allowed: {tolerance:.2g}")
+    top = np.sort(expected.log_probs, axis=1)[:, -2:]
+    clear = ~differing & (top[:, 1] - top[:, 0] > 2 * tolerance)
+    labels = int((results["labels"] != expected.log_probs.argmax(1))[clear].sum())
+    if labels:
+        raise RuntimeError(f"{labels} of {len(exits)} labels differ from torch's, away from ties")
     return Gate(error, float(differing.mean()))
 
 
@@ -179,8 +185,8 @@ class Timing:
     Attributes:
         schedule: how it cut the batch.
         seconds: per round, the median seconds per image.
-        gate: how far its answers were from torch's.
-        gflop: of one image in the mean.
+        gate: how far its results were from torch's.
+        gflop: mean over the images.
         refused: why it was not timed, or None.
     """
 
@@ -221,10 +227,10 @@ def measure(
         images: (M, C, H, W) float32; cut into batches of the case's size.
         rounds: every engine has one turn a round; the order is reversed every other round.
         seconds: of one turn, at least.
-        tuning: seconds an engine may spend on finding its schedule.
+        tuning: seconds for the last choice among an engine's schedules; a cascade's stages have as many each.
 
     Returns:
-        One :class:`Timing` per worker. One that fails or answers wrongly is refused, and says why.
+        One :class:`Timing` per worker. An engine that fails or returns wrong results is refused.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images.npy")
@@ -253,17 +259,17 @@ def measure(
 
 
 def _prepare(worker: Worker, images: Path, batch: int, expected: Reference, tuning: float) -> Timing:
-    """Tune an engine and hold it to torch's answers.
+    """Tune an engine and compare its results with torch's.
 
     Raises:
-        RuntimeError: it did not load, fails, or answers wrongly.
+        RuntimeError: it did not load, fails, or its results are wrong.
     """
     if worker.refused is not None:
         raise RuntimeError(worker.refused)
-    answers = images.with_name("answers.npz")
+    results = images.with_name("results.npz")
     worker.ask("images", path=str(images), batch=batch)
     schedule = worker.ask("tune", seconds=tuning)["schedule"]
-    worker.ask("answer", path=str(answers))
-    with np.load(answers) as arrays:
+    worker.ask("results", path=str(results))
+    with np.load(results) as arrays:
         gate = check(arrays, expected, worker.engine.tolerance)
     return Timing(worker.engine.name, schedule, gate=gate, gflop=expected.gflop)

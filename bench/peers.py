@@ -1,20 +1,19 @@
-"""The runtimes that the engine is measured against, each given its best settings.
+"""The runtimes that the engine is measured against, each at its best settings.
 
-A peer holds one network and answers logits for a batch under a :class:`Schedule`. Which schedule is best
-depends on runtime, network and batch, so it is found by measurement (``bench.measure``), never assumed.
-Each peer lives in a process of its own; nothing here is imported by the library.
+A peer holds one network and returns logits for a batch under a :class:`Schedule`. Which schedule is best
+depends on runtime, network and batch, so it is measured (``bench.worker``), never assumed. Each peer runs in
+a process of its own; the library imports nothing from here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +22,18 @@ from torch import Tensor, nn
 from bench.cases import model_file
 from fastcascade.model.resnet import PadShortcut
 
-__all__ = ["PEERS", "Peer", "Schedule", "make_peer"]
+__all__ = ["PEERS", "WHOLE", "Peer", "Schedule", "make_peer"]
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LARGE_BATCH = 64
-"""From here on micro-batches below 4 are not tried: they lost everywhere, and trying costs minutes."""
+"""From here on, micro-batches below 4 rows are not tried: they lost everywhere."""
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of rows that a network is prepared for, where the number of survivors varies."""
+WHOLE = LADDER[-1]
+"""As a micro-batch: all rows at once, at most 256."""
 BF16_TOLERANCE = 4.0
 """8 bits of mantissa moved ResNet-20's log-probabilities by 0.7, and deeper networks add to that."""
+BATCH_DIMENSION = "n"
 Forward = Callable[[np.ndarray], np.ndarray]
 """(n, C, H, W) float32 → logits (n, classes) float32."""
 
@@ -38,22 +42,31 @@ class Schedule(NamedTuple):
     """How a batch is cut.
 
     Attributes:
-        streams: micro-batches in flight at once, each on one thread; 1 gives each all threads in turn.
+        streams: micro-batches in flight at once, each on one thread; 1 gives each micro-batch all threads.
         micro_batch: rows handed to the runtime at once.
-        padded: the last micro-batch is filled up to the full size (so shapes never change) instead of
-            being shorter.
+        shapes: of the last micro-batch. "fixed" pads it to the full size and "ladder" to the next size of
+            :data:`LADDER`, so that only networks for known shapes run; "dynamic" leaves it shorter and runs a
+            network for any number of rows.
     """
 
     streams: int
     micro_batch: int
-    padded: bool = True
+    shapes: Literal["fixed", "ladder", "dynamic"] = "fixed"
+
+    def padded(self, count: int) -> int:
+        """Rows of a micro-batch that holds ``count`` instances."""
+        if self.shapes == "dynamic":
+            return count
+        if self.shapes == "fixed":
+            return self.micro_batch
+        return min(self.micro_batch, next(rows for rows in LADDER if rows >= count))
 
 
 class Peer(ABC):
     """One runtime with one network loaded.
 
-    Subclasses say how to load it for a number of threads; cutting and streams are done here: one Python
-    thread per stream, each with a single-threaded network of its own, taking the next micro-batch when free.
+    Subclasses load it for a number of threads. This class cuts batches and runs streams: one Python thread
+    per stream, each taking the next micro-batch when it is free.
     """
 
     name: ClassVar[str]
@@ -62,7 +75,9 @@ class Peer(ABC):
     """Largest difference of log-probabilities from torch's fp32 that still counts as the same network."""
     counts_as_fp32: ClassVar[bool] = True
     fixes_rows: ClassVar[bool] = False
-    """Whether a network loaded for an exact number of rows differs from one for any number."""
+    """Whether a network can be loaded for an exact number of rows."""
+    shares_network: ClassVar[bool] = True
+    """Whether streams can run one loaded network at the same time."""
 
     def __init__(self) -> None:
         self.threads = 1
@@ -76,7 +91,7 @@ class Peer(ABC):
         return f"package {', '.join(missing)} is not installed" if missing else None
 
     def build(self, model: nn.Module, input_shape: tuple[int, int, int], threads: int) -> None:
-        """Take an eval-mode network; whatever depends on a schedule is loaded when first needed."""
+        """Take an eval-mode network; networks for a schedule are loaded when first needed."""
         self.threads = threads
         self._forwards = {}
         self._pool = ThreadPoolExecutor(threads, initializer=self.start_thread)
@@ -84,57 +99,62 @@ class Peer(ABC):
 
     @abstractmethod
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-        """Bring the network into the runtime's own form."""
+        """Convert the network to the runtime's own form."""
 
     @abstractmethod
     def load(self, threads: int, rows: int | None) -> Forward:
         """A forward pass on ``threads`` threads, for exactly ``rows`` rows or (None) for any number."""
 
     def start_thread(self) -> None:  # noqa: B027 (most runtimes need nothing here)
-        """Run at the start of every stream's thread."""
+        """Called at the start of every stream's thread."""
 
     def schedules(self, batch: int) -> list[Schedule]:
-        """Every way of cutting this batch that is worth trying: whole, and streams of micro-batches."""
-        least, most = 4 if batch >= LARGE_BATCH else 1, max(1, batch // self.threads)
-        streams = [Schedule(self.threads, m) for m in MICRO_BATCHES if least <= m <= most]
-        return [Schedule(1, batch), *streams]
+        """Every way of cutting this batch that is worth trying, the whole batch first."""
+        sizes = [m for m in MICRO_BATCHES if m >= (4 if batch >= LARGE_BATCH else 1)]
+        single = [Schedule(1, m) for m in sizes if m < batch]
+        streams = [Schedule(self.threads, m) for m in sizes if m <= -(-batch // self.threads)]
+        return [Schedule(1, batch), *single, *(streams if self.threads > 1 else [])]
 
     def run(self, x: np.ndarray, schedule: Schedule) -> np.ndarray:
         """Logits (n, classes) of x (n, C, H, W) float32, rows in order."""
         starts = range(0, len(x), schedule.micro_batch)
-        answers: list[np.ndarray | None] = [None] * len(starts)
-        forwards = self._loaded(schedule)
+        logits: list[np.ndarray | None] = [None] * len(starts)
 
-        def stream(forward: Forward, tickets: Any) -> None:
+        def stream(number: int, tickets: Any) -> None:
             for ticket in tickets:  # one shared iterator: `next` on it is atomic
                 if ticket >= len(starts):
                     return
-                answers[ticket] = forward(_micro_batch(x, starts[ticket], schedule))
+                rows = micro_batch(x, starts[ticket], schedule)
+                logits[ticket] = self._forward(schedule, len(rows), number)(rows)
 
         tickets = itertools.count()
         if schedule.streams == 1:
-            stream(forwards[0], tickets)
+            stream(0, tickets)
         else:
             assert self._pool is not None
-            for future in [self._pool.submit(stream, forward, tickets) for forward in forwards]:
+            for rows in {schedule.padded(min(schedule.micro_batch, len(x) - start)) for start in starts}:
+                self._forward(schedule, rows, 0)  # loaded once, here, not by two streams at a time
+            for future in [self._pool.submit(stream, i, tickets) for i in range(schedule.streams)]:
                 future.result()
-        return np.concatenate([answer for answer in answers if answer is not None])[: len(x)]
+        return np.concatenate([part for part in logits if part is not None])[: len(x)]
 
-    def _loaded(self, schedule: Schedule) -> list[Forward]:
-        rows = schedule.micro_batch if schedule.padded and self.fixes_rows else None
-        key = (schedule.streams, rows)
+    def _forward(self, schedule: Schedule, rows: int, stream: int) -> Forward:
+        """The network that a stream runs for a micro-batch of this many rows."""
+        exact = rows if self.fixes_rows and schedule.shapes != "dynamic" else None
+        key = (schedule.streams, exact)
         if key not in self._forwards:
             threads = self.threads if schedule.streams == 1 else 1
-            self._forwards[key] = [self.load(threads, rows) for _ in range(schedule.streams)]
-        return self._forwards[key]
+            networks = 1 if self.shares_network else schedule.streams
+            self._forwards[key] = [self.load(threads, exact) for _ in range(networks)]
+        networks_of_key = self._forwards[key]
+        return networks_of_key[stream % len(networks_of_key)]
 
 
-def _micro_batch(x: np.ndarray, start: int, schedule: Schedule) -> np.ndarray:
+def micro_batch(x: np.ndarray, start: int, schedule: Schedule) -> np.ndarray:
+    """The rows of x from ``start``, padded as the schedule says. The last rows of all may be padding."""
     rows = x[start : start + schedule.micro_batch]
-    missing = schedule.micro_batch - len(rows)
-    if missing == 0 or not schedule.padded:
-        return rows
-    return np.concatenate([rows, np.zeros((missing, *x.shape[1:]), x.dtype)])
+    missing = schedule.padded(len(rows)) - len(rows)
+    return rows if missing == 0 else np.concatenate([rows, np.zeros((missing, *x.shape[1:]), x.dtype)])
 
 
 class Eager(Peer):
@@ -159,8 +179,8 @@ class Eager(Peer):
     def load(self, threads: int, rows: int | None) -> Forward:
         def forward(x: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
-                answer: np.ndarray = self.model(self.images(x)).float().numpy()
-            return answer
+                logits: np.ndarray = self.model(self.images(x)).float().numpy()
+            return logits
 
         if threads > 1:
             torch.set_num_threads(threads)
@@ -201,10 +221,10 @@ class EagerBf16(EagerChannelsLast):
 
 
 class TorchCompile(Peer):
-    """torch.compile with frozen weights, channels_last, a compilation per batch size.
+    """torch.compile with frozen weights, channels_last, compiled for each number of rows.
 
-    Compiled under ``no_grad``: ``inference_mode`` would switch freezing off. Only whole batches: a compiled
-    module fixes its number of threads.
+    Compiled under ``no_grad``, because ``inference_mode`` disables freezing. No streams: a compiled module
+    fixes its number of threads.
     """
 
     name = "torch.compile"
@@ -218,14 +238,14 @@ class TorchCompile(Peer):
         self.model = torch.compile(model.to(memory_format=torch.channels_last), dynamic=False)  # type: ignore[call-overload]
 
     def schedules(self, batch: int) -> list[Schedule]:
-        return [Schedule(1, batch)]
+        return [Schedule(1, batch), *([Schedule(1, 32)] if batch >= LARGE_BATCH else [])]
 
     def load(self, threads: int, rows: int | None) -> Forward:
         def forward(x: np.ndarray) -> np.ndarray:
             with torch.no_grad():
                 images = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
-                answer: np.ndarray = self.model(images).numpy()
-            return answer
+                logits: np.ndarray = self.model(images).numpy()
+            return logits
 
         return forward
 
@@ -242,7 +262,7 @@ def export_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> Path:
             partial,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+            dynamic_shapes=({0: torch.export.Dim(BATCH_DIMENSION, min=1, max=4096)},),
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -252,10 +272,11 @@ def export_onnx(model: nn.Module, input_shape: tuple[int, int, int]) -> Path:
 
 
 class OnnxRuntime(Peer):
-    """ONNX Runtime, all graph optimisations, one session per stream."""
+    """ONNX Runtime, all graph optimisations; streams share a session."""
 
     name = "ONNX Runtime"
     requires = ("onnx", "onnxscript", "onnxruntime")
+    fixes_rows = True
 
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         self.path = export_onnx(model, input_shape)
@@ -267,6 +288,8 @@ class OnnxRuntime(Peer):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if rows is not None:
+            options.add_free_dimension_override_by_name(BATCH_DIMENSION, rows)
         session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         return lambda x: session.run(None, {"images": x})[0]
 
@@ -285,7 +308,7 @@ class OpenVino(Peer):
         self.core = openvino.Core()
         self.path = export_onnx(model, input_shape)
         self.input_shape = input_shape
-        self._queues: dict[Schedule, Any] = {}
+        self._queues: dict[tuple[int, int | None], Any] = {}
 
     def _compile(self, hint: dict[str, str], rows: int | None) -> Any:
         model = self.core.read_model(self.path)
@@ -299,37 +322,37 @@ class OpenVino(Peer):
 
     def load(self, threads: int, rows: int | None) -> Forward:
         request = self._compile({"PERFORMANCE_HINT": "LATENCY"}, rows).create_infer_request()
-        # share_inputs: no copy of the images; the answer is copied because the request's buffer is reused.
+        # share_inputs: no copy of the images. The logits are copied: the next request overwrites them.
         return lambda x: request.infer([x], share_inputs=True)[0].copy()
 
     def run(self, x: np.ndarray, schedule: Schedule) -> np.ndarray:
         if schedule.streams == 1:
             return super().run(x, schedule)
-        queue = self._queue(schedule)
         starts = range(0, len(x), schedule.micro_batch)
-        answers: list[Any] = [None] * len(starts)
-        alive = []  # shared inputs must outlive their requests
+        logits: list[Any] = [None] * len(starts)
+        parts = [micro_batch(x, start, schedule) for start in starts]  # shared inputs outlive their requests
 
         def keep(request: Any, ticket: int) -> None:
-            answers[ticket] = request.get_output_tensor(0).data.copy()
+            logits[ticket] = request.get_output_tensor(0).data.copy()
 
-        queue.set_callback(keep)
-        for ticket, start in enumerate(starts):
-            rows = _micro_batch(x, start, schedule)
-            alive.append(rows)
-            queue.start_async([rows], ticket, share_inputs=True)
-        queue.wait_all()
-        answer: np.ndarray = np.concatenate(answers)[: len(x)]
-        return answer
+        queues = [self._queue(schedule, len(part)) for part in parts]
+        for ticket, (queue, part) in enumerate(zip(queues, parts, strict=True)):
+            queue.set_callback(keep)
+            queue.start_async([part], ticket, share_inputs=True)
+        for queue in {id(queue): queue for queue in queues}.values():
+            queue.wait_all()
+        joined: np.ndarray = np.concatenate(logits)[: len(x)]
+        return joined
 
-    def _queue(self, schedule: Schedule) -> Any:
+    def _queue(self, schedule: Schedule, rows: int) -> Any:
         import openvino
 
-        if schedule not in self._queues:
-            rows = schedule.micro_batch if schedule.padded else None
-            compiled = self._compile({"NUM_STREAMS": str(schedule.streams)}, rows)
-            self._queues[schedule] = openvino.AsyncInferQueue(compiled, schedule.streams)
-        return self._queues[schedule]
+        exact = None if schedule.shapes == "dynamic" else rows
+        key = (schedule.streams, exact)
+        if key not in self._queues:
+            compiled = self._compile({"NUM_STREAMS": str(schedule.streams)}, exact)
+            self._queues[key] = openvino.AsyncInferQueue(compiled, schedule.streams)
+        return self._queues[key]
 
 
 class OpenVinoBf16(OpenVino):
@@ -342,7 +365,7 @@ class OpenVinoBf16(OpenVino):
 
 
 class Ncnn(Peer):
-    """ncnn in fp32, converted by pnnx, image by image; streams give each thread a net of its own."""
+    """ncnn in fp32, converted by pnnx, image by image; streams share a net and have an extractor each."""
 
     name = "ncnn"
     requires = ("ncnn", "pnnx")
@@ -359,11 +382,11 @@ class Ncnn(Peer):
                     module.shortcut = _as_convolution(module)
             pnnx.export(model, str(folder / "net.pt"), torch.zeros(1, *input_shape), fp16=False)
         self.folder = folder
-        self._local = threading.local()
 
     def schedules(self, batch: int) -> list[Schedule]:
-        # It takes single images, so micro-batches only say how many a thread takes at a time.
-        return [Schedule(1, batch), Schedule(self.threads, 1)]
+        # It takes single images, so a micro-batch only says how many a stream takes at a time.
+        sizes = [m for m in (1, 4, 16) if m * self.threads <= batch]
+        return [Schedule(1, batch), *(Schedule(self.threads, m) for m in sizes if self.threads > 1)]
 
     def load(self, threads: int, rows: int | None) -> Forward:
         import ncnn
@@ -376,12 +399,12 @@ class Ncnn(Peer):
         net.load_model(str(self.folder / "net.ncnn.bin"))
 
         def forward(x: np.ndarray) -> np.ndarray:
-            answers = []
+            logits = []
             for image in x:
                 with net.create_extractor() as extractor:
                     extractor.input("in0", ncnn.Mat(image))
-                    answers.append(np.array(extractor.extract("out0")[1]))
-            return np.stack(answers)
+                    logits.append(np.array(extractor.extract("out0")[1]))
+            return np.stack(logits)
 
         return forward
 

@@ -1,7 +1,7 @@
 """The standard set: every case, every engine, one results file per machine, one table of targets.
 
-``make bench`` runs it; it is sized for ten minutes on two quiet cores. ``--only`` measures part of it and
-keeps the rest of the results file as it was; ``--everything`` adds what no target asks about.
+``make bench`` runs it; it takes about a quarter of an hour on two quiet cores. ``--only`` measures part of it
+and keeps the rest of the results file; ``--everything`` adds what no target needs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from rich.table import Table
 
 from bench.cases import BATCHES, NETWORKS, Case, cascade_images, noise
 from bench.engines import OURS, engines_for, left_out
-from bench.machine import ROOT, THREADS, ceilings, machine, machine_slug
+from bench.fma_peaks import fma_peaks
+from bench.machine import ROOT, THREADS, machine, machine_slug
 from bench.measure import Engine, Worker, measure
-from bench.stored import CEILING, beside, beside_table
+from bench.stored import PEAK, beside, beside_table
 from bench.targets import target_table
 
 __all__ = ["main", "measure_cases", "measure_facts"]
@@ -59,7 +60,7 @@ def measure_cases(
             for worker in workers.values():  # after all have been started, so that they import side by side
                 worker.load(worker.engine.model(sizes[0]))
             for case in sizes:
-                start, peak = time.perf_counter(), ceilings(case.threads)
+                start, peaks = time.perf_counter(), fma_peaks(case.threads)
                 images = cascade_images(model, case.batch) if case.is_cascade else noise(case.batch)
                 present = [workers[engine.name] for engine in engines[case]]
                 timings = measure(case, present, images, rounds, seconds, tuning)
@@ -69,7 +70,7 @@ def measure_cases(
                     "threads": case.threads,
                     "images": len(images),
                     "rounds": rounds,
-                    "ceilings": peak,
+                    "peaks": peaks,
                     "engines": {timing.engine: timing.as_json() for timing in timings},
                     "left_out": left_out(case, everyone),
                     "took_s": time.perf_counter() - start,
@@ -82,7 +83,7 @@ def _engines(case: Case, everyone: bool, names: list[str] | None) -> list[Engine
 
 
 def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """What the targets ask about our engine alone, each in a process of its own; see :mod:`bench.facts`."""
+    """The facts about our engine alone, each in a process of its own; see :mod:`bench.facts`."""
     models = {network: network for network in NETWORKS} | {"cascade": f"cascade:{cascade}"}
 
     def ask(name: str, **arguments: Any) -> dict[str, Any]:
@@ -102,12 +103,12 @@ def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> d
 
 
 def results_table(entry: dict[str, Any], title: str) -> Table:
-    """One case: every engine with its spread, its schedule and its distance from the ceiling."""
-    peak = max(value for key, value in entry["ceilings"].items() if key.startswith("fp32"))
-    table = Table(title=f"{title} · fp32 ceiling {peak:.0f} GFLOP/s", title_justify="left")
+    """One case: every engine with its spread, its schedule and its share of the peak."""
+    peak = max(value for key, value in entry["peaks"].items() if key.startswith("fp32"))
+    table = Table(title=f"{title} · fp32 peak {peak:.0f} GFLOP/s", title_justify="left")
     if entry["left_out"]:
         table.caption = f"not in this set: {', '.join(entry['left_out'])}"
-    for column in ("engine", "images/s", "±", "GFLOP/s", "of ceiling", "error", "schedule"):
+    for column in ("engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"):
         table.add_column(column, justify="left" if column in ("engine", "schedule") else "right")
     rows = sorted(entry["engines"].values(), key=lambda row: -row.get("images_per_s", 0))
     for row in rows:
@@ -144,12 +145,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cascade", type=Path, default=CASCADE, help="folder of the saved cascade")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.1, help="of one engine's turn in a round")
-    parser.add_argument("--tuning", type=float, default=0.6, help="seconds to find a schedule in")
+    parser.add_argument("--tuning", type=float, default=2.0, help="seconds to choose a schedule, per network")
     parser.add_argument("--output", type=Path, help="results file; bench/results/<machine>.json by default")
     parser.add_argument(
         "--beside", type=Path, help="a stored results file to show this run beside (indicative)"
     )
-    parser.add_argument("--baseline", default=CEILING, help="what to scale it by: this, or an engine's name")
+    parser.add_argument("--baseline", default=PEAK, help="what to scale it by: this, or an engine's name")
     arguments = parser.parse_args()
     if arguments.beside is not None and not arguments.beside.is_file():
         parser.error(f"--beside: {arguments.beside} is no file")

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from bench.worker import OURS
 
-__all__ = ["CEILING", "Beside", "beside", "beside_table"]
+__all__ = ["PEAK", "Beside", "beside", "beside_table"]
 
-CEILING = "fp32 ceiling"
+PEAK = "fp32 peak"
 """The baseline that every case has; others are names of engines."""
 
 
@@ -39,12 +39,12 @@ class Beside(NamedTuple):
         return None if self.baseline is None else self.now / self.then / self.baseline
 
 
-def beside(now: Mapping[str, Any], then: Mapping[str, Any], baseline: str = CEILING) -> list[Beside]:
+def beside(now: Mapping[str, Any], then: Mapping[str, Any], baseline: str = PEAK) -> list[Beside]:
     """Our engines in the cases that both runs measured.
 
     Args:
         now, then: the ``cases`` of results files.
-        baseline: :data:`CEILING`, or the name of an engine in both.
+        baseline: :data:`PEAK`, or the name of an engine in both.
     """
     rows = []
     for case in now.keys() & then.keys():
@@ -58,14 +58,14 @@ def beside(now: Mapping[str, Any], then: Mapping[str, Any], baseline: str = CEIL
 
 
 def _speed(entry: Mapping[str, Any], name: str) -> float | None:
-    """Of the ceiling in GFLOP/s, of an engine in images/s; None where it is missing or was refused."""
-    if name == CEILING:
-        return max(value for key, value in entry["ceilings"].items() if key.startswith("fp32"))
+    """Of the peak in GFLOP/s, of an engine in images/s; None where it is missing or was refused."""
+    if name == PEAK:
+        return max(value for key, value in entry["peaks"].items() if key.startswith("fp32"))
     speed: float | None = entry["engines"].get(name, {}).get("images_per_s")
     return speed
 
 
-def beside_table(rows: list[Beside], file: str, baseline: str = CEILING) -> Table:
+def beside_table(rows: list[Beside], file: str, baseline: str = PEAK) -> Table:
     """The comparison, marked for what it is."""
     table = Table(
         title=f"INDICATIVE: now over {file}, scaled by the {baseline}",

@@ -46,11 +46,11 @@ def machine_table(results: Results) -> str:
     return _table(("", ""), rows)
 
 
-def ceilings_table(results: Results) -> str:
-    """Ceilings beside each case, as measured before it."""
-    names = sorted({name for e in results["cases"].values() for name in e["ceilings"]} - {"threads"})
+def peaks_table(results: Results) -> str:
+    """Peaks measured before each case."""
+    names = sorted({name for e in results["cases"].values() for name in e["peaks"]} - {"threads"})
     rows = [
-        (_title(key), *(f"{entry['ceilings'].get(name, 0):,.0f}" for name in names))
+        (_title(key), *(f"{entry['peaks'].get(name, 0):,.0f}" for name in names))
         for key, entry in results["cases"].items()
     ]
     return _table(("case", *(name.replace("_", " ") for name in names)), rows)
@@ -66,7 +66,7 @@ def engines_table(results: Results) -> str:
     """Every engine in every case; a refused one with its reason."""
     rows = []
     for key, entry in results["cases"].items():
-        peak = max(value for name, value in entry["ceilings"].items() if name.startswith("fp32"))
+        peak = max(value for name, value in entry["peaks"].items() if name.startswith("fp32"))
         engines = entry["engines"].values()
         for engine in sorted(engines, key=lambda row: -row.get("images_per_s", 0)):
             if "refused" in engine:
@@ -85,7 +85,7 @@ def engines_table(results: Results) -> str:
                     engine["schedule"],
                 )
             )
-    return _table(("case", "engine", "images/s", "±", "GFLOP/s", "of ceiling", "error", "schedule"), rows)
+    return _table(("case", "engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"), rows)
 
 
 def slower_table(results: Results) -> str:
@@ -157,7 +157,7 @@ def _title(key: str) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "machine": machine_table,
-    "ceilings": ceilings_table,
+    "peaks": peaks_table,
     "targets": targets_table,
     "engines": engines_table,
     "slower": slower_table,

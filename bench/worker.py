@@ -1,17 +1,19 @@
-"""One engine in a process of its own, answering commands that arrive as JSON lines.
+"""One engine in a process of its own that carries out commands, which arrive as JSON lines.
 
-Commands name a *subject* (a network or a cascade run by an engine), then ask to tune it, to answer for a
-file of images, or to be timed. Only the process that is being asked runs; the others are stopped.
+Commands load a *subject* (a network or a cascade on this engine), tune it, write its results for a file of
+images, or time it. Only the process that carries out a command runs; the others are stopped.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,20 @@ import torch
 
 from bench.cases import load_model
 from bench.handmade import PeerCascade
-from bench.peers import Peer, Schedule, make_peer
+from bench.peers import WHOLE, Peer, Schedule, make_peer
 
 __all__ = ["OURS", "main"]
 
 OURS = "fastcascade"
+TUNING_IMAGES = 1024
+"""Of a cascade's images, those on which schedules are tuned."""
+FINALISTS = 4
+"""Schedules that take turns after one call each."""
 Batches = list[np.ndarray]
 
 
 class Subject(ABC):
-    """Something that answers for a batch, with a schedule chosen for the batch size in use.
+    """A network or a cascade on an engine, with the schedule that was tuned for the batch size in use.
 
     Attributes:
         stops_early: whether the time of a batch depends on the images in it.
@@ -38,11 +44,11 @@ class Subject(ABC):
 
     @abstractmethod
     def run(self, x: np.ndarray) -> Any:
-        """What is timed: answer for x (n, C, H, W) float32, in the engine's own form."""
+        """What is timed: classify x (n, C, H, W) float32."""
 
     @abstractmethod
-    def answer(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """What is checked: log-probabilities or logits (n, C) and exits (n,)."""
+    def results(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """What is checked: ``log_probs`` (n, C; logits will do), ``labels`` (n,) and ``exits`` (n,)."""
 
     def tune(self, batches: Batches, seconds: float) -> str:
         """Choose the fastest schedule for such batches and describe it."""
@@ -61,13 +67,14 @@ class PeerNetwork(Subject):
     def run(self, x: np.ndarray) -> np.ndarray:
         return self.peer.run(x, self.schedule or self.peer.schedules(len(x))[0])
 
-    def answer(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        return {"log_probs": self.run(x), "exits": np.zeros(len(x), np.int64)}
+    def results(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        logits = self.run(x)
+        return {"log_probs": logits, "labels": logits.argmax(1), "exits": np.zeros(len(x), np.int64)}
 
     def tune(self, batches: Batches, seconds: float) -> str:
         candidates = self.peer.schedules(len(batches[0]))
-        self.schedule = _fastest(candidates, lambda s: self.peer.run(batches[0], s), seconds)
-        return _describe(self.schedule)
+        self.schedule = fastest(candidates, lambda s: self.peer.run(batches[0], s), seconds)
+        return _describe(self.schedule, len(batches[0]))
 
 
 class PeerCascadeSubject(Subject):
@@ -85,19 +92,30 @@ class PeerCascadeSubject(Subject):
         schedules = self.schedules or tuple(self.cascade.schedules(k, len(x))[0] for k in range(self.stages))
         return self.cascade.run(x, schedules)
 
-    def answer(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(("log_probs", "exits"), self.run(x), strict=True))
+    def results(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        log_probs, exits = self.run(x)
+        return {"log_probs": log_probs, "labels": log_probs.argmax(1), "exits": exits}
 
     def tune(self, batches: Batches, seconds: float) -> str:
-        """Stage by stage, on as many rows as usually reach it."""
-        exits = np.concatenate([self.run(x)[1] for x in batches])
+        """Stage by stage, on the images that reach it in one batch after the other.
+
+        The number of rows changes from batch to batch as it does when timed, so a runtime that prepares
+        itself again for every new shape pays for it here too.
+        """
+        few = batches[: max(4, TUNING_IMAGES // len(batches[0]))]
+        exits = [self.run(x)[1] for x in few]
         chosen = []
         for k, peer in enumerate(self.cascade.peers):
-            reached = max(1, round(float((exits >= k).mean()) * len(batches[0])))
-            rows, schedules = batches[0][:reached], self.cascade.schedules(k, reached)
-            chosen.append(_fastest(schedules, lambda s, peer=peer, rows=rows: peer.run(rows, s), seconds))
+            reached = [x[e >= k] for x, e in zip(few, exits, strict=True) if (e >= k).any()]
+            candidates = self.cascade.schedules(k, max(map(len, reached), default=1))
+
+            def pass_over(schedule: Schedule, peer: Peer = peer, parts: Batches = reached) -> None:
+                for rows in parts:
+                    peer.run(rows, schedule)
+
+            chosen.append(fastest(candidates, pass_over, seconds))
         self.schedules = tuple(chosen)
-        return "; ".join(map(_describe, chosen))
+        return "; ".join(_describe(schedule, len(batches[0])) for schedule in chosen)
 
 
 class Ours(Subject):
@@ -112,18 +130,30 @@ class Ours(Subject):
     def run(self, x: np.ndarray) -> Any:
         return self.engine(x)
 
-    def answer(self, x: np.ndarray) -> dict[str, np.ndarray]:
+    def results(self, x: np.ndarray) -> dict[str, np.ndarray]:
         out = self.run(x)
-        return {"log_probs": out.probs.log().numpy(), "exits": out.exit_stage.numpy()}
+        log_probs = out.probs.log().numpy()
+        return {"log_probs": log_probs, "labels": out.label.numpy(), "exits": out.exit_stage.numpy()}
 
 
-def _fastest(candidates: list[Schedule], run: Any, seconds: float) -> Schedule:
-    """Each candidate warmed up once, then timed for its share of ``seconds``; the best of those wins."""
-    times = []
+def fastest(candidates: list[Schedule], run: Callable[[Schedule], object], seconds: float) -> Schedule:
+    """The fastest candidate: each is warmed up and timed once, then the best few take turns.
+
+    Args:
+        run: runs a candidate over everything that decides.
+        seconds: for the turns of the best few, all together.
+    """
+    once = {}
     for candidate in candidates:
         run(candidate)
-        times.append(min(_times(lambda c=candidate: run(c), seconds / len(candidates))))
-    return candidates[int(np.argmin(times))]
+        once[candidate] = _times(lambda c=candidate: run(c), 0)[0]
+    best = sorted(candidates, key=once.__getitem__)[:FINALISTS]
+    times: dict[Schedule, list[float]] = {candidate: [] for candidate in best}
+    start = time.perf_counter()
+    while len(best) > 1 and (not times[best[0]] or time.perf_counter() - start < seconds):
+        for candidate in best:
+            times[candidate] += _times(lambda c=candidate: run(c), 0)
+    return min(best, key=lambda c: statistics.median(times[c] or [once[c]]))
 
 
 def _times(run: Any, seconds: float) -> list[float]:
@@ -136,14 +166,15 @@ def _times(run: Any, seconds: float) -> list[float]:
     return times
 
 
-def _describe(schedule: Schedule) -> str:
-    if schedule.streams == 1:
-        return "whole batch"
-    return f"{schedule.streams} streams of {schedule.micro_batch}{'' if schedule.padded else ' dynamic'}"
+def _describe(schedule: Schedule, batch: int) -> str:
+    name = f"{schedule.streams} stream{'s' if schedule.streams > 1 else ''} of {schedule.micro_batch}"
+    if schedule.streams == 1 and schedule.micro_batch in (batch, WHOLE):
+        name = "whole batch"
+    return name if schedule.shapes == "fixed" else f"{name}, {schedule.shapes}"
 
 
 class Commands:
-    """What a worker can be asked; every method is one command."""
+    """The commands of a worker, one per method."""
 
     def __init__(self, engine: str, threads: int) -> None:
         self.engine = engine
@@ -154,7 +185,7 @@ class Commands:
     def load(self, model: str) -> dict[str, Any]:
         """Build a model; see :func:`bench.cases.load_model`."""
         start = time.perf_counter()
-        self.subject = None  # frees the one before
+        self.subject = None  # frees the previous one
         if self.engine == OURS:
             self.subject = Ours(model, self.threads)
         elif model.startswith("cascade:"):
@@ -174,12 +205,11 @@ class Commands:
         assert self.subject is not None
         return {"schedule": self.subject.tune(self.batches, seconds)}
 
-    def answer(self, path: str) -> dict[str, Any]:
-        """Write what the subject says about all images, as tuned."""
+    def results(self, path: str) -> dict[str, Any]:
+        """Write the subject's results for all images, as tuned."""
         assert self.subject is not None
-        answers = [self.subject.answer(x) for x in self.batches]
-        log_probs, exits = (np.concatenate([a[key] for a in answers]) for key in ("log_probs", "exits"))
-        np.savez(path, log_probs=log_probs, exits=exits)
+        parts = [self.subject.results(x) for x in self.batches]
+        np.savez(path, **{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
         return {}
 
     def time(self, seconds: float) -> dict[str, Any]:
@@ -201,17 +231,17 @@ class Commands:
         return {}
 
     def fact(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """What no comparison shows about our engine; see :mod:`bench.facts`."""
+        """A fact about our engine alone; see :mod:`bench.facts`."""
         from bench import facts  # needs today's fastcascade; the rest runs with older ones
 
-        answer: dict[str, Any] = getattr(facts, name)(threads=self.threads, **arguments)
-        return answer
+        fact: dict[str, Any] = getattr(facts, name)(threads=self.threads, **arguments)
+        return fact
 
 
 def main() -> None:
-    """``python -m bench.worker ENGINE THREADS``: read commands on stdin, answer on the original stdout."""
+    """``python -m bench.worker ENGINE THREADS``: commands on stdin, replies on the original stdout."""
     engine, threads = sys.argv[1], int(sys.argv[2])
-    # Converters print; the protocol keeps the real stdout to itself.
+    # Converters print to stdout, so replies go through a copy of it.
     protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(threads)
@@ -219,11 +249,11 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            answer = getattr(commands, command.pop("command"))(**command)
+            reply = getattr(commands, command.pop("command"))(**command)
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=protocol, flush=True)
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=protocol, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_peer(peer: Any, benchmark: Any, tmp_path: Path) -> None:
         worker.ask("load", model=NETWORK)
         worker.ask("images", path=str(tmp_path / "images.npy"), batch=BATCH)
         benchmark.extra_info["schedule"] = worker.ask("tune", seconds=0.5)["schedule"]
-        worker.ask("answer", path=str(tmp_path / "answers.npz"))
-        with np.load(tmp_path / "answers.npz") as answers:
-            check(answers, reference_exits(NETWORK, images), peer.tolerance)
+        worker.ask("results", path=str(tmp_path / "results.npz"))
+        with np.load(tmp_path / "results.npz") as results:
+            check(results, reference_exits(NETWORK, images), peer.tolerance)
         benchmark.pedantic(lambda: worker.ask("again"), rounds=10, warmup_rounds=1)

@@ -1,8 +1,8 @@
-"""One self-contained HTML page, and its pictures as PNGs, about how a cascade does and where its time goes.
+"""One self-contained HTML page, and its pictures as PNGs: a cascade's accuracy and where its time goes.
 
-The page holds no script and asks for nothing: a content-security policy forbids both. Pictures are SVG in
-``data:`` addresses, where they can neither run nor fetch anything. Whatever comes from outside (class and
-stage names, file names) is escaped.
+The page holds no script and loads nothing: a content-security policy forbids both. Pictures are SVG in
+``data:`` URLs, where they can neither run scripts nor fetch anything. Untrusted text (class and stage names,
+file names) is escaped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_report", "write_report"]
 
-# Okabe and Ito's colours, which stay apart under the common kinds of colour blindness.
+# Okabe and Ito's colours, distinguishable with the common kinds of colour blindness.
 _BLUE, _GREEN, _RED, _GREY = "#0072B2", "#009E73", "#D55E00", "#999999"
 _COLOURS = (_BLUE, "#E69F00", _GREEN, "#CC79A7", _RED, "#56B4E9", "#000000", _GREY)
 _SOFT = "#57606a"
@@ -183,7 +183,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int
 
 
 def _stage_table(measured: Benchmark) -> str:
-    head = "stage|images in|out|ms|images/s|GFLOP/s|of ceiling|of bandwidth|exit µs/image"
+    head = "stage|images in|out|ms|images/s|GFLOP/s|of peak|of bandwidth|exit µs/image"
     return _table(
         head.split("|"),
         (
@@ -258,10 +258,10 @@ def _pictures(
         ),
         _Picture(
             "roofline",
-            "Each stage, and each of its steps where the engine times them, under the ceilings measured in "
-            "the same run; the larger, the more of the cascade's time, and the longest kinds are named. "
-            "Winograd convolutions may exceed the arithmetic ceiling, as they do fewer multiplies than they "
-            "are credited with; data in cache the other.",
+            "Each stage, and each of its steps where the engine times them, under the peaks measured in the "
+            "same run. Area is the share of the cascade's time; the slowest kinds of steps are named. "
+            "Winograd convolutions can exceed the arithmetic peak, because they multiply less than the plain "
+            "definition; steps whose data is in cache can exceed the bandwidth.",
             _renderer(lambda figure: _draw_roofline(figure, measured)),
         ),
         _Picture(
@@ -401,16 +401,16 @@ def _marker(stage: int) -> str:
 
 
 def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -> None:
-    ceilings = measured.ceilings
-    ridge = ceilings.gflops / ceilings.copy_gbs
+    peaks = measured.peaks
+    ridge = peaks.gflops / peaks.copy_gbs
     stages = (2 * stage.macs / stage.bytes_per_image for stage in measured.stages)
     everything = (ridge, *intensities, *stages)
     left, right = min(everything) / 3, max(everything) * 3
-    axes.plot([left, ridge], [left * ceilings.copy_gbs, ceilings.gflops], color=_GREY)
-    axes.plot([ridge, right], [ceilings.gflops] * 2, color=_GREY)
+    axes.plot([left, ridge], [left * peaks.copy_gbs, peaks.gflops], color=_GREY)
+    axes.plot([ridge, right], [peaks.gflops] * 2, color=_GREY)
     axes.annotate(
-        f"copy, {ceilings.copy_gbs:.0f} GB/s",
-        (math.sqrt(left * ridge), math.sqrt(left * ridge) * ceilings.copy_gbs),
+        f"copy, {peaks.copy_gbs:.0f} GB/s",
+        (math.sqrt(left * ridge), math.sqrt(left * ridge) * peaks.copy_gbs),
         xytext=(8, 0),
         textcoords="offset points",
         va="top",
@@ -418,8 +418,8 @@ def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -
         fontsize="small",
     )
     axes.annotate(
-        f"matrix product, {ceilings.gflops:,.0f} GFLOP/s",
-        (right, ceilings.gflops),
+        f"matrix product, {peaks.gflops:,.0f} GFLOP/s",
+        (right, peaks.gflops),
         xytext=(0, -12),
         textcoords="offset points",
         ha="right",
@@ -444,7 +444,7 @@ def _draw_strip(
     axes: Axes, measured: Benchmark, moving: Sequence[_Point], colours: Mapping[str, str]
 ) -> None:
     kernels = list(dict.fromkeys(point.step.kernel for point in moving))
-    axes.axhline(measured.ceilings.copy_gbs, color=_GREY)
+    axes.axhline(measured.peaks.copy_gbs, color=_GREY)
     for point in moving:
         _draw_point(axes, kernels.index(point.step.kernel), point.step.gbs, point, colours[point.step.kernel])
     axes.set(yscale="log", xlabel="no multiplies", ylabel="GB/s", xlim=(-0.7, len(kernels) - 0.3))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
-from fastcascade.benchmarking.machine import Ceilings
+from fastcascade.benchmarking.torch_peaks import Peaks
 
 __all__ = ["BatchTiming", "Benchmark", "Spread", "StageTiming", "StepTiming", "WhatIf"]
 
@@ -47,7 +47,7 @@ class StepTiming:
         macs: multiplies per image of the plain definition, whatever algorithm computes it; 0 for steps that
             only move, add or compare.
         bytes_per_image: read and written: inputs and output once, weights divided by the images that share
-            one reading. Most of it stays in cache.
+            one read. Most of it stays in cache.
         ms_per_image: over the rounds.
         gflops: two operations per multiply.
         gbs: those bytes per second, in GB.
@@ -67,16 +67,16 @@ class StageTiming:
     """One stage with its exit, at the operating point.
 
     Attributes:
-        images_in, images_out: how many of the images reached it, and how many went on.
-        batch: the batch size at which the stage alone was fastest; all figures are for this one.
+        images_in, images_out: images that reached it, and those that continued.
+        batch: the batch size at which the stage alone was fastest; every figure is measured there.
         ms_per_image: the stage alone, without selector.
-        exit_ms_per_image: what scoring and the decision add; 0 for the last stage.
+        exit_ms_per_image: scoring and the stop decision; 0 for the last stage.
         ms: both, for the images that reached it.
         images_per_s: of the stage alone.
         gflops: two operations per multiply of the plain definition, whatever algorithm computes it.
-        gflops_share: of the ceiling.
-        bytes_per_image: input and logits once, weights once per batch: the least that must move.
-        bandwidth_share: of the ceiling, for those bytes.
+        gflops_share: of :attr:`Peaks.gflops`.
+        bytes_per_image: the least that must move: input and logits once, weights once per batch.
+        bandwidth_share: those bytes per second over :attr:`Peaks.copy_gbs`.
         steps: one entry per step; empty where the backend cannot time them.
     """
 
@@ -101,19 +101,19 @@ class BatchTiming:
     """The whole cascade at one batch size.
 
     Attributes:
-        batches: different batches that were run.
+        batches: different batches run.
         latency_ms: p50, p90, p95 and p99 of a call, over ``calls`` calls.
         schedule_efficiency: time of the stages alone on the images that reached them over the cascade's
-            time. What is missing from 1 went to exits, compaction, waiting and smaller batches.
-        stages_ms_per_image, exits_ms_per_image: the threads' work in stages and exits alone, for the images
-            that reached them.
+            time. The rest went to exits, compaction, waiting and smaller batches.
+        stages_ms_per_image, exits_ms_per_image: the threads' work in stages and exits, each measured alone,
+            for the images that reached them.
         compaction_ms_per_image: the threads' other work: compaction, pooling, the call itself. Negative where
-            the stages together do better than alone.
-        idle_ms_per_image: time in which threads did not work (they waited, or the machine was busy with
-            something else). With the three above it makes up the whole; 0 on a GPU, whose waiting is hidden.
-        dense_images_per_s: the last exit's answer for every image, at the same batch size.
+            stages run faster inside the cascade than alone.
+        idle_ms_per_image: time in which threads did not work: they waited, or another process had the CPU. 0
+            on a GPU, whose waiting is not visible. The four parts add up to the time of an image.
+        dense_images_per_s: the last exit on every image, at the same batch size.
         saving: realised saving η = (1 − t/t_dense)/(1 − MACs/MACs_dense); None where the cascade does more
-            than 0.7 of the dense MACs, as the quotient then says little.
+            than 0.7 of the dense MACs, where the ratio means little.
     """
 
     batch: int
@@ -157,12 +157,12 @@ class Benchmark:
         compile_s: packing the plan into a program, apart from everything else.
         first_call_ms: the first call, at the largest batch.
         max_error: largest difference of a probability from the reference backend's, at forced exits.
-        instrumentation_share: what reading the clocks adds to the shortest call. Nothing that a call runs
-            through is instrumented, so it costs nothing when nobody measures.
+        instrumentation_share: what reading the clocks adds to the shortest call. Calls that are not timed pay
+            nothing.
         threads: by number, images/s at the largest batch.
         mac_share: mean MACs over dense MACs.
         peers: images/s by name and batch size; empty unless asked for.
-        energy_mj_per_image: None where this machine shows no energy counter; ``energy_note`` says why.
+        energy_mj_per_image: None without a readable energy counter; ``energy_note`` says why.
     """
 
     machine: dict[str, str]
@@ -173,7 +173,7 @@ class Benchmark:
     first_call_ms: float
     max_error: float
     instrumentation_share: float
-    ceilings: Ceilings
+    peaks: Peaks
     stages: tuple[StageTiming, ...]
     batches: tuple[BatchTiming, ...]
     threads: dict[int, Spread]
@@ -192,7 +192,7 @@ class Benchmark:
 
     @property
     def dense_ms(self) -> float:
-        """Milliseconds per image of the last exit's answer for every image, at the largest batch."""
+        """Milliseconds per image of the last exit on every image, at the largest batch."""
         return 1e3 / self.batches[-1].dense_images_per_s.median
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A benchmark on the terminal."""
+"""Tables of a benchmark for the terminal."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ KERNEL_COLUMNS = (
     "µs/image",
     "of stage",
     "GFLOP/s",
-    "of ceiling",
+    "of peak",
     "GB/s",
     "of bandwidth",
 )
 
 
 def bench_tables(measured: Benchmark) -> list[Table]:
-    """Tables for ``rich``'s console: stages, batch sizes, time; if there are any, kernels, threads, peers and
-    what-ifs.
+    """Tables for ``rich``: stages, batch sizes and time; kernels, threads, peers and what-ifs where measured.
 
-    Names of stages may come from outside and are shown as plain text.
+    Stage names may come from an untrusted file and are shown as plain text.
     """
     tables = [_stages(measured), _batches(measured), _time(measured)]
     if any(stage.steps for stage in measured.stages):
@@ -50,14 +49,14 @@ def _new(title: str, columns: Sequence[str], caption: str | None = None, text_co
 
 
 def _stages(measured: Benchmark) -> Table:
-    ceilings = measured.ceilings
-    columns = "stage|images in|out|ms|exit µs/image|images/s|GFLOP/s|of ceiling|KB/image|of bandwidth"
+    peaks = measured.peaks
+    columns = "stage|images in|out|ms|exit µs/image|images/s|GFLOP/s|of peak|KB/image|of bandwidth"
     table = _new(
         f"Each stage alone, {measured.backend} {measured.precision}, {measured.images:,} images",
         columns.split("|"),
-        f"ceilings measured in this run: {ceilings.gflops:,.0f} GFLOP/s (matrix product), "
-        f"{ceilings.copy_gbs:.0f} GB/s (copy); warm-up: packing {1e3 * measured.compile_s:.0f} ms, first "
-        f"call {measured.first_call_ms:.1f} ms; off the reference by {measured.max_error:.0e}",
+        f"peaks measured in this run: {peaks.gflops:,.0f} GFLOP/s (matrix product), "
+        f"{peaks.copy_gbs:.0f} GB/s (copy); warm-up: packing {1e3 * measured.compile_s:.0f} ms, first "
+        f"call {measured.first_call_ms:.1f} ms; largest error against the reference {measured.max_error:.0e}",
     )
     for stage in measured.stages:
         table.add_row(
@@ -105,8 +104,8 @@ def _time(measured: Benchmark) -> Table:
     table = _new(
         "Where the time of an image goes, µs",
         ("batch", "stages", "exit heads", "compaction, call", "idle", "together"),
-        f"measured from outside: reading the clocks adds {measured.instrumentation_share:.2%} to the "
-        "shortest call, and nothing when nobody measures",
+        f"timed from outside: reading the clocks adds {measured.instrumentation_share:.2%} to the shortest "
+        "call; calls that are not timed pay nothing",
     )
     for batch in measured.batches:
         parts = (
@@ -127,7 +126,7 @@ def _kernels(measured: Benchmark) -> Table:
     table = _new(
         "Kernels: the steps of each stage alone, all threads at work",
         KERNEL_COLUMNS,
-        "bytes that steps read and write, most of them in cache: more than the copy's bandwidth is possible",
+        "bytes read and written, mostly in cache, so a step can exceed the bandwidth of the copy",
         text_columns=2,
     )
     for stage, *cells in kernel_cells(measured):
@@ -155,9 +154,9 @@ def kernel_cells(measured: Benchmark) -> list[tuple[str, ...]]:
                     f"{1e3 * ms:.2f}",
                     f"{ms / whole:.0%}",
                     f"{gflops:,.0f}" if gflops else "–",
-                    f"{gflops / measured.ceilings.gflops:.0%}" if gflops else "–",
+                    f"{gflops / measured.peaks.gflops:.0%}" if gflops else "–",
                     f"{gbs:.1f}",
-                    f"{gbs / measured.ceilings.copy_gbs:.0%}",
+                    f"{gbs / measured.peaks.copy_gbs:.0%}",
                 )
             )
     return rows

@@ -6,7 +6,10 @@ import io
 import json
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +29,10 @@ from bench.cases import Case, Reference, noise
 from bench.engines import OURS, engines_for, left_out
 from bench.handmade import PeerCascade
 from bench.measure import Engine, Timing, Worker, check, measure
-from bench.peers import PEERS, Schedule, make_peer
-from bench.stored import CEILING, beside, beside_table
+from bench.peers import PEERS, WHOLE, Peer, Schedule, make_peer
+from bench.stored import PEAK, beside, beside_table
 from bench.targets import TRAINING, Row, target_rows
+from bench.worker import PeerCascadeSubject
 
 
 @pytest.fixture
@@ -41,7 +45,8 @@ def expected() -> Reference:
 
 
 def answers(expected: Reference) -> dict[str, np.ndarray]:
-    return {"log_probs": expected.log_probs.copy(), "exits": expected.exits.copy()}
+    log_probs = expected.log_probs.copy()
+    return {"log_probs": log_probs, "labels": log_probs.argmax(1), "exits": expected.exits.copy()}
 
 
 def test_equal_answers_pass(expected: Reference) -> None:
@@ -57,9 +62,21 @@ def test_a_wrong_row_is_refused(expected: Reference) -> None:
         check(wrong, expected, 1e-4)
 
 
+def test_a_wrong_label_is_refused_unless_two_classes_tie(expected: Reference) -> None:
+    wrong = answers(expected)
+    wrong["labels"][17] = (wrong["labels"][17] + 1) % 10
+    with pytest.raises(RuntimeError, match="1 of 200 labels differ"):
+        check(wrong, expected, 1e-4)
+    first, second = np.argsort(-expected.log_probs[17])[:2]
+    expected.log_probs[17, second] = expected.log_probs[17, first]
+    tied = answers(expected)
+    tied["labels"][17] = second
+    check(tied, expected, 1.0)
+
+
 def test_missing_rows_are_refused(expected: Reference) -> None:
     wrong = {name: rows[:-1] for name, rows in answers(expected).items()}
-    with pytest.raises(RuntimeError, match="199 answers for 200"):
+    with pytest.raises(RuntimeError, match="199 results for 200"):
         check(wrong, expected, 1e-4)
 
 
@@ -193,7 +210,7 @@ def full_results() -> dict[str, Any]:
     }
     entry = {
         "engines": {name: row | {"engine": name} for name, row in engines.items()},
-        "ceilings": {"threads": 2.0, "fp32_avx2_gflops": 100.0},
+        "peaks": {"threads": 2.0, "fp32_avx2_gflops": 100.0},
         "when": "2026-01-01",
     }
     for row in entry["engines"].values():  # type: ignore[attr-defined]
@@ -226,11 +243,11 @@ def test_the_document_gets_its_tables_and_nothing_else_changes() -> None:
 def run_at(speed: float, gain: float = 1.0) -> dict[str, Any]:
     """The cases of a run on a machine of some speed, on which our engine has become faster by ``gain``."""
     engines = {"fastcascade": timing(300 * speed * gain), "ncnn": timing(100 * speed)}
-    entry = {"engines": engines, "ceilings": {"threads": 2.0, "fp32_avx2_gflops": 50.0 * speed}}
+    entry = {"engines": engines, "peaks": {"threads": 2.0, "fp32_avx2_gflops": 50.0 * speed}}
     return {"resnet_cifar:20 batch 8 threads 2": entry}
 
 
-@pytest.mark.parametrize("baseline", [CEILING, "ncnn"])
+@pytest.mark.parametrize("baseline", [PEAK, "ncnn"])
 def test_a_stored_run_is_compared_through_its_own_baseline(baseline: str) -> None:
     (row,) = beside(run_at(0.5, gain=1.2), run_at(2.0), baseline)
     assert row.baseline == pytest.approx(0.25)
@@ -246,7 +263,7 @@ def test_without_a_common_baseline_nothing_is_claimed() -> None:
 
 def test_a_comparison_with_a_stored_run_is_marked_as_indicative() -> None:
     console = Console(file=io.StringIO(), width=160, color_system=None)
-    for baseline in (CEILING, "OpenVINO"):
+    for baseline in (PEAK, "OpenVINO"):
         console.print(beside_table(beside(run_at(1.0), run_at(2.0), baseline), "old.json", baseline))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("INDICATIVE: now over old.json, scaled by the") == 2
@@ -263,7 +280,10 @@ def test_every_peer_is_measured_or_named_as_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["eager", "eager channels_last"])
-@pytest.mark.parametrize("schedule", [Schedule(1, 5), Schedule(2, 2), Schedule(2, 2, padded=False)])
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(1, 5), Schedule(2, 2), Schedule(2, 2, "dynamic"), Schedule(2, 4, "ladder"), Schedule(1, 2)],
+)
 def test_cutting_a_batch_changes_no_answer(name: str, schedule: Schedule) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     peer = make_peer(name)
@@ -272,6 +292,69 @@ def test_cutting_a_batch_changes_no_answer(name: str, schedule: Schedule) -> Non
     whole = peer.run(x, Schedule(1, 5))
     np.testing.assert_allclose(peer.run(x, schedule), whole, atol=1e-5)
     assert whole.shape == (5, 4)
+
+
+class CountingPeer(Peer):
+    """Classifies by nothing; counts its networks, and is slow where a shape is new."""
+
+    fixes_rows = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[int | None] = []
+        self.last = 0
+
+    def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
+        pass
+
+    def load(self, threads: int, rows: int | None) -> Callable[[np.ndarray], np.ndarray]:
+        self.loaded.append(rows)
+
+        def forward(x: np.ndarray) -> np.ndarray:
+            assert rows in (None, len(x))
+            time.sleep(2e-3 if rows is not None else 1e-3 if len(x) == self.last else 2e-2)
+            self.last = len(x)
+            return np.zeros((len(x), 2), np.float32)
+
+        return forward
+
+
+def test_streams_share_one_network_for_every_number_of_rows() -> None:
+    peer = CountingPeer()
+    peer.build(nn.Identity(), (1, 1, 1), 2)
+    assert peer.run(np.zeros((11, 1, 1, 1), np.float32), Schedule(2, 4, "ladder")).shape == (11, 2)
+    assert sorted(filter(None, peer.loaded)) == [3, 4]  # 4 + 4 + 3
+    peer.run(np.zeros((11, 1, 1, 1), np.float32), Schedule(2, 4, "fixed"))
+    assert len(peer.loaded) == 2
+
+
+def test_a_cascade_is_tuned_on_numbers_of_rows_that_change() -> None:
+    """A network for any shape is the fastest where the shape stays, and the slowest where it changes."""
+    peer = CountingPeer()
+    peer.build(nn.Identity(), (1, 1, 1), 2)
+    candidates = [Schedule(1, WHOLE, "dynamic"), Schedule(1, WHOLE, "ladder")]
+    subject = PeerCascadeSubject.__new__(PeerCascadeSubject)
+    survivors = iter([3, 5, 3, 6])
+    subject.schedules = None
+    subject.stages = 1
+    subject.cascade = SimpleNamespace(  # type: ignore[assignment]
+        peers=[peer],
+        schedules=lambda k, count: candidates,
+        run=lambda x, schedules: (None, np.arange(8) - 8 + next(survivors)),
+    )
+    assert subject.tune([np.zeros((8, 1, 1, 1), np.float32)] * 4, 0.05) == "whole batch, ladder"
+
+
+@pytest.mark.parametrize("name", ["ONNX Runtime", "OpenVINO"])
+def test_runtimes_are_tried_with_known_shapes_and_on_one_stream(name: str) -> None:
+    peer = next(p for p in PEERS if p.name == name)()
+    peer.threads = 2
+    cascade = PeerCascade.__new__(PeerCascade)
+    cascade.peers = [peer, peer]
+    tried = set(cascade.schedules(1, 100))
+    assert {Schedule(1, WHOLE, "ladder"), Schedule(1, WHOLE, "dynamic"), Schedule(1, 16)} <= tried
+    assert {Schedule(2, 16, shape) for shape in ("fixed", "ladder", "dynamic")} <= tried
+    assert {schedule.shapes for schedule in cascade.schedules(0, 256)} == {"fixed"}
 
 
 @pytest.mark.parametrize("combine", ["last", "mean", (0.2, 0.5, 1.0)])
@@ -289,7 +372,7 @@ def test_the_hand_written_cascade_answers_as_the_cascade(combine: Combine) -> No
     expected = cascade(x, thresholds)
     assert len(expected.exit_stage.unique()) == 3
     by_hand = PeerCascade("eager", cascade, thresholds.numpy(), 2)
-    schedules = (Schedule(1, 1 << 20, padded=False), Schedule(2, 4), Schedule(2, 4, padded=False))
+    schedules = (Schedule(1, WHOLE, "dynamic"), Schedule(2, 4), Schedule(2, 32, "ladder"))
     log_probs, exits = by_hand.run(x.numpy(), schedules)
     np.testing.assert_array_equal(exits, expected.exit_stage.numpy())
     np.testing.assert_allclose(log_probs, expected.probs.log().numpy(), atol=1e-4)

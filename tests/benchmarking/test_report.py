@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fastcascade.benchmarking.machine import Ceilings
 from fastcascade.benchmarking.report import write_report
 from fastcascade.benchmarking.results import BatchTiming, Benchmark, Spread, StageTiming, StepTiming, WhatIf
+from fastcascade.benchmarking.torch_peaks import Peaks
 from fastcascade.errors import InvalidArgument
 from fastcascade.evaluation.curve import Curves
 from fastcascade.types import Evaluation
@@ -91,7 +91,7 @@ def measured() -> Benchmark:
         first_call_ms=3.0,
         max_error=1e-6,
         instrumentation_share=0.001,
-        ceilings=Ceilings(230.0, 30.0),
+        peaks=Peaks(230.0, 30.0),
         stages=(stage("small", 100, 30, 10_000_000), stage(HOSTILE, 30, 0, 80_000_000)),
         batches=(batch(1), batch(8), batch(64)),
         threads={},

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import assert_labels_agree
 from host_threads import HostLaunch
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ class Comparison:
         return ExitResults(*(column.cpu() for column in got)), self.reference.run(x, thresholds)
 
     def forced(self, x: Tensor) -> None:
-        """Assert equal log-probabilities at every forced exit."""
+        """Assert equal log-probabilities and labels at every forced exit."""
         for k in range(len(self.plan.stages)):
             got, want = self.run(x, forced_exit(k, len(self.plan.stages)))
             assert torch.equal(got.exit_stage, want.exit_stage)
@@ -86,6 +87,7 @@ class Comparison:
             torch.testing.assert_close(
                 got.log_probs, want.log_probs, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True
             )
+            assert_labels_agree(got, want, TOLERANCE)
 
     def free(self, cascade: fc.Cascade, x: Tensor) -> None:
         """Assert equal exits under thresholds that no score is near."""
@@ -97,6 +99,7 @@ class Comparison:
         assert len(want.exit_stage.unique()) > 1  # some rows stop and some go on
         assert torch.equal(got.exit_stage, want.exit_stage)
         torch.testing.assert_close(got.log_probs, want.log_probs, atol=TOLERANCE, rtol=TOLERANCE)
+        assert_labels_agree(got, want, TOLERANCE)
 
 
 def in_widest_gaps(scores: Tensor) -> Tensor:

@@ -84,6 +84,13 @@ def test_what_disagrees_gets_no_figure(gpu: ModuleType) -> None:
     assert len(gpu.refusals(found)) == 1
 
 
+def test_labels_that_differ_are_refused_unless_two_classes_tie(gpu: ModuleType) -> None:
+    want = torch.tensor([[0.9, 0.1], [0.500001, 0.499999]]).log()
+    gpu.labels_agree(torch.tensor([0, 1]), want, torch.tensor([0, 0]))
+    with pytest.raises(AssertionError, match="1 of 2 labels differ"):
+        gpu.labels_agree(torch.tensor([1, 0]), want, torch.tensor([0, 0]))
+
+
 class Repeating:
     """A stand-in for WHILE nodes that loops on the host, optionally once too often."""
 

@@ -63,12 +63,27 @@ def test_reinforce_runs_with_each_baseline_and_detached_probabilities(baseline):
     assert all(p.isfinite().all() for p in c.parameters())
 
 
-def test_detached_probabilities_keep_the_policy_gradient_out_of_the_stages():
-    c, (x, _) = cascade(), data(32, 1)
-    judged = c.judge(c.all_logits(x).detach())
-    judged.scores.sum().backward()
-    assert all(p.grad is None for p in c.stages.parameters())
-    assert c.selector.w1.grad is not None
+@pytest.mark.parametrize("detach", [True, False])
+def test_detached_probabilities_keep_the_policy_gradient_out_of_the_stages(detach):
+    """Imitation treats rewards as constants, so without auxiliary loss only the policy can move a stage."""
+    c = cascade()
+    stages = list(c.stages.parameters())
+    before = [p.detach().clone() for p in stages]
+    selector = c.selector.w1.detach().clone()
+    plan = recipe(detach_probs=detach, auxiliary=0.0, weight_decay=0.0, pretrain_epochs=0, joint_epochs=1)
+    fc.fit(
+        c,
+        data(256, 1),
+        data(128, 2),
+        objective="imitation",
+        recipe=plan,
+        refit_selector=False,
+        progress=False,
+    )
+    unchanged = [torch.equal(p, old) for p, old in zip(stages, before, strict=True)]
+    scored = len(list(c.stages[0].parameters()))  # the last exit has no score
+    assert all(unchanged) if detach else not any(unchanged[:scored])
+    assert not torch.equal(c.selector.w1, selector)
 
 
 def test_distillation_trains_the_last_stage_first_and_leaves_it_alone_afterwards():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import assert_labels_agree
 from host_threads import HostLoops
 from readback import NoReadback
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class Comparison:
         return ExitResults(*(t.cpu() for t in got)), self.reference.run(x, thresholds)
 
     def forced(self, x: Tensor) -> list[ExitResults]:
-        """Assert equal log-probabilities at every forced exit; returns the reference's results."""
+        """Assert equal log-probabilities and labels at every forced exit; returns the reference's results."""
         results = []
         last = len(self.plan.stages) - 1
         for k in range(last + 1):
@@ -123,6 +124,7 @@ class Comparison:
             assert torch.equal(got.label == -1, want.label == -1)
             atol = TOLERANCE[self.precision]
             torch.testing.assert_close(got.log_probs, want.log_probs, atol=atol, rtol=atol, equal_nan=True)
+            assert_labels_agree(got, want, atol)
             results.append(want)
         return results
 
@@ -139,6 +141,8 @@ class Comparison:
         torch.testing.assert_close(
             got.log_probs[same], want.log_probs[same], atol=atol, rtol=atol, equal_nan=True
         )
+        got, want = (ExitResults(*(column[same] for column in results)) for results in (got, want))
+        assert_labels_agree(got, want, atol)
 
 
 def images(n: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-// What this machine can do at most: fused multiply-adds from registers, and copies that miss every cache.
+// Peaks of this machine: fused multiply-adds from registers, and copies that miss every cache.
 // Prints one JSON object. Arguments: number of threads, milliseconds per measurement.
 #include <immintrin.h>
 
