@@ -22,14 +22,14 @@ from fastcascade.lowering.fusion import fuse
 from fastcascade.lowering.operations import Shape
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 from fastcascade.lowering.translation import translate
-from fastcascade.model.cascade import Cascade, Stage
+from fastcascade.model.cascade import Cascade
 from fastcascade.model.selector import MLPSelector, ThresholdSelector
 
 __all__ = ["plan"]
 
 
 def plan(cascade: Cascade) -> Plan:
-    """Lower a cascade to a plan.
+    """Lower a cascade to a plan. Temperatures become part of the weights.
 
     Args:
         cascade: on any device, of any floating dtype, in training or eval mode. It is not changed, and its
@@ -49,14 +49,19 @@ def plan(cascade: Cascade) -> Plan:
     stages = []
     for k in range(len(cascade.stages)):
         # A copy, because eval mode and folding must not change the cascade.
-        stage = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
-        x = image if stage.input == "image" else features
+        stage: nn.Module = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
+        reads = cascade.stage(k).input
+        feeds = k + 1 < len(cascade.stages) and cascade.stage(k + 1).input == "previous"
+        temperature = float(cascade.temperatures[k])
+        if temperature != 1:
+            stage = _Tempered(stage, temperature, feeds)
+        x = image if reads == "image" else features
         with torch.no_grad():
             features, logits = stage(x.clone())
         last = k == len(cascade.stages) - 1
         common: dict[str, Any] = {
-            "name": stage.name or f"stage{k}",
-            "input": stage.input,
+            "name": cascade.stage(k).name or f"stage{k}",
+            "input": reads,
             "macs": cascade.stage_macs[k],
             "selector_macs": 0 if last else cascade.selector_macs[k],
             "selector": None if last else _selector_plan(cast(nn.Module, cascade.selector), k),
@@ -88,13 +93,33 @@ def plan(cascade: Cascade) -> Plan:
     )
 
 
-def _lower_stage(stage: Stage, x: Tensor, common: dict[str, Any]) -> StagePlan:
+class _Tempered(nn.Module):
+    """A stage with its logits divided by its temperature.
+
+    The division becomes an operation that fuses into the last linear layer, in float64; so kernels and plans
+    know nothing of temperatures. Where no stage reads the features, they are the divided logits: a second
+    reader would keep the layers apart.
+    """
+
+    def __init__(self, stage: nn.Module, temperature: float, keeps_features: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self.temperature = temperature
+        self.keeps_features = keeps_features
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.stage(x)
+        tempered = logits / self.temperature
+        return features if self.keeps_features else tempered, tempered
+
+
+def _lower_stage(stage: nn.Module, x: Tensor, common: dict[str, Any]) -> StagePlan:
     graph = translate(_trace(stage, x))
     ops, shapes, (features, logits) = fuse(graph.ops, graph.shapes, graph.outputs)
     return StagePlan(**common, ops=ops, shapes=shapes, features=features, logits=logits)
 
 
-def _trace(stage: Stage, x: Tensor) -> torch.export.ExportedProgram:
+def _trace(stage: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     """Export a stage; in-place operators are functionalised, which is slow, only if there are any."""
     batch = torch.export.Dim("batch")
     try:

@@ -129,6 +129,8 @@ class Cascade(nn.Module):
         single_macs: per stage, the cheapest way to give every instance that stage's own answer: its own
             cost, with the segments that it reads through but without their exits and selectors.
         dense_macs: ``single_macs`` of the last stage.
+        temperatures: (K,) buffer of the stages' temperatures T_k: p_k = softmax(z_k / T_k). 1 until
+            :func:`fastcascade.fit` finds them on held-out images (Guo et al. 2017, arXiv 1706.04599).
         operating_points: named thresholds stored by :func:`fastcascade.calibrate`.
         seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has seen.
 
@@ -143,6 +145,8 @@ class Cascade(nn.Module):
         >>> cascade(torch.randn(4, 3, 32, 32)).probs.shape
         torch.Size([4, 10])
     """
+
+    temperatures: Tensor
 
     def __init__(
         self,
@@ -166,6 +170,7 @@ class Cascade(nn.Module):
         self.scale_check = ScaleCheck(self.input)
         self.operating_points: dict[str, OperatingPoint] = {}
         self.seen_images = np.empty(0, np.uint64)
+        self.register_buffer("temperatures", torch.ones(len(self.stages)))
         self._check_arguments()
         if isinstance(selector, Selector):
             selector.build(len(self.stages), num_classes)
@@ -244,6 +249,11 @@ class Cascade(nn.Module):
         """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
         return stage_weights(self.combine, len(self.stages))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights saved before there were temperatures have none: 1."""
+        state_dict.setdefault(f"{prefix}temperatures", torch.ones_like(self.temperatures))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @property
     def device(self) -> torch.device:
         """Device of the first parameter; CPU for a cascade without parameters."""
@@ -306,10 +316,21 @@ class Cascade(nn.Module):
             logits.append(z)
         return torch.stack(logits)
 
+    def tempered(self, logits: Tensor, k: int | None = None) -> Tensor:
+        """z/T in float32, or float64 as the logits are: what every softmax is taken of.
+
+        Args:
+            logits: (K, N, C) of all stages, or (N, C) of stage ``k``.
+        """
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        temperatures = self.temperatures.to(wide)
+        return wide / (temperatures[:, None, None] if k is None else temperatures[k])
+
     def judge(self, logits: Tensor) -> ExitJudgement:
         """What every exit would say, from the logits (K, N, C) of every stage; differentiable."""
-        valid = logits.isfinite().all(2)
-        own = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(2)
+        tempered = self.tempered(logits)
+        valid = tempered.isfinite().all(2)
+        own = tempered.log_softmax(2)
         labels = own.argmax(2)
         log_probs = own
         if self.combine != "last":
@@ -359,7 +380,7 @@ class Cascade(nn.Module):
                 score = None if last else partial(self.score, k)
                 keep = exit_step(
                     tables,
-                    logits,
+                    self.tempered(logits, k),
                     active,
                     k,
                     stage_weight=self.stage_weights[k],

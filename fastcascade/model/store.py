@@ -198,6 +198,7 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
     loader = _Loader({name: tensors[name] for name in reader.unused}, own, saved.num_classes)
     stages = [loader.stage(k, stage) for k, stage in enumerate(saved.stages)]
     selector = loader.selector(saved)
+    temperatures = _temperatures(loader.tensors.pop("temperatures", None), len(stages), directory)
     if loader.tensors:
         raise FileFormatError(f"{directory} holds tensors of no module: {sorted(loader.tensors)[:5]}")
     try:
@@ -212,9 +213,21 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
         )
     except (FastCascadeError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(f"{directory} holds parts that do not make a cascade: {error}") from error
+    cascade.temperatures.copy_(temperatures)
     cascade.operating_points = dict(saved.operating_points)
     cascade.seen_images = saved.seen_images.numpy()
     return cascade
+
+
+def _temperatures(saved: Tensor | None, stages: int, directory: str | Path) -> Tensor:
+    """(K,) temperatures of the stages; 1 in files from before there were any."""
+    if saved is None:
+        return torch.ones(stages)
+    if saved.shape != (stages,) or not saved.is_floating_point() or not bool(saved.isfinite().all()):
+        raise FileFormatError(f"{directory} holds temperatures {saved}; expected {stages} finite numbers")
+    if not bool((saved > 0).all()):
+        raise FileFormatError(f"{directory} holds temperatures {saved.tolist()}; expected positive ones")
+    return saved
 
 
 def _check_saved(saved: _Cascade) -> None:
