@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
 from fastcascade.errors import BackendUnavailable
-from fastcascade.lowering.operations import Activation, Conv2d, Op
+from fastcascade.lowering.operations import (
+    Activation,
+    Add,
+    Concat,
+    Conv2d,
+    Flatten,
+    Linear,
+    Op,
+    Pad,
+    Pool,
+    ScaleShift,
+    Slice,
+)
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
 __all__ = ["BACKEND", "CpuProgram", "stage_spec"]
@@ -73,6 +85,28 @@ def _selector(selector: SelectorPlan | None) -> dict[str, Any] | None:
         return {"score": selector.kind}
     arrays = {name: value.numpy() for name, value in selector.weights._asdict().items()}
     return {**arrays, "score": selector.features, "b2": float(selector.weights.b2)}
+
+
+_ENGINE_OPS = (Activation, Add, Concat, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift, Slice)
+_ENGINE_ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def engine_reason(stage: StagePlan) -> str | None:
+    """Why the engine cannot run a stage, which then runs through torch; None if it can."""
+    if stage.module is not None:
+        return stage.opaque_reason or "it is a module"
+    for op in stage.ops:
+        kind = getattr(op, "kind", None) if isinstance(op, Activation) else getattr(op, "activation", "none")
+        supported = isinstance(op, _ENGINE_OPS) and kind in _ENGINE_ACTIVATIONS
+        if isinstance(op, Add):
+            supported = supported and stage.shapes[op.input] == stage.shapes[op.other]
+        if isinstance(op, Pad):
+            supported = supported and op.mode == "constant"
+        if isinstance(op, ScaleShift):
+            supported = supported and op.scale.ndim == 1
+        if not supported:
+            return f"the engine has no kernel for {op}"
+    return None
 
 
 class CpuProgram:
@@ -168,7 +202,10 @@ class MixedProgram(ReferenceProgram):
     """A plan with stages or selectors that only torch can run: the reference's loop over the active rows."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
-        engines = [None if s.module else _EngineStage(plan, k, threads) for k, s in enumerate(plan.stages)]
+        engines = [
+            None if engine_reason(stage) else _EngineStage(plan, k, threads)
+            for k, stage in enumerate(plan.stages)
+        ]
         stages = tuple(
             stage if engine is None else replace(stage, ops=(), module=engine)
             for stage, engine in zip(plan.stages, engines, strict=True)
@@ -216,7 +253,7 @@ class CpuBackend:
     ) -> CpuProgram | MixedProgram:
         """Prepare a plan for which both reasons are None."""
         threads = torch.get_num_threads() if threads is None else threads
-        opaque = any(s.module is not None or (s.selector and s.selector.module) for s in plan.stages)
+        opaque = any(engine_reason(s) or (s.selector and s.selector.module) for s in plan.stages)
         try:
             return MixedProgram(plan, threads) if opaque else CpuProgram(plan, threads)
         except ValueError as error:
