@@ -20,19 +20,7 @@ from torch import Tensor, nn
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
 from fastcascade.errors import BackendUnavailable
-from fastcascade.lowering.operations import (
-    Activation,
-    Add,
-    Concat,
-    Conv2d,
-    Flatten,
-    Linear,
-    Op,
-    Pad,
-    Pool,
-    ScaleShift,
-    Slice,
-)
+from fastcascade.lowering.operations import Activation, Conv2d, Op, beyond_core
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
 __all__ = ["BACKEND", "CpuProgram", "stage_spec"]
@@ -87,26 +75,12 @@ def _selector(selector: SelectorPlan | None) -> dict[str, Any] | None:
     return {**arrays, "score": selector.features, "b2": float(selector.weights.b2)}
 
 
-_ENGINE_OPS = (Activation, Add, Concat, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift, Slice)
-_ENGINE_ACTIVATIONS = ("none", "relu", "relu6")
-
-
 def engine_reason(stage: StagePlan) -> str | None:
     """Why the engine cannot run a stage, which then runs through torch; None if it can."""
     if stage.module is not None:
-        return stage.opaque_reason or "it is a module"
-    for op in stage.ops:
-        kind = getattr(op, "kind", None) if isinstance(op, Activation) else getattr(op, "activation", "none")
-        supported = isinstance(op, _ENGINE_OPS) and kind in _ENGINE_ACTIVATIONS
-        if isinstance(op, Add):
-            supported = supported and stage.shapes[op.input] == stage.shapes[op.other]
-        if isinstance(op, Pad):
-            supported = supported and op.mode == "constant"
-        if isinstance(op, ScaleShift):
-            supported = supported and op.scale.ndim == 1
-        if not supported:
-            return f"the engine has no kernel for {op}"
-    return None
+        return stage.opaque_reason or "it is a torch module"
+    reasons = (beyond_core(op, stage.shapes) for op in stage.ops)
+    return next((reason for reason in reasons if reason), None)
 
 
 class CpuProgram:
