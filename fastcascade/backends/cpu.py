@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
 from fastcascade.errors import BackendUnavailable, FastCascadeError
-from fastcascade.lowering.operations import Activation, Conv2d, Op
+from fastcascade.lowering.operations import Activation, Conv2d, Op, beyond_core
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
 if TYPE_CHECKING:
@@ -76,6 +76,14 @@ def _selector(selector: SelectorPlan | None) -> dict[str, Any] | None:
         return {"score": selector.kind}
     arrays = {name: value.numpy() for name, value in selector.weights._asdict().items()}
     return {**arrays, "score": selector.features, "b2": float(selector.weights.b2)}
+
+
+def engine_reason(stage: StagePlan) -> str | None:
+    """Why the engine cannot run a stage, which then runs through torch; None if it can."""
+    if stage.module is not None:
+        return stage.opaque_reason or "it is a torch module"
+    reasons = (beyond_core(op, stage.shapes) for op in stage.ops)
+    return next((reason for reason in reasons if reason), None)
 
 
 class CpuProgram:
@@ -187,7 +195,10 @@ class MixedProgram(ReferenceProgram):
     """A plan with stages or selectors that only torch can run: the reference's loop over the active rows."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
-        engines = [None if s.module else _EngineStage(plan, k, threads) for k, s in enumerate(plan.stages)]
+        engines = [
+            None if engine_reason(stage) else _EngineStage(plan, k, threads)
+            for k, stage in enumerate(plan.stages)
+        ]
         stages = tuple(
             stage if engine is None else replace(stage, ops=(), module=engine)
             for stage, engine in zip(plan.stages, engines, strict=True)
@@ -235,7 +246,7 @@ class CpuBackend:
     ) -> CpuProgram | MixedProgram:
         """Prepare a plan for which both reasons are None."""
         threads = torch.get_num_threads() if threads is None else threads
-        opaque = any(s.module is not None or (s.selector and s.selector.module) for s in plan.stages)
+        opaque = any(engine_reason(s) or (s.selector and s.selector.module) for s in plan.stages)
         try:
             return MixedProgram(plan, threads) if opaque else CpuProgram(plan, threads)
         except (ValueError, MemoryError) as error:

@@ -120,18 +120,12 @@ def _lower_stage(stage: nn.Module, x: Tensor, common: dict[str, Any]) -> StagePl
 
 
 def _trace(stage: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
-    """Export a stage; in-place operators are functionalised, which is slow, only if there are any."""
+    """Export a stage with a dynamic batch."""
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
-            mutates = any(
-                node.target._schema.is_mutable
-                for node in program.graph.nodes
-                if isinstance(node.target, torch._ops.OpOverload)
-            )
-            return program.run_decompositions({}) if mutates else program
+            return torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export may raise anything, and so may the module
         lines = str(error).strip().splitlines() or [""]
         raise LoweringError(f"torch.export: {type(error).__name__}: {lines[0]}") from error

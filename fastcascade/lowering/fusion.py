@@ -9,7 +9,18 @@ from typing import Any
 
 import torch
 
-from fastcascade.lowering.operations import Activation, Add, Conv2d, Linear, Op, Pad, ScaleShift, Shape, Slice
+from fastcascade.lowering.operations import (
+    PARAMETRIC,
+    Activation,
+    Add,
+    Conv2d,
+    Linear,
+    Op,
+    Pad,
+    ScaleShift,
+    Shape,
+    Slice,
+)
 
 __all__ = ["fuse"]
 
@@ -28,7 +39,7 @@ def fuse(
         operations with contiguous float32 weights, the shapes of their values, and the new numbers of the
         outputs.
     """
-    fused = _Fuser(ops, outputs).run()
+    fused = _Fuser(ops, shapes, outputs).run()
     alive = set(outputs)
     kept: list[Op] = []
     for op in reversed(fused):
@@ -54,8 +65,8 @@ class _Fuser:
     reads is defined there.
     """
 
-    def __init__(self, ops: Sequence[Op], outputs: Sequence[int]) -> None:
-        self.ops = ops
+    def __init__(self, ops: Sequence[Op], shapes: Mapping[int, Shape], outputs: Sequence[int]) -> None:
+        self.ops, self.shapes = ops, shapes
         self.readers = Counter([*outputs, *(value for op in ops for value in op.reads)])
         self.done: dict[int, Op] = {}
 
@@ -81,7 +92,12 @@ class _Fuser:
     def absorb_padding(self, op: Conv2d) -> Conv2d:
         """Turn a zero Pad into the convolution's own padding, even if others read the padded value."""
         pad = self.done.get(op.input)
-        if not (isinstance(pad, Pad) and pad.value == 0 and pad.before[0] == pad.after[0] == 0):
+        if not (
+            isinstance(pad, Pad)
+            and pad.mode == "constant"
+            and pad.value == 0
+            and pad.before[0] == pad.after[0] == 0
+        ):
             return op
         sides = (pad.before[1], pad.after[1], pad.before[2], pad.after[2])
         padding = tuple(a + b for a, b in zip(op.padding, sides, strict=True))
@@ -95,12 +111,14 @@ class _Fuser:
     def fold_scale(self, op: ScaleShift) -> Op:
         """scale·(w·x + b) + shift = (scale·w)·x + (scale·b + shift)."""
         before = self.only_reader_of(op.input)
+        if op.scale.ndim > 1:
+            return op
         if isinstance(before, Conv2d | Linear) and _is_bare(before):
             del self.done[before.output]
             scale = op.scale.view(-1, *(1,) * (before.weight.ndim - 1))
             bias = op.scale * before.bias + op.shift
             return replace(before, output=op.output, weight=scale * before.weight, bias=bias)
-        if isinstance(before, ScaleShift):
+        if isinstance(before, ScaleShift) and before.scale.ndim == 1:
             del self.done[before.output]
             shift = op.scale * before.shift + op.shift
             return replace(op, input=before.input, scale=op.scale * before.scale, shift=shift)
@@ -108,6 +126,8 @@ class _Fuser:
 
     def add_to_convolution(self, op: Add) -> Op:
         """Make one operand the residual of the convolution that computes the other."""
+        if self.shapes[op.input] != self.shapes[op.other]:
+            return op
         for value in sorted(op.reads):
             before = self.only_reader_of(value)
             if isinstance(before, Conv2d) and _is_bare(before):
@@ -117,7 +137,7 @@ class _Fuser:
         return op
 
     def activate_producer(self, op: Activation) -> Op:
-        before = self.only_reader_of(op.input)
+        before = None if op.kind in PARAMETRIC else self.only_reader_of(op.input)
         if isinstance(before, Conv2d | Linear | Add) and before.activation == "none":
             del self.done[before.output]
             return replace(before, output=op.output, activation=op.kind)

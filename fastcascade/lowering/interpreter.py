@@ -16,27 +16,67 @@ from fastcascade.errors import InvalidArgument
 from fastcascade.lowering.operations import (
     Activation,
     ActivationKind,
+    AdaptivePool,
     Add,
+    ChannelReduce,
     Concat,
     Conv2d,
     Flatten,
+    Flip,
+    LayerNorm,
     Linear,
+    Multiply,
     Op,
     Pad,
     Pool,
+    Reorder,
+    Reshape,
+    Resize,
     ScaleShift,
     Slice,
+    Softmax,
 )
 from fastcascade.lowering.plan import SelectorPlan, StagePlan
 
 __all__ = ["move_stage", "run_op", "run_stage"]
 
 
-def activate(x: Tensor, kind: ActivationKind) -> Tensor:
+def activate(x: Tensor, kind: ActivationKind, parameter: float = 0.0) -> Tensor:
     """Apply an activation; NaN stays NaN."""
-    if kind == "relu":
-        return x.relu()
-    return x.clamp(0, 6) if kind == "relu6" else x
+    match kind:
+        case "none":
+            return x
+        case "relu":
+            return x.relu()
+        case "relu6":
+            return x.clamp(0, 6)
+        case "leaky_relu":
+            return F.leaky_relu(x, parameter)
+        case "elu":
+            return F.elu(x, parameter)
+        case "sigmoid":
+            return x.sigmoid()
+        case "hard_sigmoid":
+            return ((x + 3) / 6).clamp(0, 1)
+        case "silu":
+            return x * x.sigmoid()
+        case "hard_swish":
+            return x * ((x + 3) / 6).clamp(0, 1)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "mish":
+            return F.mish(x)
+        case "tanh":
+            return x.tanh()
+        case "exp":
+            return x.exp()
+        case "sqrt":
+            return x.sqrt()
+        case "reciprocal":
+            return x.reciprocal()
+    raise InvalidArgument(f"unknown activation {kind!r}")
 
 
 def pool(op: Pool, x: Tensor, height: int, width: int) -> Tensor:
@@ -84,16 +124,41 @@ def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
             return activate(F.linear(x, op.weight, op.bias), op.activation)
         case Add():
             return activate(x + inputs[1], op.activation)
+        case Multiply():
+            return x * inputs[1]
         case Activation():
-            return activate(x, op.kind)
+            return activate(x, op.kind, op.parameter)
         case ScaleShift():
-            ones = (1,) * (x.ndim - 2)
-            return x * op.scale.view(-1, *ones) + op.shift.view(-1, *ones)
+            axes = op.scale.shape if op.scale.ndim == x.ndim - 1 else (-1, *(1,) * (x.ndim - 2))
+            return x * op.scale.reshape(axes) + op.shift.reshape(axes)
+        case LayerNorm():
+            pixels = F.layer_norm(x.movedim(1, -1), op.scale.shape, op.scale, op.shift, op.eps)
+            return pixels.movedim(-1, 1)
+        case Softmax():
+            parts = x.reshape(len(x), op.parts, -1, *x.shape[2:])
+            return parts.softmax(1).reshape(x.shape)
+        case ChannelReduce():
+            return x.mean(1, keepdim=True) if op.kind == "mean" else x.amax(1, keepdim=True)
+        case Reorder():
+            return x[:, list(op.channels)]
+        case Flip():
+            return x.flip(3)
+        case Resize():
+            if op.kind == "nearest":
+                return F.interpolate(x, op.size, mode="nearest")
+            return F.interpolate(x, op.size, mode="bilinear", align_corners=op.align_corners)
+        case AdaptivePool():
+            pooled = F.adaptive_max_pool2d if op.kind == "max" else F.adaptive_avg_pool2d
+            return pooled(x, op.size)
+        case Reshape():
+            return x.reshape(len(x), *op.shape)
         case Slice():
             ranges = [slice(*numbers) for numbers in zip(op.start, op.stop, op.step, strict=True)]
             return x[:, ranges[0], ranges[1], ranges[2]]
         case Pad():
             sides = [n for pair in zip(op.before, op.after, strict=True) for n in pair]
+            if op.mode != "constant":
+                return F.pad(x, [*sides[4:], *sides[2:4]], mode=op.mode)
             return F.pad(x, [*sides[4:], *sides[2:4], *sides[:2]], value=op.value)
         case Concat():
             return torch.cat(inputs, 1)

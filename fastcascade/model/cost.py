@@ -18,13 +18,14 @@ __all__ = ["count_macs", "eval_mode"]
 _FREE = frozenset(
     """
     _adaptive_avg_pool2d _local_scalar_dense _log_softmax _native_batch_norm_legit_no_training
-    _softmax _to_copy _unsafe_view adaptive_max_pool2d all amax amin any arange argmax avg_pool2d
-    bernoulli cat clone constant_pad_nd copy_ cudnn_batch_norm cumsum detach embedding empty
-    empty_like eye fill_ flip full full_like gather index index_put index_select lift_fresh linspace
-    logsumexp max max_pool2d_with_indices mean min native_batch_norm native_dropout
-    native_group_norm native_layer_norm new_empty new_zeros ones ones_like rand randn
-    reflection_pad2d repeat replication_pad2d roll scalar_tensor scatter slice_scatter sort stack
-    sum topk tril triu upsample_bilinear2d upsample_nearest2d zeros zeros_like
+    _prelu_kernel _softmax _to_copy _unsafe_view adaptive_max_pool2d all amax amin any arange argmax
+    avg_pool2d bernoulli cat channel_shuffle clone constant_pad_nd copy_ cudnn_batch_norm cumsum
+    detach embedding empty empty_like eye fill_ flip full full_like gather hardswish index index_put
+    index_select lift_fresh linalg_vector_norm linspace logsumexp max max_pool2d_with_indices mean
+    min native_batch_norm native_channel_shuffle native_dropout native_group_norm native_layer_norm
+    new_empty new_zeros ones ones_like rand randn reflection_pad2d repeat replication_pad2d roll
+    scalar_tensor scatter slice_scatter sort stack sum topk tril triu upsample_bilinear2d
+    upsample_nearest2d zeros zeros_like
     """.split()
 )
 

@@ -17,6 +17,7 @@ from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pool
 from fastcascade.lowering.operations import (
     Activation,
     Add,
+    Concat,
     Conv2d,
     Flatten,
     Linear,
@@ -26,6 +27,7 @@ from fastcascade.lowering.operations import (
     ScaleShift,
     Shape,
     Slice,
+    beyond_core,
 )
 from fastcascade.lowering.plan import StagePlan
 
@@ -64,8 +66,10 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
 
 
 def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
-    if not isinstance(op, Conv2d | Pool | Linear | Add | Activation | ScaleShift | Slice | Pad | Flatten):
+    if isinstance(op, Concat):
         return "no custom kernel"
+    if reason := beyond_core(op, stage.shapes):
+        return reason
     if isinstance(op, Conv2d) and op.groups != 1:
         return f"groups={op.groups}"
     if isinstance(op, Slice) and min(op.step) < 1:
