@@ -17,12 +17,15 @@ from fastcascade.lowering.operations import (
     Linear,
     Op,
     Pad,
+    Pool,
     ScaleShift,
     Shape,
     Slice,
 )
 
 __all__ = ["fuse"]
+
+INCREASING = ("relu", "relu6", "sigmoid", "hard_sigmoid", "tanh")
 
 
 def fuse(
@@ -115,14 +118,24 @@ class _Fuser:
             return op
         if isinstance(before, Conv2d | Linear) and _is_bare(before):
             del self.done[before.output]
-            scale = op.scale.view(-1, *(1,) * (before.weight.ndim - 1))
-            bias = op.scale * before.bias + op.shift
-            return replace(before, output=op.output, weight=scale * before.weight, bias=bias)
+            return _scaled(before, op, op.output)
         if isinstance(before, ScaleShift) and before.scale.ndim == 1:
             del self.done[before.output]
             shift = op.scale * before.shift + op.shift
             return replace(op, input=before.input, scale=op.scale * before.scale, shift=shift)
+        conv = self.pooled_convolution(before)
+        if isinstance(before, Pool) and conv is not None and _is_bare(conv) and bool((op.scale > 0).all()):
+            del self.done[before.output]
+            self.done[conv.output] = _scaled(conv, op, conv.output)
+            return replace(before, output=op.output)
         return op
+
+    def pooled_convolution(self, pool: Op | None) -> Conv2d | None:
+        """The convolution that only a max pool reads. Increasing functions commute with the maximum."""
+        if not (isinstance(pool, Pool) and pool.kind == "max"):
+            return None
+        conv = self.only_reader_of(pool.input)
+        return conv if isinstance(conv, Conv2d) else None
 
     def add_to_convolution(self, op: Add) -> Op:
         """Make one operand the residual of the convolution that computes the other."""
@@ -137,10 +150,21 @@ class _Fuser:
         return op
 
     def activate_producer(self, op: Activation) -> Op:
+        """Join the operation before, or the convolution before a max pool if the function is increasing."""
         before = None if op.kind in PARAMETRIC else self.only_reader_of(op.input)
         if isinstance(before, Conv2d | Linear | Add) and before.activation == "none":
             del self.done[before.output]
             return replace(before, output=op.output, activation=op.kind)
+        conv = self.pooled_convolution(before)
+        if (
+            isinstance(before, Pool)
+            and conv is not None
+            and conv.activation == "none"
+            and op.kind in INCREASING
+        ):
+            del self.done[before.output]
+            self.done[conv.output] = replace(conv, activation=op.kind)
+            return replace(before, output=op.output)
         return op
 
     def merge_slices(self, op: Slice) -> Slice:
@@ -162,3 +186,9 @@ class _Fuser:
 def _is_bare(op: Conv2d | Linear) -> bool:
     """Whether the operation has neither an activation nor a residual yet."""
     return op.activation == "none" and getattr(op, "residual", None) is None
+
+
+def _scaled(op: Conv2d | Linear, by: ScaleShift, output: int) -> Conv2d | Linear:
+    """``op`` with a scale and a shift per channel folded into its weight and bias."""
+    scale = by.scale.view(-1, *(1,) * (op.weight.ndim - 1))
+    return replace(op, output=output, weight=scale * op.weight, bias=by.scale * op.bias + by.shift)

@@ -345,3 +345,22 @@ def test_a_subclass_of_a_built_in_selector_is_code_of_its_own() -> None:
 def test_float64_cascades_lower_too() -> None:
     network = random_network(5, input_shape=SHAPE).double()
     check(network)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_batch_norm_and_relu_after_a_max_pool_join_the_convolution_if_scales_are_positive(sign: int) -> None:
+    norm = nn.BatchNorm2d(4)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), norm, nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+    )
+    randomise_statistics(network)
+    with torch.no_grad():
+        norm.weight[1].mul_(sign)
+    plan = fc.plan(fc.Cascade([network], None, 5, SHAPE))
+    compare(plan, network, SHAPE)
+    expected = (
+        [Conv2d, Pool, Flatten, Linear]
+        if sign > 0
+        else [Conv2d, Pool, ScaleShift, Activation, Flatten, Linear]
+    )
+    assert kinds(plan.stages[0]) == expected
