@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import cast
 
 from torch import nn
 
 from fastcascade.errors import InvalidArgument
-from fastcascade.model.resnet import FAMILIES, Head, ResNet, cut_segment
+from fastcascade.model import pooled_net, resnet
+from fastcascade.model.families import FAMILIES
+from fastcascade.model.resnet import Head, ResNet, cut_segment
 
-__all__ = ["build_module", "build_network"]
+__all__ = ["MODULES", "build_module", "build_network"]
+
+MODULES = (pooled_net, resnet)
+"""The modules whose families the registry knows."""
 
 
-def build_network(name: str, num_classes: int) -> ResNet:
+def build_network(name: str, num_classes: int) -> nn.Module:
     """Build a network from its registry name, with random weights.
 
     Args:
@@ -23,8 +29,8 @@ def build_network(name: str, num_classes: int) -> ResNet:
         InvalidArgument: the family, an option or the size is unknown.
 
     Example:
-        >>> build_network("resnet_cifar:20,shortcut=B", num_classes=100).head.num_classes
-        100
+        >>> build_network("resnet_cifar:20,shortcut=B", num_classes=100).architecture
+        'resnet_cifar:20,shortcut=B'
     """
     family, _, rest = name.partition(":")
     if family not in FAMILIES:
@@ -43,7 +49,7 @@ def build_network(name: str, num_classes: int) -> ResNet:
     if not _NUMBER.fullmatch(size):
         raise InvalidArgument(f"{name!r} has no size in 1 … 9999; an example with a size is {family}:20")
     try:
-        return function(int(size), num_classes=num_classes, **keywords)
+        return cast(nn.Module, function(int(size), num_classes=num_classes, **keywords))
     except TypeError as error:
         raise InvalidArgument(f"cannot build {name!r}: {error}") from error
 
@@ -74,6 +80,8 @@ def build_module(name: str, num_classes: int) -> nn.Module:
     segment = _SEGMENT.fullmatch(name)
     if segment:
         network, begin, end = build_network(segment[1], num_classes), int(segment[2]), int(segment[3])
+        if not isinstance(network, ResNet):
+            raise InvalidArgument(f"{name!r}: only ResNets are cut into segments")
         if not begin < end <= len(network.blocks):
             raise InvalidArgument(f"{name!r} is out of range; the network has {len(network.blocks)} blocks")
         return cut_segment(network, begin, end)

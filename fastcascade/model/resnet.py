@@ -15,15 +15,14 @@ blocks, with the stem if it begins at 0. ``head:C`` is an exit head for C channe
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import ParamSpec, cast
+from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcascade.errors import InvalidArgument
+from fastcascade.model.families import family
 
 __all__ = [
     "BasicBlock",
@@ -164,27 +163,6 @@ class ResNet(nn.Module):
         return logits
 
 
-_P = ParamSpec("_P")
-FAMILIES: dict[str, Callable[..., ResNet]] = {}
-
-
-def _family(build: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
-    """Register a family; the networks that it builds get their registry name as ``architecture``."""
-    signature = inspect.signature(build)
-
-    @wraps(build)
-    def named(*args: _P.args, **kwargs: _P.kwargs) -> ResNet:
-        network = build(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        size, *options = [(k, v) for k, v in given.items() if k != "num_classes"]
-        changed = [f",{k}={v}" for k, v in options if v != signature.parameters[k].default]
-        network.architecture = f"{build.__name__}:{size[1]}{''.join(changed)}"
-        return network
-
-    FAMILIES[build.__name__] = named
-    return named
-
-
 def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         _conv(in_channels, out_channels, kernel, stride), nn.BatchNorm2d(out_channels), nn.ReLU()
@@ -209,7 +187,7 @@ def _groups(
     return blocks, in_channels
 
 
-@_family
+@family
 def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16, shortcut: str = "A") -> ResNet:
     """ResNet for 32×32 images with 6n+2 layers (He et al. 2016, section 4.2).
 
@@ -236,7 +214,7 @@ def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16, shortcut: s
     return ResNet(_conv_bn_relu(3, width), blocks, Head(channels, num_classes))
 
 
-@_family
+@family
 def resnet9(width: int, num_classes: int = 10, stem: int | None = None) -> ResNet:
     """ResNet-9 for 32×32 images: eight 3×3 convolutions, three max-pooling layers, two residual pairs.
 
@@ -284,7 +262,7 @@ _IMAGENET_ROWS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, 
 }
 
 
-@_family
+@family
 def resnet_imagenet(depth: int, num_classes: int = 1000) -> ResNet:
     """ResNet-18, -34, -50, -101 or -152 for 224×224 images (He et al. 2016, table 1).
 

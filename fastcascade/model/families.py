@@ -1,0 +1,40 @@
+"""Families of built-in networks: functions that build a network from one size and a few options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar
+
+__all__ = ["FAMILIES", "Network", "family"]
+
+
+class Network(Protocol):
+    """A network that a registry name rebuilds."""
+
+    architecture: str | None
+
+
+_P = ParamSpec("_P")
+_N = TypeVar("_N", bound=Network)
+
+FAMILIES: dict[str, Callable[..., Network]] = {}
+"""The functions that build networks, by the family's name."""
+
+
+def family(build: Callable[_P, _N]) -> Callable[_P, _N]:
+    """Register a family; the networks that it builds get their registry name as ``architecture``."""
+    signature = inspect.signature(build)
+
+    @wraps(build)
+    def named(*args: _P.args, **kwargs: _P.kwargs) -> _N:
+        network = build(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        size, *options = [(k, v) for k, v in given.items() if k != "num_classes"]
+        changed = [f",{k}={v}" for k, v in options if v != signature.parameters[k].default]
+        network.architecture = f"{build.__name__}:{size[1]}{''.join(changed)}"
+        return network
+
+    FAMILIES[build.__name__] = named
+    return named
