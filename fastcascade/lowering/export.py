@@ -7,8 +7,8 @@ Each stage goes through three steps:
   constant. Batch norm and arithmetic with constants become ``ScaleShift``.
 - *Fuse*: operations are merged into the operation before them.
 
-Constants are float64 until the last step, so folding loses no accuracy. A stage that fails at any step becomes
-opaque, and the plan gives the operator that failed.
+Constants are float64 until the last step, so folding loses no accuracy. A stage that fails at any step
+becomes opaque, and the plan gives the operator that failed.
 """
 
 from __future__ import annotations
