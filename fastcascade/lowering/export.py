@@ -1,11 +1,14 @@
 """Export of a cascade to a plan, stage by stage.
 
-Each stage goes through three steps. *Trace*: ``torch.export`` exports an eval copy with a dynamic batch size.
-*Translate*: every operator that the outputs depend on becomes an operation on numbered values, or part of a
-    constant;
-batch norm and arithmetic with constants become ``ScaleShift``. *Fuse*: operations are merged into the
-operation before them. Constants are float64 until the last step, so folding loses no accuracy. A stage that
-fails at any step becomes opaque, and the plan names the operator that failed.
+Each stage goes through three steps:
+
+- *Trace*: ``torch.export`` exports an eval copy with a dynamic batch size.
+- *Translate*: every operator that the outputs depend on becomes an operation on numbered values, or part of a
+  constant. Batch norm and arithmetic with constants become ``ScaleShift``.
+- *Fuse*: operations are merged into the operation before them.
+
+Constants are float64 until the last step, so folding loses no accuracy. A stage that fails at any step
+becomes opaque, and the plan gives the operator that failed.
 """
 
 from __future__ import annotations

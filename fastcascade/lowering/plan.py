@@ -2,9 +2,9 @@
 
 For each stage, a plan holds a list of operations on numbered values with folded weights, the weights of the
 selector, and the cost. It needs no Python code of the model, so it can be printed, saved, and run elsewhere.
-A stage that
-operations cannot express is *opaque*: it holds the torch module and the reason, runs in torch, and cannot be
-    saved.
+
+A stage that operations cannot express is *opaque*. It holds the torch module and the reason, runs in torch,
+and cannot be saved.
 
 All shapes are per instance, without a batch axis: an image or feature map is (C, H, W), a vector (F,).
 """

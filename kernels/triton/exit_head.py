@@ -1,10 +1,8 @@
 """The exit head in one launch: log-softmax, combination, features, selector, decision, retirement.
 
 Each program handles BLOCK_ROWS active rows. It passes over their classes in tiles of BLOCK_CLASSES, so any
-class
-count fits: once for the log-sum-exp, once for the selector, once to write. The second and third pass hit L1
-    or L2.
-The number of active rows is read from device memory; programs beyond it return.
+class count fits: once for the log-sum-exp, once for the selector, once to write. The second and third pass
+hit L1 or L2. The number of active rows is read from device memory; programs beyond it return.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def compile_cuda(text: str, target: str) -> list[Report]:
     ``spills`` counts four-byte words of local memory, whatever they are for.
 
     Raises:
-        RuntimeError: the compiler refused; its messages are quoted.
+        RuntimeError: the source does not compile; quotes the compiler's messages.
     """
     from cuda.bindings import nvrtc
 

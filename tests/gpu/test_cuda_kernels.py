@@ -467,7 +467,7 @@ def test_blocks_may_run_in_any_order(library: Path) -> None:
     """Blocks in descending order give the same bits as in ascending order."""
     n, device = 150, torch.device("cpu")
     flags = torch.rand(n) < 0.5
-    answers = []
+    results = []
     for descending in (False, True):
         launch = HostLaunch(library, descending=descending)
         tables, _ = check_exit_head(launch, 65, stage_weight=0.7, invalid=9)
@@ -475,6 +475,6 @@ def test_blocks_may_run_in_any_order(library: Path) -> None:
         out, counts, keep = torch.zeros_like(index), int32(device, 0, 0), keep_of(flags, n, device)
         compact.compact_index(launch, index, int32(device, n), keep, out, counts[:1])
         compact.fill_holes(launch, rows, index, int32(device, n), keep, counts[1:])
-        answers.append((*tables, out, counts, rows, index))
-    for first, second in zip(*answers, strict=True):
+        results.append((*tables, out, counts, rows, index))
+    for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)

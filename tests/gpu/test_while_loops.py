@@ -215,9 +215,9 @@ def test_the_reason_names_all_that_is_missing(machine: Callable[..., None]) -> N
     assert unavailable_reason() is None
     for missing, reason in (
         ({"cuda": None}, "this torch is built without CUDA"),
-        ({"cuda": "12.1"}, "this torch is built for CUDA 12.1, and WHILE nodes came with 12.4"),
+        ({"cuda": "12.1"}, "this torch is built for CUDA 12.1; WHILE nodes need 12.4"),
         ({"gpu": False}, "torch sees no NVIDIA GPU"),
-        ({"driver": 12}, "the driver knows CUDA 12.3, and WHILE nodes came with 12.4"),
+        ({"driver": 12}, "the driver supports CUDA 12.3; WHILE nodes need 12.4"),
         ({"bindings": False}, "the package cuda-bindings is not installed"),
     ):
         machine(**missing)

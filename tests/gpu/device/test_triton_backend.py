@@ -230,8 +230,8 @@ def test_a_broken_image_is_marked_and_leaks_nowhere(device: torch.device, shape)
     x = images(17)
     x[3, 1, 5, 5] = math.nan
     comparison = Comparison(plan(shape()), device)
-    for answer in comparison.forced(x):
-        assert (answer.label == -1).nonzero().flatten().tolist() == [3]
+    for result in comparison.forced(x):
+        assert (result.label == -1).nonzero().flatten().tolist() == [3]
 
 
 class OwnSelector(nn.Module):
