@@ -96,7 +96,8 @@ def load_cifar(path: Path, split: str | None, layout: Layout) -> ImageData:
     labels = np.concatenate([labels for _, labels in checked])
 
     def decode(records: Array) -> Array:
-        return records[:, layout.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        pixels = records[:, layout.label_bytes :].reshape(-1, 3, 32, 32)
+        return np.moveaxis(pixels, 1, 3)
 
     images = StoredImages.all_of([records for records, _ in checked], decode)
     return ImageData(IndexIds(len(images)), images, labels, _class_names(folder / layout.class_names, layout))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Records:
     count: int
 
     @classmethod
-    def of(cls, path: Path, file: BinaryIO, offset: int, size: int, count: int) -> Records:
+    def of(cls, path: Path, file: BufferedReader, offset: int, size: int, count: int) -> Records:
         """Records of an open file."""
         return cls(path, _identity(file), offset, size, count)
 
@@ -59,7 +60,7 @@ class Records:
         return np.frombuffer(data, np.uint8).reshape(count, self.size)
 
 
-def _identity(file: BinaryIO) -> tuple[int, int, int]:
+def _identity(file: BufferedReader) -> tuple[int, int, int]:
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
 
