@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError
 
-__all__ = ["NOT_SAVED", "Reader", "encode", "refuse"]
+__all__ = ["NOT_SAVED", "Reader", "encode"]
 
 NOT_SAVED = MappingProxyType({"saved": False})
 """``field(metadata=NOT_SAVED)`` omits a field from files."""
@@ -82,11 +82,11 @@ class Reader:
         if origin in (Union, UnionType):
             return self.union(args, value, path)
         if origin is Literal:
-            return value if value in args else refuse(path, value, f"one of {args}")
+            return value if value in args else _reject(path, value, f"one of {args}")
         if origin is tuple:
             return self.tuple(args, value, path)
         if origin in (dict, Mapping):
-            items = value.items() if isinstance(value, dict) else refuse(path, value, "an object")
+            items = value.items() if isinstance(value, dict) else _reject(path, value, "an object")
             return {key: self.decode(args[1], item, f"{path}.{key}") for key, item in items}
         if is_dataclass(hint):
             return self.record(cast(type, hint), value, path)
@@ -102,32 +102,32 @@ class Reader:
 
     def tensor(self, value: Any, path: str) -> Tensor:
         if not isinstance(value, str) or value not in self.tensors:
-            refuse(path, value, "the name of a saved tensor")
+            _reject(path, value, "the name of a saved tensor")
         self.unused.discard(value)
         return self.tensors[value]
 
     def tuple(self, args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            refuse(path, value, "a list")
+            _reject(path, value, "a list")
         hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(hints) != len(value):
-            refuse(path, value, f"{len(hints)} entries")
+            _reject(path, value, f"{len(hints)} entries")
         pairs = zip(hints, value, strict=True)
         return tuple(self.decode(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(pairs))
 
     def record(self, cls: type, value: Any, path: str) -> Any:
         """A dataclass, from an object with exactly its fields."""
         if not isinstance(value, dict):
-            refuse(path, value, "an object")
+            _reject(path, value, "an object")
         value = dict(value)
         subclasses: list[type] = cls.__subclasses__()
         variants = {subclass.__name__: subclass for subclass in subclasses}
         if variants:
             tag = value.pop(_TAG, None)
-            cls = variants.get(str(tag)) or refuse(f"{path}.{_TAG}", tag, f"one of {sorted(variants)}")
+            cls = variants.get(str(tag)) or _reject(f"{path}.{_TAG}", tag, f"one of {sorted(variants)}")
         expected = _saved_fields(cls)
         if set(value) != set(expected):
-            refuse(path, sorted(value), f"the fields {sorted(expected)}")
+            _reject(path, sorted(value), f"the fields {sorted(expected)}")
         return cls(
             **{name: self.decode(hint, value[name], f"{path}.{name}") for name, hint in expected.items()}
         )
@@ -143,12 +143,12 @@ def _scalar(hint: type, value: Any, path: str) -> Any:
         if isinstance(value, str) and value in _NON_FINITE:
             return _NON_FINITE[value]
         if type(value) not in (int, float) or abs(value) > 1e300:
-            refuse(path, value, "a number")
+            _reject(path, value, "a number")
         return float(value)
     if type(value) is not hint:
-        refuse(path, value, hint.__name__)
+        _reject(path, value, hint.__name__)
     if isinstance(value, int) and not 0 <= value <= _MAX_INT:
-        refuse(path, value, f"0 … {_MAX_INT}")
+        _reject(path, value, f"0 … {_MAX_INT}")
     return value
 
 
@@ -159,7 +159,7 @@ def _tuples(value: Any) -> Any:
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def refuse(path: str, value: Any, expected: str) -> NoReturn:
+def _reject(path: str, value: Any, expected: str) -> NoReturn:
     """Raise a :class:`FileFormatError`: the place in the document, the value, the expected value."""
     text = repr(value)
     raise FileFormatError(f"{path} is {text[:60] + '…' * (len(text) > 60)}; expected {expected}")

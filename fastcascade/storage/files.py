@@ -39,6 +39,7 @@ MAX_JSON_VALUES = 2**22
 
 _TEMPORARY = re.compile(r"\.(?P<destination>.+)\.[0-9a-f]{16}\.fastcascade-tmp")
 _LEFTOVER_AGE_S = 3600.0
+# File systems without hard links or locks.
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -271,7 +272,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_reject_constant
         )
     except RecursionError:
         raise ValueError(f"is not valid JSON: it nests deeper than {MAX_JSON_DEPTH} levels") from None
@@ -290,7 +291,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
