@@ -1,1 +1,1 @@
-"""Images and labels: every accepted form as batches, the file formats, image folders, downloads."""
+"""Images and labels: batches of every accepted form, file formats, image folders, downloads."""

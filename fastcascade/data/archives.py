@@ -1,4 +1,4 @@
-"""Fetch CIFAR-10 and CIFAR-100 from their home page."""
+"""Download of CIFAR-10 and CIFAR-100 from their home page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from fastcascade.errors import DataError, InvalidArgument, SaveError
-from fastcascade.storage.files import write_atomically
+from fastcascade.storage.files import read_bytes, write_atomically
 
 __all__ = ["download"]
 
@@ -25,10 +25,17 @@ _CHUNK = 2**18
 
 
 class Archive(NamedTuple):
-    """A published archive: where it is, how to know it, and which members to read from it."""
+    """A published archive.
+
+    Attributes:
+        url: the official address.
+        md5: as published; it detects damage, not forgery.
+        folder: the folder in the archive.
+        files: the members to extract from it.
+    """
 
     url: str
-    md5: str  # as published; a guard against damage, not against forgery
+    md5: str
     folder: str
     files: tuple[str, ...]
 
@@ -51,23 +58,23 @@ _MAX_MEMBER_BYTES = 2**28
 
 
 def download(name: str, directory: str | Path, url: str | None = None) -> Path:
-    """Download a data set, check it and unpack it; a second call finds it there.
+    """Download, check and unpack a data set, unless the folder already holds it.
 
-    The files' sha256 are left beside them in ``SHA256SUMS``, which
-    :func:`fastcascade.data.sources.load_data` checks.
+    ``SHA256SUMS`` in the folder lists the files' hashes, which :func:`fastcascade.data.sources.load_data`
+    compares.
 
     Args:
         name: "cifar10" or "cifar100".
-        directory: where to put the data set's folder.
-        url: a mirror of the official archive.
+        directory: parent of the data set's folder.
+        url: mirror of the official archive.
 
     Returns:
         the folder, for :func:`fastcascade.data.sources.load_data`.
 
     Raises:
         InvalidArgument: an unknown name.
-        DataError: unreachable, cut short, not the published archive, or the folder holds something else.
-        SaveError: the disk is full or not writable.
+        DataError: unreachable, truncated, not the published archive, or the folder holds other files.
+        SaveError: the operating system reported an error while writing.
     """
     if name not in ARCHIVES:
         raise InvalidArgument(f"unknown data set {name!r}; expected one of {sorted(ARCHIVES)}")
@@ -77,14 +84,12 @@ def download(name: str, directory: str | Path, url: str | None = None) -> Path:
     if _is_complete(folder, sums, archive):
         return folder
     if folder.exists() and any(folder.iterdir()) and not sums.exists():
-        raise DataError(
-            f"{folder} holds files that were not downloaded by this library; move them away first"
-        )
+        raise DataError(f"{folder} holds files that fastcascade did not download; move them away first")
     with tempfile.TemporaryFile() as file:
         _fetch(url or archive.url, file, archive.md5)
         contents = _members(file, archive)
     lines = (f"{hashlib.sha256(data).hexdigest()}  {file}\n" for file, data in contents.items())
-    # The list comes first: a folder with a list but incomplete files is known to be an unfinished download.
+    # The list is written first: it marks a folder with missing files as an interrupted download.
     write_atomically(sums, "".join(lines).encode())
     for file_name, data in contents.items():
         write_atomically(folder / file_name, data)
@@ -92,19 +97,21 @@ def download(name: str, directory: str | Path, url: str | None = None) -> Path:
 
 
 def _is_complete(folder: Path, sums: Path, archive: Archive) -> bool:
-    """True if every file is there with the hash in the list."""
+    """Whether every file exists and has its listed hash."""
     try:
-        listed = dict(line.split("  ")[::-1] for line in sums.read_text("ascii").splitlines())
+        lines = read_bytes(sums, _MAX_MEMBER_BYTES, DataError).decode("ascii").splitlines()
+        listed = dict(line.split("  ")[::-1] for line in lines)
         return all(
-            hashlib.sha256((folder / name).read_bytes()).hexdigest() == listed.get(name)
+            hashlib.sha256(read_bytes(folder / name, _MAX_MEMBER_BYTES, DataError)).hexdigest()
+            == listed.get(name)
             for name in archive.files
         )
-    except (OSError, ValueError):
+    except (DataError, ValueError):
         return False
 
 
 def _fetch(url: str, file: BinaryIO, md5: str) -> None:
-    """Copy a URL into an open file with a progress bar on standard error, and compare its md5."""
+    """Download a URL into an open file, with a progress bar on standard error, and compare its md5."""
     digest = hashlib.md5(usedforsecurity=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
@@ -122,11 +129,11 @@ def _fetch(url: str, file: BinaryIO, md5: str) -> None:
         raise
     except (OSError, ValueError, HTTPException) as error:
         raise DataError(
-            f"cannot download {url}: {error}; check the connection, or give url= of a mirror"
+            f"cannot download {url}: {error}; check the connection, or pass a mirror as url="
         ) from error
     if digest.hexdigest() != md5:
         raise DataError(
-            f"{url} has md5 {digest.hexdigest()}; expected {md5}: the download was cut short or changed"
+            f"{url} has md5 {digest.hexdigest()}; expected {md5}: the download is truncated or altered"
         )
 
 
@@ -135,12 +142,12 @@ def _write(file: BinaryIO, chunk: bytes) -> None:
         file.write(chunk)
     except OSError as error:
         raise SaveError(
-            f"could not store the download: {error.strerror}; free some space and try again"
+            f"cannot store the download: {error.strerror}; free some space and try again"
         ) from error
 
 
 def _members(file: BinaryIO, archive: Archive) -> dict[str, bytes]:
-    """The wanted members' bytes. They are looked up by fixed names; no path in the archive is ever used."""
+    """The members' contents, looked up by fixed names: no path from the archive is used."""
     file.seek(0)
     contents: dict[str, bytes] = {}
     try:
@@ -149,7 +156,7 @@ def _members(file: BinaryIO, archive: Archive) -> dict[str, bytes]:
                 member = tar.getmember(f"{archive.folder}/{name}")
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None or member.size > _MAX_MEMBER_BYTES:
-                    raise DataError(f"{name} in the archive is no file of at most {_MAX_MEMBER_BYTES} bytes")
+                    raise DataError(f"{name} in the archive is not a file of ≤ {_MAX_MEMBER_BYTES} bytes")
                 contents[name] = stream.read()
     except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"the archive does not hold the files of {archive.folder}: {error}") from error

@@ -1,7 +1,7 @@
-"""Data in every accepted form, turned into batches of images and labels.
+"""Batches of images and labels from every accepted form of data.
 
-Everywhere in this library *data* is a Dataset, a DataLoader, a pair (images, labels) of arrays, or what
-:func:`load_data` returns. :func:`batches` is the one place that tells them apart.
+In this library, *data* is a Dataset, a DataLoader, a pair (images, labels) of arrays, or an
+:class:`ImageData` from :func:`fastcascade.data.sources.load_data`.
 """
 
 from __future__ import annotations
@@ -20,36 +20,30 @@ from torch.utils.data import DataLoader, Dataset
 from fastcascade.data.image_data import Array, ImageData, Rows, as_tensor
 from fastcascade.errors import DataError, InvalidArgument
 
-__all__ = [
-    "Data",
-    "arrays",
-    "batches",
-    "image_hashes",
-]
+__all__ = ["Data", "arrays", "batches", "image_hashes"]
 
-
-# The pair of arrays is a Sequence too.
 Data: TypeAlias = "ImageData | Dataset[Any] | DataLoader[Any] | Sequence[Any]"
+"""Accepted data; a pair of arrays is a sequence."""
 
 
 def batches(
     data: Data, batch_size: int, num_classes: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Any accepted form of data as batches, in its own order; one batch is in memory at a time.
+    """Data in batches, in order.
 
     Args:
-        data: an :class:`ImageData`; a pair (images, labels) of arrays or tensors, labels may be None; a
-            Dataset whose items are images or (image, label); or a DataLoader of such batches, which keeps
-            its own batch size.
+        data: an :class:`ImageData`; a pair (images, labels) of arrays or tensors, where labels may be None; a
+            Dataset whose items are images or (image, label); or a DataLoader of such batches, whose batch
+            size is kept.
         batch_size: at least 1; the last batch may be smaller.
-        num_classes: if given, labels outside 0 … num_classes − 1 are refused.
+        num_classes: labels must lie in 0 … num_classes − 1; unchecked if None.
 
     Yields:
-        images (n, …), uint8 or floating, in the layout they came in, and labels (n,) int64 or None. Images
-        of an :class:`ImageData` that cannot be read are left out with a warning that names them.
+        images (n, …), uint8 or floating, in the layout of the data, and labels (n,) int64 or None. Unreadable
+        images of an :class:`ImageData` are left out with a warning.
 
     Raises:
-        InvalidArgument: data of another form, or dtypes and shapes that are not images and labels.
+        InvalidArgument: another form of data, or arrays that are not images and labels.
         DataError: a label out of range.
 
     Example:
@@ -66,13 +60,13 @@ def batches(
 
 
 def arrays(data: Data, num_classes: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """All images and labels in memory; arguments and errors as for :func:`batches`.
+    """All images and labels, loaded into memory; arguments and errors as for :func:`batches`.
 
     Returns:
         images (N, …) and labels (N,) int64, or None without labels.
 
     Raises:
-        DataError: there are no images, so their shape is unknown.
+        DataError: there are no images.
 
     Example:
         >>> images, labels = arrays([(torch.zeros(3, 8, 8), 1), (torch.ones(3, 8, 8), 0)])
@@ -89,11 +83,11 @@ def arrays(data: Data, num_classes: int | None = None) -> tuple[Tensor, Tensor |
 
 
 def image_hashes(images: Tensor | Array) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A 64-bit hash of each image's content (BLAKE2b), to recognise images seen before.
+    """A 64-bit hash (BLAKE2b) of each image's content.
 
     Args:
-        images: (N, C, H, W), uint8 or floating (hashed as float32), any memory layout; bring NHWC images
-            into NCHW first (:meth:`InputSpec.nchw`).
+        images: (N, C, H, W), uint8 or floating (hashed as float32), in any memory layout. Convert NHWC images
+            with :meth:`InputSpec.nchw` first, since the hash depends on the order of the axes.
 
     Returns:
         (N,) uint64.
@@ -112,7 +106,7 @@ def _raw_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, Any]]:
     """(images, labels or None) per batch, unchecked."""
     if isinstance(data, ImageData):
         for rows in data.rows(batch_size):
-            _warn_of_unreadable(rows)
+            _warn_about_unreadable(rows)
             if len(rows.images):
                 yield rows.images, rows.labels
     elif isinstance(data, DataLoader):
@@ -120,10 +114,12 @@ def _raw_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, Any]]:
     elif isinstance(data, (list, tuple)) and len(data) == 2 and isinstance(data[0], (np.ndarray, Tensor)):
         images, labels = data
         if labels is not None and len(labels) != len(images):
-            raise InvalidArgument(f"got {len(images)} images and {len(labels)} labels; expected as many")
+            raise InvalidArgument(
+                f"got {len(images)} images and {len(labels)} labels; expected equal numbers"
+            )
         for start in range(0, len(images), batch_size):
-            stretch = slice(start, start + batch_size)
-            yield images[stretch], None if labels is None else labels[stretch]
+            chunk = slice(start, start + batch_size)
+            yield images[chunk], None if labels is None else labels[chunk]
     elif isinstance(data, (Dataset, Sequence)) and not isinstance(data, str):
         yield from _dataset_batches(data, batch_size)
     else:
@@ -133,7 +129,7 @@ def _raw_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _dataset_batches(data: Dataset[Any] | Sequence[Any], batch_size: int) -> Iterator[tuple[Any, Any]]:
-    """Collate the items of a map-style or iterable Dataset."""
+    """Collated items of a map-style or iterable Dataset."""
     if hasattr(data, "__len__"):
         items: Iterable[Any] = (data[i] for i in range(len(data)))
     else:
@@ -160,7 +156,7 @@ def _pair(item: Any, what: str) -> tuple[Any, Any]:
 
 
 def _single_image(image: Any) -> Tensor:
-    """One image of a Dataset as a tensor of three axes: a tensor, an array, or a Pillow image."""
+    """A Dataset's image, which may be a tensor, an array or a Pillow image, as a tensor with three axes."""
     if hasattr(image, "convert") and hasattr(image, "mode"):
         if image.mode not in ("L", "RGB"):
             raise InvalidArgument(f"a Dataset's image has mode {image.mode!r}; convert it to 'RGB' or 'L'")
@@ -208,7 +204,7 @@ def _kind(value: Any) -> str:
     return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
 
 
-def _warn_of_unreadable(rows: Rows) -> None:
+def _warn_about_unreadable(rows: Rows) -> None:
     bad = [f"{i}: {error}" for i, error in zip(rows.ids, rows.errors, strict=True) if error is not None]
     if bad:
         more = f" (and {len(bad) - 3} more)" if len(bad) > 3 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
@@ -94,12 +95,15 @@ def load_cifar(path: Path, split: str | None, layout: Layout) -> ImageData:
     sha256_of = _published_hashes(folder)
     checked = [_check_file(file, layout, sha256_of.get(file.name)) for file in files]
     labels = np.concatenate([labels for _, labels in checked])
-
-    def decode(records: Array) -> Array:
-        return records[:, layout.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-
+    decode = partial(_decode, label_bytes=layout.label_bytes)
     images = StoredImages.all_of([records for records, _ in checked], decode)
     return ImageData(IndexIds(len(images)), images, labels, _class_names(folder / layout.class_names, layout))
+
+
+def _decode(records: Array, label_bytes: int) -> Array:
+    """(n, 32, 32, 3) from records."""
+    pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return np.moveaxis(pixels, 1, 3)
 
 
 def _check_file(path: Path, layout: Layout, sha256: str | None) -> tuple[Records, Array]:

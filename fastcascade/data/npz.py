@@ -12,7 +12,8 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ MAX_MEMORY_BYTES = 4 * 2**30
 _READ_BYTES = 2**18
 _MAX_CONTENTS_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**14
+_MAX_CLASSES = 2**20
 # bz2 and lzma streams cannot be decompressed in bounded pieces; numpy writes neither.
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -80,7 +82,7 @@ def _load(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, split: 
     _check_types(path, image_key, label_key, headers)
     on_disk = images.entry.compress_type == zipfile.ZIP_STORED and not images.fortran_order
     loaded = [header for header in headers.values() if not (on_disk and header is images)]
-    _check_memory(path, loaded)
+    _check_memory(path, loaded, 0 if labels is None else 8 * math.prod(labels.shape))
     return ImageData(
         IndexIds(images.shape[0]),
         _stored_images(path, file, archive, images) if on_disk else _read_array(archive, images),
@@ -151,10 +153,13 @@ def _check_types(path: Path, image_key: str, label_key: str, headers: Mapping[st
         )
     if classes is not None and (classes.dtype.kind != "U" or len(classes.shape) != 1):
         raise DataError(f"{path}: classes has dtype {classes.dtype}; expected a row of names")
+    if classes is not None and classes.shape[0] > _MAX_CLASSES:
+        raise DataError(f"{path}: classes has {classes.shape[0]} names; expected at most {_MAX_CLASSES}")
 
 
-def _check_memory(path: Path, loaded: list[_Header]) -> None:
-    total = sum(header.size for header in loaded)
+def _check_memory(path: Path, loaded: list[_Header], int64_labels: int) -> None:
+    """Bound the bytes of the loaded arrays and of the labels as int64."""
+    total = sum(header.size for header in loaded) + int64_labels
     if total > MAX_MEMORY_BYTES:
         raise DataError(
             f"{path}: {' and '.join(header.name for header in loaded)} would take {total:,} bytes of memory; "
@@ -195,9 +200,10 @@ def _stored_images(
     name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
     begin = header.entry.header_offset + 30 + name_bytes + extra_bytes + header.offset
     count, *shape = header.shape
-
-    def decode(records: Array) -> Array:
-        return records.view(header.dtype).reshape(-1, *shape)
-
     record_bytes = math.prod(shape) * header.dtype.itemsize
-    return StoredImages.all_of([Records.of(path, file, begin, record_bytes, count)], decode)
+    records = Records.of(path, file, begin, record_bytes, count)
+    return StoredImages.all_of([records], partial(_decode, dtype=header.dtype, shape=shape))
+
+
+def _decode(records: Array, dtype: np.dtype[np.generic], shape: Sequence[int]) -> Array:
+    return records.view(dtype).reshape(-1, *shape)

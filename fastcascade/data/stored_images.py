@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -36,30 +38,32 @@ class Records:
     count: int
 
     @classmethod
-    def of(cls, path: Path, file: BinaryIO, offset: int, size: int, count: int) -> Records:
+    def of(cls, path: Path, file: BufferedReader, offset: int, size: int, count: int) -> Records:
         """Records of an open file."""
         return cls(path, _identity(file), offset, size, count)
 
-    def read(self, first: int, count: int) -> Array:
-        """(count, size) uint8.
+    def read(self, numbers: Array) -> Array:
+        """The records with these numbers, (n, size) uint8; neighbours are read at once.
 
         Raises:
             DataError: the file cannot be read, or is not the one that was checked.
         """
+        records = np.empty((len(numbers), self.size), np.uint8)
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
         try:
             with open_regular(self.path) as file:
                 if _identity(file) != self.identity:
                     raise DataError(f"{self.path} has changed since it was checked; load it again")
-                file.seek(self.offset + first * self.size)
-                data = bytearray(count * self.size)
-                if file.readinto(data) != len(data):
-                    raise DataError(f"{self.path} ends before record {first + count}")
+                for first, end in pairwise([0, *breaks.tolist(), len(numbers)]):
+                    file.seek(self.offset + int(numbers[first]) * self.size)
+                    if file.readinto(records[first:end].data) != (end - first) * self.size:
+                        raise DataError(f"{self.path} ends before record {numbers[end - 1]}")
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
-        return np.frombuffer(data, np.uint8).reshape(count, self.size)
+        return records
 
 
-def _identity(file: BinaryIO) -> tuple[int, int, int]:
+def _identity(file: BufferedReader) -> tuple[int, int, int]:
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -101,11 +105,8 @@ class StoredImages:
         first = 0
         for part in self.parts:
             within = wanted - first
-            inside = np.flatnonzero((within >= 0) & (within < part.count))
-            # Adjacent images whose records are adjacent too are read at once.
-            breaks = np.flatnonzero((np.diff(inside) != 1) | (np.diff(within[inside]) != 1)) + 1
-            for run in np.split(inside, breaks):
-                if len(run):
-                    records[run] = part.read(int(within[run[0]]), len(run))
+            inside = (within >= 0) & (within < part.count)
+            if inside.any():
+                records[inside] = part.read(within[inside])
             first += part.count
         return self.decode(records), [None] * len(wanted)

@@ -1,7 +1,7 @@
-"""Saving and loading of plans. The file format is the fields of the plan's dataclasses and their types.
+"""Plans as files. The fields of the plan's dataclasses and their types define the format.
 
-Loading checks the type of every field. The plan then checks itself: every value is defined before use, shapes
-are recomputed, weights have the right size.
+Loading checks every value against the type of its field. The plan then checks itself: values are defined
+before use, shapes are recomputed, weights have the right size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def save_plan(plan: Plan, directory: str | Path, overwrite: bool = False) -> Non
             )
         if stage.selector is not None and stage.selector.module is not None:
             raise LoweringError(
-                f"the selector of stage {stage.name!r} cannot be saved: it is your own code; "
+                f"the selector of stage {stage.name!r} cannot be saved: it is a custom module; "
                 "save the cascade itself with cascade.save"
             )
     tensors: dict[str, Tensor] = {}
@@ -39,7 +39,7 @@ def save_plan(plan: Plan, directory: str | Path, overwrite: bool = False) -> Non
 
 
 def load_plan(directory: str | Path) -> Plan:
-    """Load a saved plan, without any of the model's code.
+    """Load a saved plan. The model's code is not needed, and nothing in the file is executed.
 
     Raises:
         FileFormatError: missing, damaged, not a valid plan, or written by a newer version.

@@ -1,8 +1,8 @@
 """Cascades as files: networks by registry name, everything else as plain data.
 
-A stage, exit or selector whose class the registry does not know is saved as its weights and a name; the
-caller supplies the module when loading. Nothing in a file is run or unpickled, and a network from the
-registry is laid out without memory until the file's tensors have been found to fit it.
+A *custom* module is a stage, exit or selector that the registry cannot build. Its weights and name are saved,
+and the caller supplies the module when loading. Nothing in a file is executed or unpickled. Networks from the
+registry are built on the meta device, so that no memory is allocated before the file's tensors fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class _Module:
-    """A network: its registry name, or None for code of the caller's own, whose class is told."""
+    """A network: its registry name, or None for a custom module; the class name is for error messages."""
 
     architecture: str | None
     class_name: str
@@ -50,7 +50,7 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Selector:
-    """How the cascade decides; one of the classes below."""
+    """The selector: one of the classes below."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Custom(_Selector):
 
 @dataclass(frozen=True)
 class _Costs:
-    """For readers of the file; loading counts again."""
+    """For readers of the file; loading recomputes them."""
 
     stage_macs: tuple[int, ...]
     selector_macs: tuple[int, ...]
@@ -100,13 +100,13 @@ def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = Fals
     """Save as ``cascade.json`` and ``cascade-<sha256>.safetensors``.
 
     Args:
-        directory: made if missing; other files in it are left alone.
-        overwrite: replace a cascade saved there before.
+        directory: created if missing; unrelated files in it are kept.
+        overwrite: replace an existing cascade.
 
     Raises:
-        InvalidArgument: there is one already, two stages of the caller's own have the same name, or a
-            module keeps state that is not tensors.
-        SaveError: the operating system refused; what was there before is intact.
+        InvalidArgument: a cascade exists, two custom modules have the same name, or a module has state that
+            is not tensors.
+        SaveError: the operating system reported an error; an existing cascade is intact.
     """
     tensors = dict(cascade.state_dict())
     for name, value in tensors.items():
@@ -123,9 +123,9 @@ def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = Fals
         costs=_Costs(cascade.stage_macs, cascade.selector_macs, cascade.dense_macs),
         seen_images=torch.from_numpy(cascade.seen_images.copy()),
     )
-    own = [name for name, _ in _own_modules(saved)]
-    if len(set(own)) != len(own):
-        raise InvalidArgument(f"modules of your own have the names {own}; give each Stage its own name")
+    custom = [name for name, _ in _custom_modules(saved)]
+    if len(set(custom)) != len(custom):
+        raise InvalidArgument(f"custom modules have the names {custom}; give each Stage its own name")
     save_bundle(directory, FORMAT, encode(saved, tensors), tensors, overwrite=overwrite)
 
 
@@ -138,7 +138,7 @@ def _describe_stage(cascade: Cascade, k: int) -> _Stage:
 
 
 def _describe_module(module: nn.Module, num_classes: int) -> _Module:
-    """Its registry name, if that really rebuilds it: a network may have been changed after it was built."""
+    """The registry name, unless the network was changed after it was built."""
     architecture = getattr(module, "architecture", None)
     if isinstance(architecture, str):
         try:
@@ -166,15 +166,15 @@ def _describe_selector(selector: nn.Module | None) -> _Selector | None:
 
 
 def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None = None) -> Cascade:
-    """Load what :meth:`Cascade.save` wrote, on the CPU.
+    """Load a cascade saved by :meth:`Cascade.save`, on the CPU.
 
     Args:
-        modules: the modules of your own, to be filled with the saved weights: under the stage's name (or
-            ``stage<k>``), its exit head under ``<name>.exit``, and ``selector``.
+        modules: custom modules by name, which receive the saved weights: a stage by its own name or
+            ``stage<k>``, its exit head by ``<stage>.exit``, the selector by ``selector``.
 
     Raises:
         FileFormatError: missing, damaged, written by a newer version, or not a valid cascade.
-        InvalidArgument: a module of your own is missing, superfluous, or does not fit its weights.
+        InvalidArgument: a custom module is missing, superfluous, or does not fit its weights.
 
     Example:
         >>> import tempfile
@@ -193,9 +193,9 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
         _check_saved(saved)
     except InvalidArgument as error:
         raise FileFormatError(f"{directory} does not hold a valid cascade: {error}") from error
-    own = dict(modules or {})
-    _check_own_modules(saved, own)
-    loader = _Loader({name: tensors[name] for name in reader.unused}, own, saved.num_classes)
+    custom = dict(modules or {})
+    _check_custom_modules(saved, custom)
+    loader = _Loader({name: tensors[name] for name in reader.unused}, custom, saved.num_classes)
     stages = [loader.stage(k, stage) for k, stage in enumerate(saved.stages)]
     selector = loader.selector(saved)
     temperatures = _temperatures(loader.tensors.pop("temperatures", None), len(stages), directory)
@@ -231,7 +231,7 @@ def _temperatures(saved: Tensor | None, stages: int, directory: str | Path) -> T
 
 
 def _check_saved(saved: _Cascade) -> None:
-    """What the types of the fields cannot say.
+    """Check what the types of the fields cannot express.
 
     Raises:
         InvalidArgument: a value out of range.
@@ -252,13 +252,13 @@ def _check_saved(saved: _Cascade) -> None:
         fits = len(point.thresholds) == exits - 1 and len(point.exit_shares) == exits and point.name == name
         checks.append((fits, f"operating point {name!r} does not fit {exits} stages"))
         checks.append((not any(map(math.isnan, point.thresholds)), f"operating point {name!r} has a NaN"))
-    for holds, complaint in checks:
-        if not holds:
-            raise InvalidArgument(complaint)
+    for passed, problem in checks:
+        if not passed:
+            raise InvalidArgument(problem)
 
 
-def _own_modules(saved: _Cascade) -> Iterator[tuple[str, str]]:
-    """(name, class) of every module that the caller supplies."""
+def _custom_modules(saved: _Cascade) -> Iterator[tuple[str, str]]:
+    """(name, class name) of every custom module."""
     for k, stage in enumerate(saved.stages):
         name = _stage_name(k, stage)
         if stage.module.architecture is None:
@@ -273,8 +273,8 @@ def _stage_name(k: int, stage: _Stage) -> str:
     return f"stage{k}" if stage.name is None else stage.name
 
 
-def _check_own_modules(saved: _Cascade, given: Mapping[str, nn.Module]) -> None:
-    wanted = dict(_own_modules(saved))
+def _check_custom_modules(saved: _Cascade, given: Mapping[str, nn.Module]) -> None:
+    wanted = dict(_custom_modules(saved))
     missing = [f"{name!r}: a {wanted[name]}" for name in wanted if name not in given]
     if missing:
         raise InvalidArgument(
@@ -289,11 +289,11 @@ def _check_own_modules(saved: _Cascade, given: Mapping[str, nn.Module]) -> None:
 
 
 class _Loader:
-    """Builds modules and hands each its tensors; ``tensors`` holds those that no module has claimed yet."""
+    """Builds modules and loads their tensors; ``tensors`` holds those that no module has taken yet."""
 
-    def __init__(self, tensors: dict[str, Tensor], own: Mapping[str, nn.Module], num_classes: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], custom: Mapping[str, nn.Module], num_classes: int) -> None:
         self.tensors = tensors
-        self.own = own
+        self.custom = custom
         self.num_classes = num_classes
 
     def stage(self, k: int, saved: _Stage) -> Stage:
@@ -306,7 +306,7 @@ class _Loader:
 
     def module(self, saved: _Module, name: str, prefix: str) -> nn.Module:
         if saved.architecture is None:
-            return self.fill_own(self.own[name], name, prefix)
+            return self.fill_custom(self.custom[name], name, prefix)
         try:
             with torch.device("meta"):
                 module = build_module(saved.architecture, self.num_classes)
@@ -326,33 +326,34 @@ class _Loader:
             return self.fill(selector, "selector", prefix)
         if isinstance(kind, _Threshold):
             return ThresholdSelector(kind.score)
-        return None if kind is None else self.fill_own(self.own["selector"], "selector", prefix)
+        return None if kind is None else self.fill_custom(self.custom["selector"], "selector", prefix)
 
     def fill(self, module: nn.Module, name: str, prefix: str) -> nn.Module:
-        """Give a module without memory the file's own tensors; any floating dtype fits floating weights."""
-        weights = self.claim(prefix)
-        complaint = _misfit(module, weights, any_float=True)
-        if complaint:
-            raise FileFormatError(f"the weights of {name!r} do not fit: {complaint}")
+        """Assign the file's tensors to a module on the meta device; the floating dtype may differ."""
+        weights = self.take(prefix)
+        difference = _difference(module, weights, any_float=True)
+        if difference:
+            raise FileFormatError(f"the weights of {name!r} do not fit: {difference}")
         module.load_state_dict(weights, assign=True)
         return module
 
-    def fill_own(self, module: nn.Module, name: str, prefix: str) -> nn.Module:
-        """Copy the weights into a module of the caller's."""
-        weights = self.claim(prefix)
-        complaint = _misfit(module, weights, any_float=False)
-        if complaint:
-            raise InvalidArgument(f"modules[{name!r}] does not fit the saved weights: {complaint}")
+    def fill_custom(self, module: nn.Module, name: str, prefix: str) -> nn.Module:
+        """Copy the weights into a custom module."""
+        weights = self.take(prefix)
+        difference = _difference(module, weights, any_float=False)
+        if difference:
+            raise InvalidArgument(f"modules[{name!r}] does not fit the saved weights: {difference}")
         module.load_state_dict(weights)
         return module
 
-    def claim(self, prefix: str) -> dict[str, Tensor]:
+    def take(self, prefix: str) -> dict[str, Tensor]:
+        """Remove and return the tensors whose names begin with ``prefix``."""
         names = [name for name in self.tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensors.pop(name) for name in names}
 
 
-def _misfit(module: nn.Module, weights: Mapping[str, Tensor], any_float: bool) -> str | None:
-    """The first difference between a module's tensors and saved ones, or None."""
+def _difference(module: nn.Module, weights: Mapping[str, Tensor], any_float: bool) -> str | None:
+    """The first difference between a module's tensors and the saved ones, or None."""
     expected = module.state_dict()
     if set(expected) != set(weights):
         missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))

@@ -1,8 +1,7 @@
-"""Classify a data set of any size: rows come in, one prediction per row goes out, in constant memory.
+"""Predictions for an image set, streamed: one batch is in memory at a time.
 
-An image that cannot be read, or that no exit can judge, becomes a row with an error; its neighbours are not
-touched and nothing is put in its place. Files are written beside their destination and renamed at the end,
-so a file of predictions is complete or not there.
+Every image has a row, in order. An image that cannot be read, or whose logits are not finite, has a row with
+an error. Output files are written atomically: a file of predictions is complete or absent.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from fastcascade.types import CascadeOutput, OperatingPointLike
 __all__ = ["Prediction", "predictions", "save_predictions", "write_json_lines"]
 
 BATCH_BYTES = 32 * 2**20
-"""Images are run in batches of about this many bytes, whatever their size."""
+"""Size of a batch of float32 images."""
 
-INVALID = "no exit gives a finite answer; are there NaN or infinite pixels?"
+INVALID = "the logits are not finite; look for NaN or infinite pixels"
 
 
 class Prediction(NamedTuple):
-    """What is known about one input; each field is a column of the output.
+    """One image's row; each field is a column of the output.
 
     Attributes:
-        id: path relative to the folder, or the index as text.
-        label: class index; None where there is an error.
-        class_name: the label's name; None without names.
-        score: probability of the label where the instance stopped.
-        exit: the stage after which it stopped; None where the image could not be read.
-        cost_macs: multiplies spent; None where the image could not be read.
-        error: why there is no label, else None.
+        id: path relative to the folder, or index as text.
+        label: class index; None if there is an error.
+        class_name: name of the label; None if the cascade has no names.
+        score: probability of the label at the exit where the instance stopped.
+        exit: the stage after which the instance stopped; None if the image could not be read.
+        cost_macs: multiplies spent; None if the image could not be read.
+        error: the reason why there is no label, else None.
     """
 
     id: str
@@ -55,11 +54,11 @@ class Prediction(NamedTuple):
 def predictions(
     model: CompiledCascade, data: ImageData, operating_point: OperatingPointLike = None
 ) -> Iterator[list[Prediction]]:
-    """One :class:`Prediction` per image, in the order of the data, a batch at a time.
+    """One :class:`Prediction` per image, in the order of the data, in batches.
 
     Args:
-        model: what :func:`fastcascade.compile` returned, with output="cascade".
-        data: from :func:`fastcascade.data.sources.load_data`, of the cascade's input shape.
+        model: a cascade compiled with ``output="cascade"``.
+        data: images of the cascade's input shape, from :func:`fastcascade.data.sources.load_data`.
         operating_point: see :meth:`Cascade.thresholds`.
 
     Raises:
@@ -73,7 +72,7 @@ def predictions(
         >>> images[1] = np.nan
         >>> data = ImageData(["blank", "broken"], images, None)
         >>> [(p.id, p.error) for batch in predictions(fc.compile(cascade), data) for p in batch]
-        [('blank', None), ('broken', 'no exit gives a finite answer; are there NaN or infinite pixels?')]
+        [('blank', None), ('broken', 'the logits are not finite; look for NaN or infinite pixels')]
     """
     classes = model.plan.classes
     image_bytes = 4 * math.prod(model.plan.input.shape)
@@ -81,15 +80,15 @@ def predictions(
         out = model(rows.images.to(model.device), operating_point)
         if not isinstance(out, CascadeOutput):
             raise InvalidArgument('predictions need exits and costs; compile with output="cascade"')
-        answers = _answers(out, classes)
+        readable = _predictions_of(out, classes)
         yield [
-            next(answers)._replace(id=i) if error is None else Prediction(i, error=error)
+            next(readable)._replace(id=i) if error is None else Prediction(i, error=error)
             for i, error in zip(rows.ids, rows.errors, strict=True)
         ]
 
 
-def _answers(out: CascadeOutput, classes: tuple[str, ...] | None) -> Iterator[Prediction]:
-    """The cascade's answers as predictions without an id."""
+def _predictions_of(out: CascadeOutput, classes: tuple[str, ...] | None) -> Iterator[Prediction]:
+    """The cascade's output as predictions with an empty id."""
     score = out.probs.gather(1, out.label.clamp(min=0)[:, None])[:, 0]
     columns = (column.tolist() for column in (out.label, score, out.exit_stage, out.cost_macs))
     for label, probability, exit_stage, cost in zip(*columns, strict=True):
@@ -101,33 +100,37 @@ def _answers(out: CascadeOutput, classes: tuple[str, ...] | None) -> Iterator[Pr
 
 
 def save_predictions(batches: Iterable[list[Prediction]], path: str | Path, overwrite: bool = False) -> None:
-    """Write predictions to a file as they arrive; the file appears when it is complete.
+    """Stream predictions to a file, which appears when it is complete.
 
     Args:
-        path: its suffix names the format: ``.parquet``, ``.jsonl`` (one JSON object a line) or ``.csv``.
+        path: the suffix selects the format: ``.parquet``, ``.jsonl`` (one JSON object per line) or ``.csv``.
         overwrite: replace an existing file.
 
     Raises:
-        InvalidArgument: the file exists and ``overwrite`` is False, an unknown suffix, or Parquet without
-            pyarrow.
-        SaveError: the disk is full or fails; no part of a file is left.
+        InvalidArgument: the file exists and ``overwrite`` is False, the suffix is unknown, or Parquet was
+            selected without pyarrow.
+        SaveError: the operating system reported an error; no partial file is left.
     """
     path = Path(path)
     check_destination(path, overwrite)
     write = WRITERS[path.suffix]
-    write_atomically(path, lambda file: write(batches, cast(IO[bytes], file)))
+    write_atomically(path, lambda file: write(batches, cast(IO[bytes], file)), overwrite=overwrite)
 
 
 def check_destination(path: Path, overwrite: bool) -> None:
-    """Refuse an unknown format or an existing file before any work is done; see :func:`save_predictions`."""
+    """Check the format, and that the file may be written, before any image is classified.
+
+    Raises:
+        InvalidArgument: as for :func:`save_predictions`.
+    """
     if path.suffix not in WRITERS:
-        raise InvalidArgument(f"cannot write {path}: its name must end in one of {', '.join(WRITERS)}")
+        raise InvalidArgument(f"cannot write {path}: the name must end in one of {', '.join(WRITERS)}")
     if os.path.lexists(path) and not overwrite:
-        raise InvalidArgument(f"{path} exists; choose another name, or ask for it to be overwritten")
+        raise InvalidArgument(f"{path} exists; choose another name, or overwrite it")
 
 
 def write_json_lines(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None:
-    """One JSON object per prediction and line. Plain ASCII: an id cannot send escapes to a terminal."""
+    """One JSON object per line, in ASCII: an id cannot send escape sequences to a terminal."""
     for batch in batches:
         file.write("".join(json.dumps(p._asdict()) + "\n" for p in batch).encode("ascii"))
 
@@ -138,16 +141,13 @@ def _write_csv(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None:
     writer.writerow(Prediction._fields)
     for batch in batches:
         writer.writerows([_csv_cell(value) for value in prediction] for prediction in batch)
-    text.detach()  # flushes, and leaves the file open for its owner
+    text.detach()  # flushes without closing the file
 
 
 def _csv_cell(value: str | float | None) -> str | float | None:
-    """Text that a spreadsheet would take for a formula gets a quote in front."""
-    return (
-        f"'{value}"
-        if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-        else value
-    )
+    """The value, quoted if a spreadsheet would evaluate it as a formula."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def _write_parquet(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None:
@@ -156,7 +156,7 @@ def _write_parquet(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None
         import pyarrow.parquet
     except ImportError as error:
         raise InvalidArgument(
-            "Parquet needs pyarrow: install fastcascade[data], or name a .jsonl file"
+            "Parquet needs pyarrow: install fastcascade[data], or write a .jsonl file"
         ) from error
     text, number = pyarrow.string(), pyarrow.int64()
     types = (text, number, text, pyarrow.float32(), number, number, text)

@@ -1,1 +1,1 @@
-"""Files that survive crashes, and dataclasses as JSON."""
+"""Atomic writes, bundles of JSON and tensors, and dataclasses as JSON."""

@@ -88,7 +88,7 @@ def save_bundle(
 
     Raises:
         InvalidArgument: a bundle exists and ``overwrite`` is False.
-        SaveError: the operating system reported an error. The directory holds the old bundle or the new one.
+        SaveError: the operating system reported an error; the directory holds the old bundle or the new one.
 
     Example:
         >>> import tempfile

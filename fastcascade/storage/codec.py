@@ -1,8 +1,8 @@
-"""Dataclasses as JSON and back: the fields and their types are the format.
+"""Dataclasses as JSON and back. The fields and their types define the format.
 
-A tensor is put aside under its path and named in the JSON. A number that is not finite is written as text.
-A dataclass derived from another is tagged with its class. Fields with ``NOT_SAVED`` are left out, and take
-their default when loaded. What comes back has passed the type of every field.
+JSON holds the name of a tensor; the tensor itself goes into a separate mapping. Infinity and NaN are text. A
+subclass of a dataclass is tagged with its name. Fields marked ``NOT_SAVED`` are omitted, and have their
+default after loading. Decoding checks every value against the type of its field.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError
 
-__all__ = ["NOT_SAVED", "Reader", "encode", "refuse"]
+__all__ = ["NOT_SAVED", "Reader", "encode"]
 
 NOT_SAVED = MappingProxyType({"saved": False})
-"""``field(metadata=NOT_SAVED)`` keeps a field out of files."""
+"""``field(metadata=NOT_SAVED)`` omits a field from files."""
 
-_LARGEST = 2**53
-_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+_MAX_INT = 2**53
+_NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _TAG = "op"
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """JSON for a value; its tensors are added to ``tensors``.
+    """A value as JSON; its tensors are added to ``tensors``, named by their path.
 
     Example:
         >>> from fastcascade.types import Normalize
@@ -55,24 +55,24 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def _saved_fields(cls: type) -> dict[str, Any]:
-    """Name → type of the fields that files hold."""
+    """Name → type of the fields that are saved."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("saved", True)}
 
 
 class Reader:
-    """Decodes JSON by type; ``unused`` holds the names of the tensors not asked for yet."""
+    """Decodes JSON by type; ``unused`` is the set of tensor names that have not been decoded yet."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self.unused = set(tensors)
 
     def decode(self, hint: Any, value: Any, path: str) -> Any:
-        """The value as its type; ``path`` says where it stood.
+        """A JSON value as an instance of the type ``hint``; ``path`` is its place in the document.
 
         Raises:
-            FileFormatError: it is of another type.
-            InvalidArgument: a dataclass refused its fields.
+            FileFormatError: the value has another type.
+            InvalidArgument: a dataclass rejected the values of its fields.
         """
         origin, args = get_origin(hint), get_args(hint)
         if hint is Any:
@@ -82,52 +82,52 @@ class Reader:
         if origin in (Union, UnionType):
             return self.union(args, value, path)
         if origin is Literal:
-            return value if value in args else refuse(path, value, f"one of {args}")
+            return value if value in args else _reject(path, value, f"one of {args}")
         if origin is tuple:
             return self.tuple(args, value, path)
         if origin in (dict, Mapping):
-            items = value.items() if isinstance(value, dict) else refuse(path, value, "an object")
+            items = value.items() if isinstance(value, dict) else _reject(path, value, "an object")
             return {key: self.decode(args[1], item, f"{path}.{key}") for key, item in items}
         if is_dataclass(hint):
             return self.record(cast(type, hint), value, path)
         return _scalar(hint, value, path)
 
-    def union(self, arms: tuple[Any, ...], value: Any, path: str) -> Any:
-        """None where that is an arm; a list by the arm that is a tuple, if there is one."""
-        if value is None and type(None) in arms:
+    def union(self, members: tuple[Any, ...], value: Any, path: str) -> Any:
+        """A union: None if allowed; a list as the tuple member, if any; else the first member."""
+        if value is None and type(None) in members:
             return None
-        present = [arm for arm in arms if arm is not type(None)]
-        tuples = [arm for arm in present if _is_tuple(arm)] if isinstance(value, list) else []
+        present = [member for member in members if member is not type(None)]
+        tuples = [member for member in present if _is_tuple(member)] if isinstance(value, list) else []
         return self.decode([*tuples, *present][0], value, path)
 
     def tensor(self, value: Any, path: str) -> Tensor:
         if not isinstance(value, str) or value not in self.tensors:
-            refuse(path, value, "the name of a saved tensor")
+            _reject(path, value, "the name of a saved tensor")
         self.unused.discard(value)
         return self.tensors[value]
 
     def tuple(self, args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            refuse(path, value, "a list")
+            _reject(path, value, "a list")
         hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(hints) != len(value):
-            refuse(path, value, f"{len(hints)} entries")
+            _reject(path, value, f"{len(hints)} entries")
         pairs = zip(hints, value, strict=True)
         return tuple(self.decode(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(pairs))
 
     def record(self, cls: type, value: Any, path: str) -> Any:
-        """A dataclass: exactly its fields, each of its type."""
+        """A dataclass, from an object with exactly its fields."""
         if not isinstance(value, dict):
-            refuse(path, value, "an object")
+            _reject(path, value, "an object")
         value = dict(value)
         subclasses: list[type] = cls.__subclasses__()
         variants = {subclass.__name__: subclass for subclass in subclasses}
         if variants:
             tag = value.pop(_TAG, None)
-            cls = variants.get(str(tag)) or refuse(f"{path}.{_TAG}", tag, f"one of {sorted(variants)}")
+            cls = variants.get(str(tag)) or _reject(f"{path}.{_TAG}", tag, f"one of {sorted(variants)}")
         expected = _saved_fields(cls)
         if set(value) != set(expected):
-            refuse(path, sorted(value), f"the fields {sorted(expected)}")
+            _reject(path, sorted(value), f"the fields {sorted(expected)}")
         return cls(
             **{name: self.decode(hint, value[name], f"{path}.{name}") for name, hint in expected.items()}
         )
@@ -140,26 +140,26 @@ def _is_tuple(hint: Any) -> bool:
 
 def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is float:
-        if isinstance(value, str) and value in _NOT_FINITE:
-            return _NOT_FINITE[value]
+        if isinstance(value, str) and value in _NON_FINITE:
+            return _NON_FINITE[value]
         if type(value) not in (int, float) or abs(value) > 1e300:
-            refuse(path, value, "a number")
+            _reject(path, value, "a number")
         return float(value)
     if type(value) is not hint:
-        refuse(path, value, hint.__name__)
-    if isinstance(value, int) and not 0 <= value <= _LARGEST:
-        refuse(path, value, f"0 … {_LARGEST}")
+        _reject(path, value, hint.__name__)
+    if isinstance(value, int) and not 0 <= value <= _MAX_INT:
+        _reject(path, value, f"0 … {_MAX_INT}")
     return value
 
 
 def _tuples(value: Any) -> Any:
-    """Free JSON as it was before saving: lists were tuples."""
+    """JSON with every list as a tuple."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def refuse(path: str, value: Any, expected: str) -> NoReturn:
-    """Raise the :class:`FileFormatError` that says where a file holds what instead of what."""
+def _reject(path: str, value: Any, expected: str) -> NoReturn:
+    """Raise a :class:`FileFormatError`: the place in the document, the value, the expected value."""
     text = repr(value)
     raise FileFormatError(f"{path} is {text[:60] + '…' * (len(text) > 60)}; expected {expected}")

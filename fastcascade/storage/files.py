@@ -17,6 +17,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -38,6 +39,7 @@ MAX_JSON_VALUES = 2**22
 
 _TEMPORARY = re.compile(r"\.(?P<destination>.+)\.[0-9a-f]{16}\.fastcascade-tmp")
 _LEFTOVER_AGE_S = 3600.0
+# File systems without hard links or locks.
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -217,7 +219,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 ##### Reading
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """A regular file, or a link to one, opened for reading.
 
     Raises:
@@ -226,7 +228,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a blocking open of a FIFO waits for a writer
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
+        return open(descriptor, "rb")
     os.close(descriptor)
     kind = "FIFO" if stat.S_ISFIFO(mode) else "directory" if stat.S_ISDIR(mode) else "device"
     raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
@@ -270,7 +272,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_reject_constant
         )
     except RecursionError:
         raise ValueError(f"is not valid JSON: it nests deeper than {MAX_JSON_DEPTH} levels") from None
@@ -289,7 +291,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 

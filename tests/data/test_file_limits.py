@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -261,6 +262,33 @@ def test_big_endian_and_float_images_are_read_from_disk(tmp_path: Path) -> None:
     values = np.random.default_rng(1).standard_normal((5, 3, 4, 4)).astype(">f4")
     np.savez(tmp_path / "a.npz", images=values)
     assert torch.equal(arrays(load_data(tmp_path / "a.npz"))[0], torch.from_numpy(values.astype("f4")))
+
+
+@pytest.mark.parametrize("kind", ["npz", "cifar10"])
+def test_images_on_disk_can_be_sent_to_another_process(tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "a.npz", images=IMAGES)
+    (tmp_path / "test_batch.bin").write_bytes(bytes(2 * 3073))
+    path = tmp_path / ("a.npz" if kind == "npz" else "test_batch.bin")
+    data = load_data(f"{kind}:{path}")
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(arrays(copy)[0], arrays(data)[0])
+
+
+def test_labels_and_classes_count_with_the_memory_that_they_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastcascade.data import npz
+
+    monkeypatch.setattr(npz, "MAX_MEMORY_BYTES", 80_000)
+    np.savez_compressed(
+        tmp_path / "a.npz", images=np.zeros((10_000, 1, 1, 1), np.uint8), labels=np.zeros(10_000, np.uint8)
+    )
+    with pytest.raises(DataError, match="images and labels would take 100,000 bytes"):
+        load_data(tmp_path / "a.npz")
+    monkeypatch.setattr(npz, "_MAX_CLASSES", 2)
+    np.savez(tmp_path / "b.npz", images=IMAGES, classes=np.array(["a", "b", "c"]))
+    with pytest.raises(DataError, match="3 names; expected at most 2"):
+        load_data(tmp_path / "b.npz")
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
+from forgery import reseal, tensors_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -121,25 +119,8 @@ def same(a: fc.Cascade, b: fc.Cascade) -> bool:
     )
 
 
-def reseal(
-    directory: Path, change: Callable[[Any], object], tensors: dict[str, Tensor] | None = None
-) -> None:
-    """Edit a saved cascade as a forger would: with fresh, correct hashes."""
-    path = directory / "cascade.json"
-    document = json.loads(path.read_text())
-    change(document["content"])
-    if tensors is not None:
-        data = safetensors.torch.save(tensors)
-        document["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
-        (directory / f"cascade-{document['tensors']['sha256']}.safetensors").write_bytes(data)
-    document.pop("sha256")
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    path.write_text(json.dumps({**document, "sha256": hashlib.sha256(canonical).hexdigest()}))
-
-
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    (path,) = directory.glob("cascade-*.safetensors")
-    return safetensors.torch.load(path.read_bytes())
+def forge(directory: Path, change: Callable[[Any], object], tensors: dict[str, Tensor] | None = None) -> None:
+    reseal(directory / "cascade.json", lambda document: change(document["content"]), tensors)
 
 
 @pytest.mark.parametrize("name", CASCADES)
@@ -268,7 +249,7 @@ def test_forged_content_is_refused_with_its_reason(
     tmp_path: Path, change: Callable[[Any], object], message: str
 ) -> None:
     registry_cascade().save(tmp_path)
-    reseal(tmp_path, change)
+    forge(tmp_path, change)
     with pytest.raises(FileFormatError, match=message):
         load_cascade(tmp_path)
 
@@ -305,9 +286,9 @@ def test_forged_tensors_are_refused_with_their_name(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
     registry_cascade().save(tmp_path)
-    tensors = tensors_of(tmp_path)
+    tensors = tensors_of(tmp_path / "cascade.json")
     change(tensors)
-    reseal(tmp_path, lambda content: None, tensors)
+    forge(tmp_path, lambda content: None, tensors)
     with pytest.raises(FileFormatError, match=message):
         load_cascade(tmp_path)
 
@@ -336,7 +317,7 @@ def test_any_forged_field_loads_or_is_refused(tmp_path: Path, data: st.DataObjec
             content = inner
         content[key] = data.draw(json_values)
 
-    reseal(tmp_path, change)
+    forge(tmp_path, change)
     with contextlib.suppress(FastCascadeError):
         load_cascade(tmp_path)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,6 +169,37 @@ def test_a_failure_midway_leaves_the_old_file(tmp_path: Path, suffix: str, failu
         save_predictions(broken(), path, overwrite=True)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"p{suffix}"
+
+    def killed() -> Iterator[list[Prediction]]:
+        yield SOME[0]
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        save_predictions(killed(), path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    save_predictions(SOME, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_appears_during_the_run_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+
+    def slow() -> Iterator[list[Prediction]]:
+        yield SOME[0]
+        path.write_text("from elsewhere")
+
+    with pytest.raises(InvalidArgument, match="exists"):
+        save_predictions(slow(), path)
+    assert path.read_text() == "from elsewhere"
 
 
 def test_an_existing_file_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import builtins
 import contextlib
 import hashlib
 import io
-import json
 import os
 import stat
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forgery import reseal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,15 +37,6 @@ def same(a: tuple[dict[str, Any], dict[str, Tensor]], b: tuple[dict[str, Any], d
         and a[1].keys() == b[1].keys()
         and all(x.dtype == b[1][k].dtype and torch.equal(x, b[1][k]) for k, x in a[1].items())
     )
-
-
-def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Edit a bundle's JSON as a forger would: with a fresh, correct hash."""
-    document = json.loads(path.read_text())
-    change(document)
-    document.pop("sha256", None)
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    path.write_text(json.dumps({**document, "sha256": hashlib.sha256(canonical.encode()).hexdigest()}))
 
 
 class FailingSystem:

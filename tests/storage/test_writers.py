@@ -104,7 +104,7 @@ def test_threads_that_write_one_file_each_leave_a_whole_one(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_processes_that_save_into_one_directory_leave_it_loadable(tmp_path: Path, rounds: int) -> None:
     for number in range(rounds):
         directory = tmp_path / str(number)

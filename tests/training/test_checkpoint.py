@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from forgery import reseal, tensors_of
 from torch import Tensor
 from training_task import cascade, data, recipe
 
@@ -26,19 +24,10 @@ def train(directory: Path, **changes: object) -> list[dict[str, Any]]:
 def forge(
     directory: Path, change: Callable[[Any], object], change_tensors: Callable[[dict[str, Tensor]], object]
 ) -> None:
-    """Edit a checkpoint and give it fresh, correct hashes."""
     path = directory / "checkpoint.json"
-    document = json.loads(path.read_text())
-    change(document["content"])
-    (tensor_path,) = directory.glob("checkpoint-*.safetensors")
-    tensors = safetensors.torch.load(tensor_path.read_bytes())
+    tensors = tensors_of(path)
     change_tensors(tensors)
-    content = safetensors.torch.save(tensors)
-    document["tensors"]["sha256"] = hashlib.sha256(content).hexdigest()
-    (directory / f"checkpoint-{document['tensors']['sha256']}.safetensors").write_bytes(content)
-    document.pop("sha256")
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    path.write_text(json.dumps({**document, "sha256": hashlib.sha256(canonical).hexdigest()}))
+    reseal(path, lambda document: change(document["content"]), tensors)
 
 
 def nested(depth: int) -> Any:

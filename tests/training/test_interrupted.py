@@ -156,7 +156,7 @@ fc.fit(cascade(), data(128, 1), data(64, 2), recipe=recipe(), checkpoint_dir=sys
 """
     choose = random.Random(2)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
-    for number in range(15):
+    for number in range(6):
         command = [sys.executable, "-c", script, str(tmp_path / str(number))]
         for _ in range(2):
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
