@@ -31,8 +31,8 @@ INTRODUCTION = """# The training config
 
 `fastcascade train CONFIG DATA --out DIR` reads a TOML file with the tables below, such as
 `examples/cifar10/config.toml`. The whole file is checked before training starts. Unknown keys, wrong types,
-values out of range, unknown networks, splits that overlap or exceed the data set, and budgets below the cost of
-the first exit are errors that name the file, the key and the value.
+values out of range, unknown networks, splits that overlap or exceed the data set, and budgets below the cost
+of the first exit are errors that name the file, the key and the value.
 
 For completion and checks in an editor with [Taplo](https://taplo.tamasfe.dev), start the file with the path
 of [config.schema.json](config.schema.json):
