@@ -1,6 +1,7 @@
 """Cascades of image classifiers with learned early exit, run in batches at the speed their FLOPs promise."""
 
 from fastcascade.benchmarking.runner import benchmark
+from fastcascade.data.sources import load_data
 from fastcascade.engine import compile
 from fastcascade.errors import FastCascadeError
 from fastcascade.evaluation.calibration import calibrate
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "load_data",
     "load_plan",
     "plan",
 ]

@@ -1,12 +1,15 @@
 """The command line: ``fastcascade train``, ``calibrate``, ``evaluate``, ``predict``, ``bench``, ``report``…
 
-Results go to standard output, progress and remarks to standard error. A :class:`FastCascadeError` ends a
-command with its message and exit status 1, a malformed command line with status 2. Each command imports
-what it needs itself, so that help and errors come at once.
+Results go to standard output, progress and messages to standard error. A :class:`FastCascadeError` or an
+:class:`OSError` ends a command with one message and exit status 1, a malformed command line with status 2.
+Commands import what they need when they run, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
 import platform
@@ -15,7 +18,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,10 +30,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fastcascade.errors import FastCascadeError, InvalidArgument
+from fastcascade.errors import DataError, FastCascadeError, InvalidArgument
+from fastcascade.text import plain, printable
 
 if TYPE_CHECKING:
-    from fastcascade.benchmarking.runner import Benchmark
+    from fastcascade.benchmarking.results import Benchmark
     from fastcascade.data.image_data import ImageData
     from fastcascade.engine import CompiledCascade
     from fastcascade.lowering.plan import Plan
@@ -50,30 +55,77 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the ``fastcascade`` command."""
     warnings.showwarning = lambda message, *_, **__: say("warning:", str(message))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "×"
+    try:
+        status = _run()
+        sys.stdout.flush()
+    except FastCascadeError as error:
+        status = _fail(str(error))
+    except BrokenPipeError:  # the reader, such as head, has enough
+        status = 1
+    except OSError as error:
+        status = _fail(_reason(error))
+    _discard_output()
+    sys.exit(status)
+
+
+def _run() -> int:
+    """Run a command; returns its exit status."""
     try:
         app()
-    except FastCascadeError as error:
-        say("error:", str(error))
-        sys.exit(1)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def _fail(message: str) -> int:
+    with contextlib.suppress(OSError):  # standard error may be full, too
+        say("error:", message)
+    return 1
+
+
+def _reason(error: OSError) -> str:
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return f"cannot write to standard output: {error.strerror}"
+    return str(error)
+
+
+def _discard_output() -> None:
+    """Drop output that cannot be written; Python would try again at exit and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(kind: str, message: str) -> None:
-    """One remark on standard error. It may quote file names, so control characters do not get through."""
+    """Print a message to standard error."""
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble((kind, "bold"), " ", printable(message)))
 
 
-def printable(text: str) -> str:
-    """Text without terminal escapes and other control characters, which a name from outside may carry.
-
-    Example:
-        >>> printable("cat\\x1b[2J.png")
-        'cat�[2J.png'
-    """
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "�", text)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastcascade {version('fastcascade')}")
+        raise typer.Exit
 
 
-##### What several commands take
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit"),
+    ] = False,
+) -> None:
+    """Cascades of image classifiers with learned early exit."""
+
+
+##### Shared arguments
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="directory of a saved cascade or plan")]
 Source = Annotated[
@@ -83,22 +135,22 @@ Source = Annotated[
         help="an npz file, a folder of images, or cifar10:DIR, cifar100:DIR, npz:FILE, folder:DIR",
     ),
 ]
-Split = Annotated[Literal["train", "test"] | None, typer.Option(help="part of a divided data set")]
-RowRange = Annotated[str | None, typer.Option("--rows", metavar="START:STOP", help="only these images")]
-Resize = Annotated[
-    bool, typer.Option("--resize", help="scale images of other sizes instead of refusing them")
+Split = Annotated[Literal["train", "test"] | None, typer.Option(help="which split of the data set")]
+RowRange = Annotated[str | None, typer.Option("--rows", metavar="START:STOP", help="use only these images")]
+Resize = Annotated[bool, typer.Option("--resize", help="scale images to the size of the model's input")]
+Point = Annotated[
+    str | None, typer.Option("--operating-point", "-p", help='default: the one named "default"')
 ]
-Point = Annotated[str | None, typer.Option("--operating-point", "-p", help='name; "default" if left out')]
-Threads = Annotated[int | None, typer.Option(min=1, help="threads; as many as PyTorch uses if left out")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
-Backend = Annotated[str, typer.Option(help="auto, or one that `fastcascade doctor` lists")]
-Precision = Annotated[Literal["fp32", "fp16"], typer.Option(help="of the stages' arithmetic")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
+Backend = Annotated[str, typer.Option(help="auto, or a name from `fastcascade doctor`")]
+Precision = Annotated[Literal["fp32", "fp16"], typer.Option(help="precision of the stages")]
 
 
 def _load_images(
     source: str, described: Cascade | Plan, split: Split = None, rows: str | None = None, resize: bool = False
 ) -> ImageData:
-    """Images of the size that the cascade takes, with its label order."""
+    """Images of the model's input size, labelled in the order of its classes."""
     from fastcascade.data.sources import load_data
 
     data = load_data(source, split, shape=described.input.shape, resize=resize, classes=described.classes)
@@ -106,18 +158,18 @@ def _load_images(
 
 
 def _row_range(text: str, n: int) -> range:
-    """``START:STOP`` as positions among n; either may be missing, as in a slice."""
+    """``START:STOP`` as a range within n; either may be omitted, as in a slice."""
     match = re.fullmatch(r"(\d*):(\d*)", text)
     if match is None:
         raise InvalidArgument(f"--rows is {text!r}; expected START:STOP, for example 47500:50000")
     chosen = range(int(match[1] or 0), int(match[2] or n))
     if not chosen or chosen.stop > n:
-        raise InvalidArgument(f"--rows is {text!r}; expected a stretch of the {n} images there are")
+        raise InvalidArgument(f"--rows is {text!r}; expected a range within the {n} images")
     return chosen
 
 
 def _load_model(directory: Path) -> Cascade | Plan:
-    """What a directory holds; a saved cascade is preferred to a plan beside it."""
+    """The saved cascade in a directory, or the plan if there is no cascade."""
     import fastcascade as fc
 
     if not (directory / "cascade.json").exists() and (directory / "plan.json").exists():
@@ -125,10 +177,12 @@ def _load_model(directory: Path) -> Cascade | Plan:
     return fc.load(directory)
 
 
-def _compile(directory: Path, backend: str, precision: Precision, threads: int | None) -> CompiledCascade:
+def _compile(
+    model: Cascade | Plan, backend: str, precision: Precision, threads: int | None
+) -> CompiledCascade:
     import fastcascade as fc
 
-    return fc.compile(_load_model(directory), backend=backend, precision=precision, threads=threads)
+    return fc.compile(model, backend=backend, precision=precision, threads=threads)
 
 
 ##### Commands
@@ -137,13 +191,15 @@ def _compile(directory: Path, backend: str, precision: Precision, threads: int |
 @app.command(epilog="Example: fastcascade train examples/cifar10/config.toml cifar10:data --out run/")
 def train(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="TOML file; see examples/cifar10/config.toml")
+        Path, typer.Argument(metavar="CONFIG", help="TOML file; docs/config.md lists its keys")
     ],
     data: Source,
-    out: Annotated[Path, typer.Option(help="receives checkpoint/ while training and model/ at the end")],
+    out: Annotated[
+        Path, typer.Option(help="output directory: checkpoint/ during training, model/ at the end")
+    ],
     overwrite: Overwrite = False,
 ) -> None:
-    """Train, calibrate and save a cascade; the same command again goes on where it was stopped."""
+    """Train, calibrate and save a cascade. An interrupted run resumes when the command is repeated."""
     from fastcascade.training.config import train_from_config
 
     cascade = train_from_config(config, data, out, overwrite=overwrite)
@@ -158,7 +214,7 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help=".parquet, .jsonl or .csv; JSON lines on standard output if left out"
+            "--output", "-o", help=".parquet, .jsonl or .csv file; default: JSON lines on standard output"
         ),
     ] = None,
     operating_point: Point = None,
@@ -170,7 +226,7 @@ def predict(
     threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Classify images: a row each with label, class name, score, exit and cost, or with an error."""
+    """Classify images. Writes one row per image: label, class name, score, exit and cost, or an error."""
     from fastcascade.prediction.predictions import (
         check_destination,
         predictions,
@@ -180,20 +236,22 @@ def predict(
 
     if output is not None:
         check_destination(output, overwrite)
-    compiled = _compile(model, backend, precision, threads)
+    compiled = _compile(_load_model(model), backend, precision, threads)
+    compiled.plan.thresholds(operating_point)  # fails on an unknown name before the progress bar appears
     images = _load_images(data, compiled.plan, split, rows, resize)
-    compiled.plan.thresholds(operating_point)  # an unknown name is told before the bar appears
     tally = Tally(len(images))
-    answers = tally.watch(predictions(compiled, images, operating_point))
-    if output is None:
-        write_json_lines(answers, sys.stdout.buffer)
-    else:
-        save_predictions(answers, output, overwrite)
+    # Closed before an error is printed, or the progress bar would be drawn after it.
+    with contextlib.closing(tally.watch(predictions(compiled, images, operating_point))) as batches:
+        if output is None:
+            write_json_lines(batches, sys.stdout.buffer)
+            sys.stdout.flush()
+        else:
+            save_predictions(batches, output, overwrite)
     say("done:", tally.summary())
 
 
 class Tally:
-    """Counts predictions while they pass, behind a progress bar on standard error."""
+    """Counts predictions and shows a progress bar on standard error."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -202,8 +260,8 @@ class Tally:
         self.exits: Counter[int] = Counter()
         self.seconds = 0.0
 
-    def watch(self, batches: Iterable[list[Prediction]]) -> Iterator[list[Prediction]]:
-        """The same batches, counted."""
+    def watch(self, batches: Iterable[list[Prediction]]) -> Generator[list[Prediction], None, None]:
+        """Yield the batches unchanged and count them."""
         start = time.perf_counter()
         columns = (TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -217,7 +275,7 @@ class Tally:
         self.seconds = time.perf_counter() - start
 
     def summary(self) -> str:
-        """One line for the end."""
+        """The counts in one line."""
         ran = max(1, self.exits.total())
         shares = " / ".join(f"{self.exits[k] / ran:.1%}" for k in range(max(self.exits, default=0) + 1))
         return (
@@ -231,7 +289,7 @@ def evaluate(
     model: Model,
     data: Source,
     operating_point: Annotated[
-        list[str] | None, typer.Option("-p", "--operating-point", help="again for more; all if left out")
+        list[str] | None, typer.Option("-p", "--operating-point", help="repeatable; default: all")
     ] = None,
     split: Split = None,
     rows: RowRange = None,
@@ -243,19 +301,25 @@ def evaluate(
         Path | None, typer.Option(help="draw the cost–accuracy curve to this .png or .svg file")
     ] = None,
 ) -> None:
-    """Accuracy, mean cost and the exits' shares on labelled images."""
+    """Print accuracy, mean cost and exit shares on labelled images."""
     import fastcascade as fc
+    from fastcascade.evaluation.curve import check_picture, cost_accuracy_curves, plot_curves
 
-    compiled = _compile(model, backend, precision, threads)
-    images = _load_images(data, compiled.plan, split, rows, resize)
+    loaded = _load_model(model)
+    if curve is not None:
+        check_picture(curve)
+        if not isinstance(loaded, fc.Cascade):
+            raise InvalidArgument(f"{model} is a plan; the curve needs a saved cascade")
+    compiled = _compile(loaded, backend, precision, threads)
     names: list[str | None] = list(operating_point or compiled.plan.operating_points) or [None]
-    table = Table(
-        "operating point", "accuracy", "mean MACs", "of dense", "stop at each exit", "accuracy there"
-    )
+    for name in names:
+        compiled.plan.thresholds(name)  # fails on an unknown name before the images are read
+    images = _load_images(data, compiled.plan, split, rows, resize)
+    table = Table("operating point", "accuracy", "mean MACs", "of dense", "exit shares", "exit accuracy")
     for name in names:
         result = fc.evaluate(compiled, images, name)
         table.add_row(
-            printable(name or "default"),
+            plain(name or "default"),
             f"{result.accuracy:.2%}",
             f"{result.mean_macs:,.0f}",
             f"{result.mean_macs / compiled.plan.dense_macs:.1%}",
@@ -263,10 +327,8 @@ def evaluate(
             " ".join(f"{accuracy:.1%}" for accuracy in result.exit_accuracy),
         )
     Console().print(table)
-    if curve is not None:
-        from fastcascade.evaluation.curve import cost_accuracy_curves, plot_curves
-
-        plot_curves(cost_accuracy_curves(fc.load(model), images), curve)
+    if curve is not None and isinstance(loaded, fc.Cascade):
+        plot_curves(cost_accuracy_curves(loaded, images), curve)
 
 
 @app.command(
@@ -276,14 +338,14 @@ def evaluate(
 def calibrate(
     model: Model,
     data: Source,
-    name: Annotated[str, typer.Option(help="what to call the operating point")] = "default",
+    name: Annotated[str, typer.Option(help="name of the operating point")] = "default",
     budget_macs: Annotated[float | None, typer.Option(help="highest accuracy at this mean cost")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="lowest cost at this accuracy, 0 to 1")] = None,
     max_risk: Annotated[
         tuple[float, float] | None,
         typer.Option(
             metavar="EPS DELTA",
-            help="labels differ from the last exit's at a rate ≤ EPS, with probability ≥ 1 − DELTA",
+            help="label differs from the last exit's at a rate ≤ EPS, with probability ≥ 1 − DELTA",
         ),
     ] = None,
     split: Split = None,
@@ -303,11 +365,11 @@ def calibrate(
 
 
 def operating_points_table(points: Mapping[str, OperatingPoint], dense_macs: int) -> Table:
-    """Stored operating points with what was measured when they were chosen."""
+    """Operating points with the figures measured on their calibration data."""
     table = Table("operating point", "thresholds", "accuracy", "risk", "mean MACs", "of dense", "images")
     for name, point in points.items():
         table.add_row(
-            printable(name),
+            plain(name),
             " ".join(f"{threshold:.3f}" for threshold in point.thresholds),
             "" if point.accuracy is None else f"{point.accuracy:.2%}",
             "" if point.risk is None else f"{point.risk:.2%}",
@@ -320,13 +382,13 @@ def operating_points_table(points: Mapping[str, OperatingPoint], dense_macs: int
 
 Sizes = Annotated[str, typer.Option("--batch", metavar="N,N,…", help="batch sizes")]
 ThreadCounts = Annotated[
-    str, typer.Option("--threads", metavar="N,N,…", help="threads; more than one number compares them")
+    str, typer.Option("--threads", metavar="N,N,…", help="CPU threads; several numbers are compared")
 ]
-Peers = Annotated[bool, typer.Option("--peers", help="time plain PyTorch in the same run")]
+Peers = Annotated[bool, typer.Option("--peers", help="also time plain PyTorch")]
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """``1,8,64`` as numbers; nothing for an empty text."""
+    """``1,8,64`` as integers; none for an empty string."""
     if not re.fullmatch(r"(|[1-9]\d*(,[1-9]\d*)*)", text):
         raise InvalidArgument(f"{option} is {text!r}; expected numbers from 1, for example 1,8,64")
     return tuple(map(int, text.split(","))) if text else ()
@@ -337,7 +399,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 )
 def bench(
     model: Model,
-    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="images; noise if left out")] = None,
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="images; default: noise")] = None,
     batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
     backend: Backend = "auto",
@@ -346,10 +408,14 @@ def bench(
     peers: Peers = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Where the time goes: each stage alone, the exits, the schedule, whole batches."""
+    """Measure where the time goes: each stage alone, the exits, the schedule, whole batches."""
     from fastcascade.benchmarking.tables import bench_tables
 
-    measured = _measure(model, data, batch, operating_point, backend, precision, threads, peers)
+    settings = MeasureSettings(
+        _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
+    )
+    loaded = _load_model(model)
+    measured = _measure(loaded, None if data is None else _load_images(data, loaded), settings)
     if as_json:
         print(json.dumps(measured.to_json(), indent=1))
     else:
@@ -369,58 +435,70 @@ def report(
     peers: Peers = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a cascade on labelled images and write one HTML page about it; print where it is."""
+    """Measure a cascade on labelled images, write an HTML page about it and print its path."""
     import fastcascade as fc
-    from fastcascade.benchmarking.report import write_report
+    from fastcascade.benchmarking.report import check_report, write_report
     from fastcascade.evaluation.curve import cost_accuracy_curves
 
-    measured = _measure(model, data, batch, operating_point, backend, precision, threads, peers)
-    cascade = fc.load(model)
-    images = _load_images(data, cascade)
-    compiled = _compile(model, backend, precision, next(iter(_numbers("--threads", threads)), None))
+    check_report(out, overwrite)
+    settings = MeasureSettings(
+        _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
+    )
+    loaded = _load_model(model)
+    loaded.thresholds(operating_point)
+    images = _load_images(data, loaded)
+    if images.labels is None:
+        raise DataError(f"{data} has no labels; a report needs them")
+    measured = _measure(loaded, images, settings)
+    compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
     evaluation = fc.evaluate(compiled, images, operating_point)
-    curves = cost_accuracy_curves(cascade, images)
-    print(write_report(out, measured, evaluation, curves, title=model.resolve().name, overwrite=overwrite))
+    curves = cost_accuracy_curves(loaded, images) if isinstance(loaded, fc.Cascade) else None
+    if curves is None:
+        say("note:", f"{model} is a plan, so the report has no cost–accuracy curve")
+    page = write_report(out, measured, evaluation, curves, title=model.resolve().name, overwrite=overwrite)
+    print(printable(str(page)))
 
 
-def _measure(
-    model: Path,
-    data: str | None,
-    batch: str,
-    operating_point: str | None,
-    backend: str,
-    precision: Precision,
-    threads: str,
-    peers: bool,
-) -> Benchmark:
+@dataclass(frozen=True)
+class MeasureSettings:
+    """Options of ``bench`` and ``report``."""
+
+    batches: tuple[int, ...]
+    operating_point: str | None
+    backend: str
+    precision: Precision
+    threads: tuple[int, ...]
+    peers: bool
+
+
+def _measure(model: Cascade | Plan, images: ImageData | None, settings: MeasureSettings) -> Benchmark:
     from fastcascade.benchmarking.runner import benchmark
 
-    loaded = _load_model(model)
     return benchmark(
-        loaded,
-        None if data is None else _load_images(data, loaded),
-        batches=_numbers("--batch", batch) or (1,),
-        threads=_numbers("--threads", threads),
-        operating_point=operating_point,
-        backend=backend,
-        precision=precision,
-        peers=peers,
+        model,
+        images,
+        batches=settings.batches or (1,),
+        threads=settings.threads,
+        operating_point=settings.operating_point,
+        backend=settings.backend,
+        precision=settings.precision,
+        peers=settings.peers,
     )
 
 
 @app.command(epilog="Example: fastcascade inspect model/")
 def inspect(model: Model) -> None:
-    """Print a saved cascade or plan: stages with their operations and costs, and the operating points."""
+    """Print a saved cascade or plan: stages with operations and costs, classes, operating points."""
     from fastcascade.lowering.export import plan as lower
     from fastcascade.lowering.plan import Plan
 
     loaded = _load_model(model)
     described = loaded if isinstance(loaded, Plan) else lower(loaded)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
     for line in str(described).splitlines():
-        console.print(printable(line))
+        console.print(plain(line))
     if described.classes is not None:
-        console.print("classes:", ", ".join(printable(name) for name in described.classes))
+        console.print("classes:", plain(", ".join(described.classes)))
     if described.operating_points:
         console.print(operating_points_table(described.operating_points, described.dense_macs))
 
@@ -431,14 +509,14 @@ OPTIONAL = {
     "matplotlib": "pictures of the cost–accuracy curve",
     "triton": "the triton backend",
     "cupy": "the cuda backend",
-    "cuda-bindings": "GPU stages through torch without reading a count back",
+    "cuda-bindings": "torch stages on the GPU without reading a count back",
 }
-"""Package → what does not work without it."""
+"""Package → feature that needs it."""
 
 
 @app.command(epilog="Example: fastcascade doctor")
 def doctor() -> None:
-    """Print versions, the processor, every backend with its reason if it cannot run, and what is missing."""
+    """Print versions, the CPU, each backend or why it cannot run, and missing optional packages."""
     import torch
 
     from fastcascade.backends.gpu.while_loops import unavailable_reason
@@ -452,30 +530,22 @@ def doctor() -> None:
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU with {isa}")
     for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_TORCH_STAGES"):
         if variable in os.environ:
-            console.print(
-                f"{variable}={printable(os.environ[variable])} is set: it is used or an error, never replaced"
-            )
+            console.print(plain(f"{variable}={os.environ[variable]} is set and overrides the choice"))
     backends = Table("backend", "state", title="backends, in the order in which auto tries them")
     for name in NAMES:
-        backends.add_row(name, load_backend(name).unavailable_reason() or "ready")
+        backends.add_row(name, plain(load_backend(name).unavailable_reason() or "ready"))
     packages = Table("package", "version", "needed for", title="optional packages")
     for name, use in OPTIONAL.items():
         packages.add_row(name, _version(name) or "missing", use)
-    repeated = unavailable_reason()
+    reason = unavailable_reason()
     console.print(backends)
-    console.print(
-        "GPU stages that run through torch: "
-        + (
-            f"one readback of the count each, because {repeated}"
-            if repeated
-            else "in chunks, without readback"
-        )
-    )
+    way = f"one readback of the count each, because {reason}" if reason else "in chunks, without readback"
+    console.print(plain(f"GPU stages that run through torch: {way}"))
     console.print(packages)
 
 
 def _version(package: str) -> str | None:
-    """Installed version; cupy's wheels carry the CUDA version in their name."""
+    """Installed version; cupy's packages have the CUDA version in their name."""
     for name in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
         try:
             return version(name)
@@ -487,9 +557,9 @@ def _version(package: str) -> str | None:
 @app.command(epilog="Example: fastcascade download cifar10 data/")
 def download(
     name: Annotated[Literal["cifar10", "cifar100"], typer.Argument(help="which data set")],
-    directory: Annotated[Path, typer.Argument(help="where to put it")],
+    directory: Annotated[Path, typer.Argument(help="destination directory")],
 ) -> None:
-    """Fetch a data set from its home page, checked; print where it is."""
+    """Download a data set from its home page, verify it and print its path."""
     from fastcascade.data.archives import download as fetch
 
-    print(fetch(name, directory))
+    print(printable(str(fetch(name, directory))))

@@ -1,4 +1,4 @@
-"""The engine: a cascade compiled to a program, behind the cascade's own call."""
+"""The engine: compiles a cascade to a program with the same call signature."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Output = Literal["cascade", "log_probs"]
 
 
 class Settings(NamedTuple):
-    """What :func:`compile` was asked for."""
+    """Arguments of :func:`compile`."""
 
     backend: str
     precision: Precision
@@ -51,16 +51,16 @@ def compile(
 
     Args:
         cascade: a :class:`fastcascade.Cascade`, left unchanged, or a plan from :func:`fastcascade.load_plan`.
-        backend: "auto" for the fastest that can run it, or a name, which is never replaced by another.
-            The environment's FASTCASCADE_BACKEND stands in for "auto".
-        precision: of the stages' arithmetic; the exit decision is always fp32.
-        device: where images arrive and answers appear; the cascade's own by default, the CPU for a plan.
-        threads: CPU threads; torch's number by default.
-        output: "cascade" answers a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
+        backend: "auto" for the fastest one that can run the cascade, or a name, without fallback.
+            FASTCASCADE_BACKEND in the environment overrides "auto".
+        precision: of the stages; exit decisions are always fp32.
+        device: of the images and the output; by default the cascade's device, the CPU for a plan.
+        threads: CPU threads; by default torch's number.
+        output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
 
     Raises:
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
-        BackendUnavailable: the backend cannot run here, or not this plan; the reason is quoted.
+        BackendUnavailable: the backend cannot run on this machine or cannot run this plan.
 
     Example:
         >>> import fastcascade as fc
@@ -93,23 +93,25 @@ def _full_device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=wanted).device
     except (AssertionError, RuntimeError):
-        return wanted  # torch cannot use it here; the backend says so
+        return wanted  # unusable here; the backend raises with the reason
 
 
 class CompiledCascade(nn.Module):
-    """A program with the cascade's call and answers. It has no parameters and no gradients.
+    """A compiled program with the cascade's call signature and outputs, without parameters or gradients.
 
-    Operating points are those that the cascade had when it was compiled; :meth:`recompile` fetches new ones.
+    Weights and operating points are those at compile time; :meth:`recompile` updates them. Device and
+    precision are fixed: ``to``, ``half`` and the like raise. Called on a module that contains this one, they
+    raise after converting the submodules that come before this one.
 
     Attributes:
-        plan: what was compiled.
-        backend: name of the backend that runs it.
-        program: what that backend made of the plan.
+        plan: the compiled plan.
+        backend: name of the backend.
+        program: the backend's program.
     """
 
     def __init__(self, plan: Plan, settings: Settings, source: Cascade | None = None) -> None:
         super().__init__()
-        # A closure, because a module held as an attribute would lend this one its weights and its mode.
+        # A closure: as an attribute, the cascade would be a submodule with its parameters and its mode.
         self._lower_again: Callable[[], Plan] | None = None if source is None else partial(lower.plan, source)
         self._settings = settings
         self._scale_check = ScaleCheck(plan.input)
@@ -127,7 +129,7 @@ class CompiledCascade(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where images must be, and answers appear."""
+        """Device of the images and the output."""
         return self.program.device
 
     def forward(
@@ -157,7 +159,7 @@ class CompiledCascade(nn.Module):
         return CascadeOutput(_exp(results.log_probs), results.label, results.exit_stage, cost)
 
     def _thresholds(self, operating_point: OperatingPointLike) -> Tensor:
-        """(K−1,) float32 on the CPU; a name is resolved once, which beside a small batch can be seen."""
+        """(K−1,) float32 on the CPU. Names are cached, which is measurable at batch size 1."""
         if operating_point is not None and not isinstance(operating_point, str):
             return self.plan.thresholds(operating_point)
         if operating_point not in self._named_thresholds:
@@ -165,7 +167,7 @@ class CompiledCascade(nn.Module):
         return self._named_thresholds[operating_point]
 
     def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """(N, C, H, W) uint8 or float32 on the program's device: everything that programs rely on."""
+        """Check the input; (N, C, H, W) uint8 or float32 on the program's device."""
         images = self.plan.input.nchw(x)
         if images.requires_grad and torch.is_grad_enabled():
             raise InvalidArgument(
@@ -197,11 +199,13 @@ class CompiledCascade(nn.Module):
             InvalidArgument: this was compiled from a plan.
         """
         if self._lower_again is None:
-            raise InvalidArgument("compiled from a plan, which does not change; call fc.compile on a new one")
+            raise InvalidArgument(
+                "compiled from a plan, which cannot change; call fc.compile on the new plan"
+            )
         self._build(self._lower_again())
 
     def train(self, mode: bool = True) -> CompiledCascade:
-        """Eval mode is the only one.
+        """Stay in eval mode.
 
         Raises:
             InvalidArgument: ``mode`` is True.
@@ -213,10 +217,10 @@ class CompiledCascade(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledCascade:
-        """Every conversion of a module ends here: ``to``, ``cuda``, ``half``, also of the module around it.
+        """Called by ``to``, ``cuda``, ``half`` and the like, of this module or of one that contains it.
 
         Raises:
-            InvalidArgument: another device or dtype; a program cannot change either.
+            InvalidArgument: the conversion would change the device or dtype.
         """
         before = torch.empty(0, device=self.device)
         try:
@@ -233,7 +237,7 @@ class CompiledCascade(nn.Module):
         return self
 
     def describe(self) -> str:
-        """How each stage runs: operations, or why it is opaque; kernels, ISA, weights, scratch memory."""
+        """How each stage runs: operations or why it is opaque, kernels, ISA, weight and scratch memory."""
         _, precision, device, threads, _ = self._settings
         head = (
             f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
@@ -241,7 +245,7 @@ class CompiledCascade(nn.Module):
         return "\n".join([head, *(_stage_text(report) for report in self.program.describe())])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledCascade:
-        """A program of its own over the same plan, which never changes."""
+        """A new program for the same plan."""
         clone = CompiledCascade(self.plan, self._settings)
         clone._lower_again = self._lower_again
         memo[id(self)] = clone
@@ -266,12 +270,12 @@ def _conversion_error(reason: str) -> str:
 
 
 def _exp(log_probs: Tensor) -> Tensor:
-    """exp; on the CPU without torch's threads, which would spin beside the next call's for milliseconds."""
+    """exp. On the CPU by NumPy: torch's threads would keep spinning and slow down the next call."""
     return torch.from_numpy(np.exp(log_probs.numpy())) if log_probs.device.type == "cpu" else log_probs.exp()
 
 
 def _stage_text(report: StageReport) -> str:
-    """A heading and, below it, one row per different operation, with how often it occurs."""
+    """A heading and a table with one row per distinct operation and its count."""
     form = (
         f"opaque: {printable(report.opaque_reason)}"
         if report.opaque_reason

@@ -1,4 +1,4 @@
-"""The one family of exceptions. Every message says what came, what was expected and what to do."""
+"""Exceptions and warnings. A message states what was given, what is expected, and the fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
 
 
 class FastCascadeError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base class of the library's errors."""
 
 
 class InvalidArgument(FastCascadeError, ValueError):
@@ -24,7 +24,7 @@ class InvalidArgument(FastCascadeError, ValueError):
 
 
 class DataError(FastCascadeError):
-    """A data set is missing, truncated, corrupt or does not fit the cascade."""
+    """A data set is missing, truncated or corrupt, or does not fit the cascade."""
 
 
 class FileFormatError(FastCascadeError):
@@ -32,19 +32,19 @@ class FileFormatError(FastCascadeError):
 
 
 class CalibrationError(FastCascadeError):
-    """The requested operating point cannot be met or may not be calibrated on these data."""
+    """The target cannot be met, or must not be calibrated on these data."""
 
 
 class BackendUnavailable(FastCascadeError):
-    """The backend asked for by name cannot run here, or cannot run this plan."""
+    """The requested backend cannot run on this machine or cannot run this plan."""
 
 
 class LoweringError(FastCascadeError):
-    """A stage cannot be expressed as plan operations where that is required."""
+    """A stage cannot be lowered to plan operations, which this call requires."""
 
 
 class SaveError(FastCascadeError, OSError):
-    """The operating system refused to write: disk full, no permission, a failing device."""
+    """Writing failed: full disk, missing permission, or a device error."""
 
 
 class ScaleWarning(UserWarning):

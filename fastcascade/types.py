@@ -1,4 +1,4 @@
-"""Small value types that cross module borders."""
+"""Value types shared by all modules."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 Combine: TypeAlias = Literal["last", "mean"] | tuple[float, ...]
-"""How the visited stages' probabilities make the answer: the last one's, their mean, or a weighted mean."""
+"""How the probabilities of the visited stages are combined: the last, the mean, or a weighted mean."""
 
 WEIGHT_RANGE = (1e-6, 1e6)
-"""Of a stage's weight; float32 holds their sums and logarithms well."""
+"""Allowed weights of a stage; float32 represents their sums and logarithms accurately."""
 
 
 class CascadeOutput(NamedTuple):
-    """What a cascade answers for N instances, in input order.
+    """Output of a cascade for N instances, in input order.
 
     Attributes:
-        probs: (N, C) float32, the combined probabilities at the exit where each instance stopped; NaN where
-            the instance is invalid at the last exit.
-        label: (N,) int64, the most probable class (lowest index on ties); −1 where invalid.
+        probs: (N, C) float32, combined probabilities at the exit where each instance stopped; NaN for an
+            instance that is invalid at the last exit.
+        label: (N,) int64, the most probable class (lowest index on ties); −1 if invalid.
         exit_stage: (N,) int64, the stage after which each instance stopped.
         cost_macs: (N,) int64, multiplies spent: stages and selectors up to the exit.
     """
@@ -53,7 +53,7 @@ class CascadeOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Normalize:
-    """Per-channel normalisation of uint8 images, x → (x/255 − mean)/std. Float input is left alone.
+    """Per-channel normalisation of uint8 images, x → (x/255 − mean)/std. Float images pass unchanged.
 
     Example:
         >>> Normalize((0.5,), (0.25,)).table()[0, [0, 255]]
@@ -73,14 +73,14 @@ class Normalize:
             )
 
     def table(self) -> Tensor:
-        """(channels, 256) float32: the value of every pixel byte. Every backend reads pixels through it."""
+        """(channels, 256) float32: the normalised value of each pixel byte, used by every backend."""
         mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (self.mean, self.std))
         return (torch.arange(256, dtype=torch.float32) / 255 - mean) / std
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the first stage reads: images of ``shape`` (C, H, W), uint8 through ``preprocess`` or float.
+    """Input of the first stage: images of ``shape`` (C, H, W), float, or uint8 normalised by ``preprocess``.
 
     Example:
         >>> spec = InputSpec((1, 2, 2), Normalize((0.5,), (0.5,)))
@@ -121,7 +121,7 @@ class InputSpec:
         return f". input_shape is {self.shape}; expected (C, H, W); did you mean {meant}?"
 
     def nchw(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """Check a batch and view it as (N, C, H, W); nothing is copied.
+        """Check a batch and return a view of it as (N, C, H, W).
 
         Args:
             x: floating (N, C, H, W) or (N, H, W, C), or uint8 images in either layout; NCHW if both fit.
@@ -150,10 +150,10 @@ class InputSpec:
         )
 
     def to_float(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """uint8 (N, C, H, W) → float32 through the preprocessing table; float input comes back as it is.
+        """Normalise uint8 images (N, C, H, W) to float32; return float images unchanged.
 
         Args:
-            table: the preprocessing table, where it has been moved to x's device before.
+            table: the preprocessing table on x's device; made if None.
         """
         if x.dtype != torch.uint8 or self.preprocess is None:
             return x
@@ -164,12 +164,12 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Stop thresholds chosen on held-out data, with what was measured there.
+    """Stop thresholds chosen on held-out data, with the figures measured there.
 
     Attributes:
         thresholds: K−1 numbers; stop at k where the stop score is ≥ thresholds[k] (±inf allowed).
-        target: what was asked for, for example {"budget_macs": 5e6}.
-        accuracy: share of correct labels on the calibration data; None where they had no labels.
+        target: the calibration target, for example {"budget_macs": 5e6}.
+        accuracy: share of correct labels on the calibration data; None without labels.
         mean_macs: mean accumulated cost there, in MACs per instance.
         exit_shares: share of instances stopping at each of the K exits there.
         n: number of calibration instances.
@@ -187,7 +187,7 @@ class OperatingPoint:
 
 
 OperatingPointLike = str | OperatingPoint | Tensor | Sequence[float] | None
-"""How callers name stop thresholds: a stored name, a point, K−1 numbers, or None for the default."""
+"""Stop thresholds: a stored name, a point, K−1 numbers, or None for the default."""
 
 
 def resolve_thresholds(
@@ -236,7 +236,7 @@ class Evaluation:
         exit_shares: share of instances stopping at each exit, (K,).
         exit_accuracy: accuracy among the instances stopping at each exit, (K,); NaN where none did.
         n: number of instances.
-        n_invalid: number of instances with no valid answer.
+        n_invalid: number of instances that are invalid at the last exit.
     """
 
     accuracy: float
@@ -251,7 +251,7 @@ def checked_combine(combine: Combine | Sequence[float], stages: int) -> Combine:
     """ "last", "mean", or one weight per stage as a tuple.
 
     Raises:
-        InvalidArgument: anything else; says what came.
+        InvalidArgument: anything else.
     """
     if isinstance(combine, str):
         if combine in ("last", "mean"):
@@ -267,7 +267,7 @@ def checked_combine(combine: Combine | Sequence[float], stages: int) -> Combine:
 
 
 def stage_weights(combine: Combine, stages: int) -> tuple[float | None, ...]:
-    """(K,) weights in the mean of the stages; None for "last", where a stage answers alone.
+    """(K,) weights in the mean of the stages; None for "last".
 
     Example:
         >>> stage_weights("mean", 2), stage_weights("last", 2), stage_weights((0.5, 2.0), 2)
@@ -279,7 +279,7 @@ def stage_weights(combine: Combine, stages: int) -> tuple[float | None, ...]:
 
 
 def forced_exit(j: int, num_stages: int) -> Tensor:
-    """(K−1,) thresholds that send every instance to exit j, or where invalid there to the next valid one."""
+    """(K−1,) thresholds that stop every instance at exit j, or at the next exit where it is valid."""
     thresholds = torch.full((num_stages - 1,), -math.inf)
     thresholds[:j] = math.inf
     return thresholds

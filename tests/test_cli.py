@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -228,6 +232,110 @@ def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.
     assert reason is None or reason in done.out
 
 
+def test_version(run: Run) -> None:
+    done = run("--version")
+    assert (done.status, done.out) == (0, f"fastcascade {fc.__version__}\n")
+
+
+NAME = r"[/x] $\frac$ [red]fast"
+
+
+@pytest.fixture
+def oddly_named(model: Path, tmp_path: Path) -> Path:
+    """The saved cascade with a name that is markup and a formula, for everything that has one."""
+    cascade = fc.load(model)
+    cascade.classes = (NAME, "[bold]", "c")
+    cascade.stage(0).name = NAME
+    for point in list(cascade.operating_points.values()):
+        name = NAME + point.name
+        cascade.operating_points[name] = dataclasses.replace(point, name=name)
+    cascade.save(tmp_path / "[red]odd")
+    return tmp_path / "[red]odd"
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    run: Run, oddly_named: Path, images: Path, tmp_path: Path
+) -> None:
+    for arguments in (
+        ["inspect", oddly_named],
+        ["evaluate", oddly_named, images, "--curve", tmp_path / "[red]$curve$.png"],
+        ["calibrate", oddly_named, images, "--name", NAME, "--max-risk", 0.5, 0.5],
+    ):
+        done = run(*arguments)
+        assert done.status == 0, done.err
+        assert NAME in done.out
+    assert "[red]odd" in run("predict", tmp_path / "[red]odd2", images).err
+
+
+def test_the_output_takes_characters_that_its_encoding_lacks(
+    run: Run, model: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["inspect", model], ["evaluate", model, images], ["calibrate", "--help"], ["doctor"]):
+        streams = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2)]
+        monkeypatch.setattr("sys.stdout", streams[0])
+        monkeypatch.setattr("sys.stderr", streams[1])
+        assert run(*arguments).status == 0
+        streams[0].seek(0)
+        assert streams[0].read()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--version"], ["predict", "MODEL", "IMAGES"]])
+def test_a_full_device_is_one_line_of_error(model: Path, images: Path, arguments: list[str]) -> None:
+    known = {"MODEL": str(model), "IMAGES": str(images)}
+    command = [sys.executable, "-m", "fastcascade", *(known.get(word, word) for word in arguments)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last == "error: cannot write to standard output: No space left on device"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["predict", "MODEL", "IMAGES"]])
+def test_a_closed_pipe_is_no_error_message(model: Path, images: Path, arguments: list[str]) -> None:
+    known = {"MODEL": str(model), "IMAGES": str(images)}
+    command = [sys.executable, "-m", "fastcascade", *(known.get(word, word) for word in arguments)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    for word in ("Traceback", "error:", "ignored", "Broken pipe", "done"):
+        assert word not in done.stderr
+
+
+def test_a_disk_that_fills_up_is_one_line_of_error(
+    run: Run, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/file")
+
+    monkeypatch.setattr("os.fsync", full)
+    done = run("evaluate", model, images, "--curve", tmp_path / "curve.png")
+    assert done.status == 1
+    assert done.err.splitlines()[-1].startswith("error: could not save")
+    assert not (tmp_path / "curve.png").exists()
+    monkeypatch.setattr("fastcascade.load", full)
+    done = run("inspect", model)
+    assert (done.status, done.err) == (1, "error: /some/file: No space left on device\n")
+
+
+def test_what_cannot_be_drawn_is_told_before_the_evaluation(
+    run: Run, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastcascade.evaluate", lambda *_: pytest.fail("evaluated"))
+    fc.plan(fc.load(model)).save(tmp_path / "plan")
+    for directory, curve, message in (
+        (model, "curve.pdf", "ends in .png or .svg"),
+        (tmp_path / "plan", "curve.png", "is a plan; the curve needs a saved cascade"),
+    ):
+        done = run("evaluate", directory, images, "--curve", tmp_path / curve)
+        assert done.status == 1
+        assert message in done.err
+
+
 @pytest.fixture
 def training_arguments(tmp_path: Path) -> list[str]:
     """``train`` on two classes of bright and dark noise, with a config of two small networks."""
@@ -267,12 +375,55 @@ def test_train_calibrates_and_saves(run: Run, training_arguments: list[str], tmp
     assert "default" in fc.load(tmp_path / "run" / "model").operating_points
 
 
+def test_a_bad_config_is_refused_with_file_and_key(run: Run, training_arguments: list[str]) -> None:
+    config = Path(training_arguments[1])
+    config.write_text(config.read_text().replace("budget = 1.5", "budgett = 1.5"))
+    done = run(*training_arguments)
+    assert done.status == 1
+    assert f"{config}: unknown key operating_points.default.budgett; did you mean budget?" in done.err
+
+
 def test_train_under_torchrun_writes_one_model(training_arguments: list[str], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "fastcascade", *training_arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "default" in fc.load(tmp_path / "run" / "model").operating_points
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_measuring(
+    run: Run, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastcascade.benchmarking.runner.benchmark", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.html").write_text("old")
+    np.savez(tmp_path / "unlabelled.npz", images=np.load(images)["images"])
+    for arguments, message in (
+        ([model, images, "--out", tmp_path / "old"], "exists"),
+        ([model, images, "--out", tmp_path / "new", "-p", "quick"], "unknown operating point 'quick'"),
+        ([model, tmp_path / "unlabelled.npz", "--out", tmp_path / "new"], "no labels"),
+        ([model, images, "--out", tmp_path / "new", "--batch", "8,"], "--batch is '8,'"),
+    ):
+        done = run("report", *arguments)
+        assert done.status == 1
+        assert message in done.err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_report_loads_the_model_once_and_takes_a_plan(
+    run: Run, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fc.plan(fc.load(model)).save(tmp_path / "plan")
+    loads: list[object] = []
+    for name in ("load", "load_plan"):
+        load = getattr(fc, name)
+        monkeypatch.setattr(fc, name, lambda path, load=load: loads.append(path) or load(path))
+    for number, directory in enumerate((model, tmp_path / "plan"), 1):
+        done = run("report", directory, images, "--out", tmp_path / f"report{number}", "--batch", 8)
+        assert done.status == 0, done.err
+        assert len(loads) == number
+        assert (tmp_path / f"report{number}" / "curve.png").exists() == (directory == model)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""The cascade: a row of classifiers and a selector that decides, per instance, when to stop.
+"""The cascade: a sequence of classifiers and a selector that decides, per instance, when to stop.
 
-This file is the readable definition of inference. The engine (:func:`fastcascade.compile`) gives the same
-answers faster.
+This file is the reference implementation of inference; :func:`fastcascade.compile` returns the same outputs
+faster.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = ["Cascade", "ExitJudgement", "Stage"]
 
 
 class ExitJudgement(NamedTuple):
-    """What every exit would say about every instance.
+    """Log-probabilities and stop scores of every exit for every instance.
 
     Attributes:
         log_probs: (K, N, C) combined log-probabilities log q_k; NaN where stage k's logits are not finite.
-        scores: (K−1, N) stop scores; meaningless where invalid.
+        scores: (K−1, N) stop scores; undefined where invalid.
         valid: (K, N) bool; an instance cannot stop at k where False.
     """
 
@@ -57,8 +57,11 @@ class Stage(nn.Module):
         module: image (or the previous stage's features) → logits, or → features if ``exit`` is given.
         exit: features → logits (N, num_classes).
         input: "image", or "previous" to read the features of the stage before.
-        name: shown in reports and used as the key of saved weights; ``stage<k>`` if not given.
-        macs: multiplies per instance, exit included; counted if not given.
+        name: appears in reports and in the keys of saved weights; ``stage<k>`` by default.
+        macs: multiplies per instance, including the exit; counted by default.
+
+    Raises:
+        InvalidArgument: ``module`` or ``exit`` is not an nn.Module, or another argument is invalid.
 
     Example:
         >>> from fastcascade.model.resnet import cut_into_segments, resnet_cifar
@@ -91,7 +94,7 @@ class Stage(nn.Module):
         self.macs = macs
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, …) → features (n, …) and logits (n, C); the same tensor if the stage has no exit."""
+        """(n, …) → features (n, …) and logits (n, C); the same tensor without an exit."""
         features = self.module(x)
         return features, features if self.exit is None else self.exit(features)
 
@@ -109,34 +112,38 @@ def _require_module(value: object, what: str) -> None:
 
 
 class Cascade(nn.Module):
-    """Stages of growing size with a selector after all but the last.
+    """Stages of growing size with a selector after each but the last.
 
-    Calling the cascade always takes the evaluation path with early exit, whatever its training mode; train
-    through :meth:`all_exits`.
+    Calling the cascade always runs inference with early exit, even in training mode; train through
+    :meth:`all_exits`.
 
     Args:
         stages: modules (each reads the image) or :class:`Stage`.
-        selector: None iff there is one stage.
-        num_classes: at least 2; every stage must answer this many logits.
+        selector: None if and only if there is one stage.
+        num_classes: at least 2; every stage must return this many logits.
         input_shape: (C, H, W) of one image.
-        combine: "last" answers with the stopping stage's probabilities, "mean" with the mean over the
-            stages visited, K numbers with the mean that weighs the stages so.
+        combine: "last" returns the probabilities of the stage where an instance stops, "mean" their mean
+            over the stages visited, K numbers their mean with one weight per stage.
         preprocess: applied to uint8 images only.
         classes: names, in label order.
 
     Attributes:
         stage_macs, selector_macs: per stage, multiplies per instance.
-        single_macs: per stage, the cheapest way to give every instance that stage's own answer: its own
-            cost, with the segments that it reads through but without their exits and selectors.
+        single_macs: per stage, the cost of that stage's output alone: the stage and the segments that it
+            reads from, without their exits and selectors.
         dense_macs: ``single_macs`` of the last stage.
         temperatures: (K,) buffer of the stages' temperatures T_k: p_k = softmax(z_k / T_k). 1 until
             :func:`fastcascade.fit` finds them on held-out images (Guo et al. 2017, arXiv 1706.04599).
         operating_points: named thresholds stored by :func:`fastcascade.calibrate`.
-        seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has seen.
+        seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has used.
+        scale_check: warns once if float images are not normalised; see :class:`fastcascade.scale.ScaleCheck`.
 
     Raises:
-        InvalidArgument: a missing or superfluous selector, differing class counts, or a first stage that
-            reads "previous".
+        InvalidArgument: an argument of the wrong type, a missing or superfluous selector, or a stage that
+            fails on one blank image or returns the wrong shape.
+
+    Warns:
+        ScaleWarning: ``preprocess`` is given and float images look unnormalised, in 0–1 or 0–255.
 
     Example:
         >>> from fastcascade.model.resnet import resnet_cifar
@@ -162,7 +169,6 @@ class Cascade(nn.Module):
         self.stages = nn.ModuleList(_checked_stages(stages))
         self.selector = _checked_selector(selector)
         self.num_classes = num_classes
-        # Size and list are shapes, too; what is neither is left for the check.
         shape = tuple(input_shape) if isinstance(input_shape, Sequence) else input_shape
         self.input = InputSpec(cast(tuple[int, int, int], shape), preprocess)
         self.combine = checked_combine(combine, len(self.stages))
@@ -185,7 +191,9 @@ class Cascade(nn.Module):
         if not isinstance(self.num_classes, int) or self.num_classes < 2:
             raise InvalidArgument(f"num_classes is {self.num_classes!r}; expected an integer of at least 2")
         if self.stage(0).input != "image":
-            raise InvalidArgument("the first stage has input='previous', but nothing comes before it")
+            raise InvalidArgument(
+                "the first stage has input='previous'; expected 'image': nothing comes before it"
+            )
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise InvalidArgument(f"{len(self.classes)} class names for num_classes={self.num_classes}")
 
@@ -199,7 +207,7 @@ class Cascade(nn.Module):
                 (x, "an image") if stage.input == "image" else (features, f"the features of stage {k - 1}")
             )
             features, macs = self._probe(k, stage.module, source, origin)
-            # A stage alone is its exit and the chain of segments that it reads through.
+            # The cost of a stage alone: its exit and the chain of segments that it reads from.
             backbone = macs + (backbone if stage.input == "previous" else 0)
             logits, exit_macs = features, 0
             if stage.exit is not None:
@@ -217,7 +225,7 @@ class Cascade(nn.Module):
             0 if self.selector is None else cast(Selector, self.selector).macs(k, self.num_classes)
             for k in range(len(self.stages) - 1)
         )
-        # An override replaces the stage's own part of its chain.
+        # Stage(macs=…) replaces the counted cost of the stage itself, not of the segments before it.
         costs = zip(chains, counted, self.stage_macs, strict=True)
         self.single_macs = tuple(chain - own + macs for chain, own, macs in costs)
         self.dense_macs = self.single_macs[-1]
@@ -246,7 +254,7 @@ class Cascade(nn.Module):
 
     @property
     def stage_weights(self) -> tuple[float | None, ...]:
-        """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
+        """(K,) weights of the stages in the combined probabilities; None for combine="last"."""
         return stage_weights(self.combine, len(self.stages))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -266,7 +274,7 @@ class Cascade(nn.Module):
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """Log-probabilities and stop scores are float32, or float64 for a float64 cascade."""
+        """Dtype of log-probabilities and stop scores: float32, or float64 for a float64 cascade."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
@@ -295,7 +303,7 @@ class Cascade(nn.Module):
         return cast(Tensor, selector(k, log_probs, previous_label, *arguments))
 
     def all_exits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Every stage on every instance, differentiable: for training and for loops of your own.
+        """Run every stage on every instance, differentiably: for training and custom loops.
 
         Args:
             x: (N, C, H, W) float, or uint8 images.
@@ -327,7 +335,7 @@ class Cascade(nn.Module):
         return wide / (temperatures[:, None, None] if k is None else temperatures[k])
 
     def judge(self, logits: Tensor) -> ExitJudgement:
-        """What every exit would say, from the logits (K, N, C) of every stage; differentiable."""
+        """Log-probabilities and stop scores of every exit from the logits (K, N, C); differentiable."""
         tempered = self.tempered(logits)
         valid = tempered.isfinite().all(2)
         own = tempered.log_softmax(2)
@@ -392,7 +400,7 @@ class Cascade(nn.Module):
         return CascadeOutput(tables.log_probs.exp().float(), tables.label, tables.exit_stage, cost)
 
     def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """What the stages see: (N, C, H, W) of the cascade's dtype. uint8 images are normalised."""
+        """The input of the stages: (N, C, H, W) of the cascade's dtype; uint8 images are normalised."""
         x = self.input.nchw(x)
         if x.device != self.device:
             raise InvalidArgument(f"images are on {x.device}, the cascade on {self.device}; move one of them")
@@ -407,7 +415,7 @@ class Cascade(nn.Module):
         save_cascade(self, directory, overwrite=overwrite)
 
 
-def _checked_stages(stages: Sequence[nn.Module]) -> list[Stage]:
+def _checked_stages(stages: object) -> list[Stage]:
     if isinstance(stages, nn.Module) and not isinstance(stages, nn.ModuleList):
         raise InvalidArgument(
             f"stages is a {type(stages).__name__}; expected a list of modules, as in [module]"

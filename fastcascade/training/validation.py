@@ -60,7 +60,7 @@ def check_fields(settings: Any) -> None:
     """
     cls = type(settings)
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    model = _model_of(cls)
+    model = _model_of(cls)  # type: ignore[arg-type]  # classes are hashable
     try:
         model.model_validate(values)
     except ValidationError as error:

@@ -360,7 +360,10 @@ def test_the_error_of_a_stage_itself_is_kept() -> None:
             for c in ([1.0, 2.0], [0.0], [-1.0], [math.nan], [math.inf], ["1"], None, 1.0)
         ),
         (lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, classes=["a"]), "1 class names"),
-        (lambda: fc.Cascade([fc.Stage(network(4), input="previous")], None, CLASSES, INPUT), "nothing comes"),
+        (
+            lambda: fc.Cascade([fc.Stage(network(4), input="previous")], None, CLASSES, INPUT),
+            "nothing comes before",
+        ),
         (lambda: fc.Cascade([network(4)], None, CLASSES, (3, 4)), r"\(C, H, W\)"),
         (lambda: fc.Stage(network(4), input="picture"), "'image' or 'previous'"),
         (lambda: fc.MLPSelector("logits"), "expected one of"),
