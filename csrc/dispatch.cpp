@@ -1,4 +1,4 @@
-// Which kernels run here: CPUID for the instructions, XGETBV for the registers that the system saves.
+// Which kernels can run here: CPUID tells the instructions, XGETBV the registers that the operating system saves.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -14,7 +14,7 @@ namespace {
 #if defined(__x86_64__)
 bool has_bits(unsigned value, unsigned bits) { return (value & bits) == bits; }
 
-// True where the system saves the registers named by `state` (bits of XCR0) on a context switch.
+// True if the system saves the registers in `state` (bits of XCR0) on a context switch.
 bool system_saves(unsigned state) {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
@@ -52,8 +52,7 @@ const KernelTable& forced_isa(const std::string& name) {
     if (name != isa.name) continue;
     if (!isa.table)
       throw std::invalid_argument("instruction set '" + name +
-                                  "' was asked for, but this build is for another "
-                                  "architecture; use 'portable'");
+                                  "' was asked for, but this build is for another architecture; use 'portable'");
     if (!isa.supported())
       throw std::invalid_argument("instruction set '" + name + "' was asked for, but it needs " + isa.needs +
                                   ", which this processor or its operating system lacks");

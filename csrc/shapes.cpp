@@ -45,8 +45,8 @@ void check_windows(const std::string& where, const OpSpec& op) {
   for (int64_t p : op.padding) check_range(where, "padding", p, 0, kMaxSide);
 }
 
-int64_t windows(const std::string& where, int64_t size, int64_t before, int64_t after, int64_t extent, int64_t stride,
-                bool ceil_mode) {
+int64_t count_windows(const std::string& where, int64_t size, int64_t before, int64_t after, int64_t extent,
+                      int64_t stride, bool ceil_mode) {
   const int64_t room = size + before + after - extent;
   if (room < 0)
     fail(where,
@@ -72,8 +72,8 @@ Shape conv_shape(const std::string& where, const OpSpec& op, const Shape& in) {
   // Kernels read an input that carries its padding, so that must be a value like others.
   check_shape(where, {in.c, in.h + op.padding[0] + op.padding[1], in.w + op.padding[2] + op.padding[3]});
   const int64_t tall = (op.kernel[0] - 1) * op.dilation[0] + 1, wide = (op.kernel[1] - 1) * op.dilation[1] + 1;
-  return {w[0], windows(where, in.h, op.padding[0], op.padding[1], tall, op.stride[0], false),
-          windows(where, in.w, op.padding[2], op.padding[3], wide, op.stride[1], false)};
+  return {w[0], count_windows(where, in.h, op.padding[0], op.padding[1], tall, op.stride[0], false),
+          count_windows(where, in.w, op.padding[2], op.padding[3], wide, op.stride[1], false)};
 }
 
 Shape pool_shape(const std::string& where, const OpSpec& op, const Shape& in) {
@@ -81,8 +81,8 @@ Shape pool_shape(const std::string& where, const OpSpec& op, const Shape& in) {
   for (int axis = 0; axis < 2; ++axis)
     if (2 * std::max(op.padding[2 * axis], op.padding[2 * axis + 1]) > op.kernel[axis])
       fail(where, "padding is more than half of the window");
-  return {in.c, windows(where, in.h, op.padding[0], op.padding[1], op.kernel[0], op.stride[0], op.ceil_mode),
-          windows(where, in.w, op.padding[2], op.padding[3], op.kernel[1], op.stride[1], op.ceil_mode)};
+  return {in.c, count_windows(where, in.h, op.padding[0], op.padding[1], op.kernel[0], op.stride[0], op.ceil_mode),
+          count_windows(where, in.w, op.padding[2], op.padding[3], op.kernel[1], op.stride[1], op.ceil_mode)};
 }
 
 Shape linear_shape(const std::string& where, const OpSpec& op, const Shape& in) {

@@ -165,6 +165,20 @@ class StepBuilder {
     return {step.bias.data(), nullptr, op.low, op.high, op.residual_after_clamp};
   }
 
+  // Where a direct or depthwise convolution reads and writes.
+  template <class Conv>
+  static void set_taps(Conv& c, const Step& step, const OpSpec& op, const Value& in, const Value& out) {
+    c.weights = step.weights.data();
+    c.tap_offsets = step.taps.data();
+    c.taps = static_cast<int64_t>(step.taps.size());
+    c.image_step = in.floats;
+    c.row_step = op.stride[0] * in.shape.w * in.pitch;
+    c.pixel_step = op.stride[1] * in.pitch;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
+  }
+
   void add_direct(OpSpec op) {
     const std::string text = operation_text(op, net_.shape(op.inputs[0]));
     op.inputs[0] = add_padding(op);
@@ -178,16 +192,8 @@ class StepBuilder {
     const int64_t blocks = out.pitch / kernels_.lanes;
     step.blocks = merged.groups == 1 ? blocks : 1;  // groups are not divided among threads
     DirectConv& c = step.direct;
-    c.weights = step.weights.data();
-    c.tap_offsets = step.taps.data();
-    c.taps = static_cast<int64_t>(step.taps.size());
+    set_taps(c, step, op, in, out);
     c.depth = join_columns ? merged.kw * merged.in : merged.in;
-    c.image_step = in.floats;
-    c.row_step = op.stride[0] * in.shape.w * in.pitch;
-    c.pixel_step = op.stride[1] * in.pitch;
-    c.height = out.shape.h;
-    c.width = out.shape.w;
-    c.pitch = out.pitch;
     c.blocks_per_group = merged.groups == 1 ? blocks : merged.out / merged.groups / kernels_.lanes;
     c.group_channels = merged.in;
     c.epilogue = epilogue(step, op);
@@ -223,15 +229,7 @@ class StepBuilder {
     step.weights = pack_depthwise(op, out.pitch);
     step.taps = tap_offsets(op, in, false);
     DepthwiseConv& c = step.depthwise;
-    c.weights = step.weights.data();
-    c.tap_offsets = step.taps.data();
-    c.taps = static_cast<int64_t>(step.taps.size());
-    c.image_step = in.floats;
-    c.row_step = op.stride[0] * in.shape.w * in.pitch;
-    c.pixel_step = op.stride[1] * in.pitch;
-    c.height = out.shape.h;
-    c.width = out.shape.w;
-    c.pitch = out.pitch;
+    set_taps(c, step, op, in, out);
     c.epilogue = epilogue(step, op);
   }
 

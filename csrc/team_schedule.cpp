@@ -62,9 +62,10 @@ class TeamSchedule {
   void run_member(int64_t member) {
     for (size_t stage = 0; stage < run_.stages() && active_ > 0; ++stage) {
       const Network& net = run_.program.networks[stage];
-      const int64_t quotient = active_ / team_size_, alone = quotient < net.min_rows_per_thread ? 0 : quotient;
-      run_alone(stage, member, alone);
-      if (alone * team_size_ < active_) run_together(stage, member, alone * team_size_);
+      int64_t per_thread = active_ / team_size_;
+      if (per_thread < net.min_rows_per_thread) per_thread = 0;
+      run_own_instances(stage, member, per_thread);
+      if (per_thread * team_size_ < active_) run_shared_instances(stage, member, per_thread * team_size_);
       barrier_.wait();
       if (member == 0) compact(stage);
       barrier_.wait();
@@ -72,7 +73,7 @@ class TeamSchedule {
   }
 
   // Runs this member's `count` instances in its own buffers.
-  void run_alone(size_t stage, int64_t member, int64_t count) {
+  void run_own_instances(size_t stage, int64_t member, int64_t count) {
     const Network& net = run_.program.networks[stage];
     const int64_t begin = member * count, end = begin + count;
     for (int64_t first = begin; first < end; first += net.tile_instances) {
@@ -84,7 +85,7 @@ class TeamSchedule {
   }
 
   // Runs the instances from `first` on with all members, in the arena of member 0.
-  void run_together(size_t stage, int64_t member, int64_t first) {
+  void run_shared_instances(size_t stage, int64_t member, int64_t first) {
     barrier_.wait();  // until member 0 has finished with its arena
     const Network& net = run_.program.networks[stage];
     for (; first < active_; first += net.tile_instances) {

@@ -8,28 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exit_rows import CLASS_COUNTS, INVALID, outliers, places, rotations
+from exit_rows import (
+    CLASS_COUNTS,
+    INVALID,
+    first_exit_score,
+    outliers,
+    places,
+    rotations,
+    summing_weights,
+)
 from torch import Tensor
 
 from fastcascade import _C
 from fastcascade.backends.cpu import stage_spec
-from fastcascade.kernels import reference
-from fastcascade.kernels.reference import MLPWeights
 from fastcascade.lowering.operations import ScaleShift
 from fastcascade.lowering.plan import StagePlan
 
 SCALE = 1e20  # the stage multiplies by it, so that infinite logits need no infinite input
 TOLERANCE = 2e-6
 SELECTORS = ("stats", "topk", "probs", "max_prob", "margin", "entropy")
-
-
-def weights_for(selector: str, num_classes: int) -> MLPWeights | None:
-    """An MLP whose score is the sum of its features, so that it depends on every one of them."""
-    if selector not in ("stats", "topk", "probs"):
-        return None
-    ones = torch.ones(num_classes if selector == "probs" else 4)
-    one = torch.ones(1)
-    return MLPWeights(0 * ones, ones, ones[None], 10 * one, one, 0 * one[0])
 
 
 def engine(num_classes: int, selector: str, stage_weights: tuple[float, ...]) -> _C.Cascade:
@@ -39,7 +36,7 @@ def engine(num_classes: int, selector: str, stage_weights: tuple[float, ...]) ->
     op = ScaleShift(1, 0, scale, 0 * scale)
     stage = stage_spec(StagePlan("s", "image", 0, 0, None, (shape, shape), (op,), 0, 1), False)
     spec: dict[str, Any] = {"score": selector}
-    weights = weights_for(selector, num_classes)
+    weights = summing_weights(selector, num_classes)
     if weights is not None:
         spec |= {name: value.numpy() for name, value in weights._asdict().items()} | {"b2": 0.0}
     return _C.Cascade([stage, stage], [spec, None], num_classes, stage_weights=list(stage_weights))
@@ -53,19 +50,6 @@ def run(
     cascade = engine(logits.shape[1], selector, stage_weights)
     got = cascade.run(images.numpy(), None, np.full(1, threshold, np.float32))
     return torch.from_numpy(got[0]), torch.from_numpy(got[1]), torch.from_numpy(got[2])
-
-
-def score_of(logits: Tensor, selector: str) -> float:
-    """The twin's stop score, one for all of these rows, at the first exit."""
-    log_probs = logits.double().log_softmax(1)
-    weights = weights_for(selector, logits.shape[1])
-    if weights is None:
-        scores = reference.threshold_score(selector, log_probs)
-    else:
-        no_agreement = torch.zeros(len(logits), dtype=torch.float64)
-        scores = reference.mlp_score(reference.features(selector, log_probs, no_agreement), weights)
-    assert scores.max() - scores.min() < 1e-9
-    return float(scores[0])
 
 
 @pytest.mark.parametrize("stage_weights", [(), (0.3, 0.7)])
@@ -96,7 +80,7 @@ def test_scores_read_every_class(num_classes: int, selector: str) -> None:
     if selector == "topk" and num_classes < 3:
         pytest.skip("topk needs three classes")
     logits = rotations(num_classes)
-    score = score_of(logits, selector)
+    score = first_exit_score(logits, selector)
     margin = 1e-5 * max(abs(score), 1)
     assert (run(logits, selector, score - margin)[2] == 0).all()
     assert (run(logits, selector, score + margin)[2] == 1).all()

@@ -1,7 +1,7 @@
 """What the other tests are worth: with a fault planted in the engine, they fail.
 
-The engine is rebuilt with one mistake and replaces the installed one in a pytest of its own. Faults whose
-file and tests take seconds run every time; test_native.py plants two more.
+The engine is rebuilt with one mistake and replaces the installed one in a pytest of its own. Faults that are
+compiled and found in seconds run every time; test_native.py plants two more.
 """
 
 from __future__ import annotations

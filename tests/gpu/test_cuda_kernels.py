@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from exit_rows import CLASS_COUNTS, INVALID, outliers, places, rotations
+from exit_rows import (
+    CLASS_COUNTS,
+    INVALID,
+    first_exit_score,
+    outliers,
+    places,
+    rotations,
+    summing_weights,
+)
 from host_threads import HostLaunch
 from torch import Tensor
 
@@ -244,15 +252,8 @@ def test_invalid_logits_in_every_place(launch: Launch, num_classes: int) -> None
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("num_classes", [3, 9, 17, 100])
 def test_scores_read_every_class(launch: Launch, num_classes: int, selector: str) -> None:
-    logits = rotations(num_classes)
-    log_probs, weights = logits.double().log_softmax(1), None
-    if selector in ("stats", "topk", "probs"):  # the score is the sum of the features
-        ones, one = torch.ones(num_classes if selector == "probs" else 4), torch.ones(1)
-        weights = MLPWeights(0 * ones, ones, ones[None], 10 * one, one, 0 * one[0])
-        seen = reference.features(selector, log_probs, torch.zeros(len(logits), dtype=torch.float64))
-        score = float(reference.mlp_score(seen, weights)[0])
-    else:
-        score = float(reference.threshold_score(selector, log_probs)[0])
+    logits, weights = rotations(num_classes), summing_weights(selector, num_classes)
+    score = first_exit_score(logits, selector)
     for step, stays in ((-3e-5, 0), (3e-5, 1)):
         threshold = score + step * max(abs(score), 1)
         assert (run_rows(launch, logits, selector, threshold, weights)[1] == stays).all()

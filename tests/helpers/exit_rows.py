@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastcascade.kernels import reference
+from fastcascade.kernels.reference import MLPWeights
+
 CLASS_COUNTS = (2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000)
 INVALID = (math.nan, math.inf, -math.inf)
 
@@ -34,3 +37,23 @@ def rotations(num_classes: int) -> Tensor:
     """(places, C): falling logits, begun at another class in each row; a selector scores all alike."""
     falling = torch.cat([torch.tensor([3.0, 2.2, 1.1]), torch.linspace(0.5, -2.0, 1000)])[:num_classes]
     return torch.stack([falling.roll(place) for place in places(num_classes)])
+
+
+def summing_weights(selector: str, num_classes: int) -> MLPWeights | None:
+    """An MLP whose score is 10 plus the sum of its features; None for the confidence scores."""
+    if selector not in ("stats", "topk", "probs"):
+        return None
+    ones, one = torch.ones(num_classes if selector == "probs" else 4), torch.ones(1)
+    return MLPWeights(0 * ones, ones, ones[None], 10 * one, one, 0 * one[0])
+
+
+def first_exit_score(logits: Tensor, selector: str) -> float:
+    """The twin's stop score with these weights at the first exit, which must be one for all rows."""
+    log_probs, weights = logits.double().log_softmax(1), summing_weights(selector, logits.shape[1])
+    if weights is None:
+        scores = reference.threshold_score(selector, log_probs)
+    else:
+        no_agreement = torch.zeros(len(logits), dtype=torch.float64)
+        scores = reference.mlp_score(reference.features(selector, log_probs, no_agreement), weights)
+    assert scores.max() - scores.min() < 1e-9
+    return float(scores[0])
