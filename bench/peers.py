@@ -335,11 +335,12 @@ class OpenVino(Peer):
         def keep(request: Any, ticket: int) -> None:
             logits[ticket] = request.get_output_tensor(0).data.copy()
 
-        queues = [self._queue(schedule, len(part)) for part in parts]
-        for ticket, (queue, part) in enumerate(zip(queues, parts, strict=True)):
+        queues = {len(part): self._queue(schedule, len(part)) for part in parts}
+        for queue in dict.fromkeys(queues.values()):
             queue.set_callback(keep)
-            queue.start_async([part], ticket, share_inputs=True)
-        for queue in {id(queue): queue for queue in queues}.values():
+        for ticket, part in enumerate(parts):
+            queues[len(part)].start_async([part], ticket, share_inputs=True)
+        for queue in dict.fromkeys(queues.values()):
             queue.wait_all()
         joined: np.ndarray = np.concatenate(logits)[: len(x)]
         return joined
