@@ -74,7 +74,7 @@ class PeerCascade:
         whole, *cut = self.peers[k].schedules(survivors)
         if k == 0:
             return [whole, *cut]
-        shapes = ("fixed", "ladder", "dynamic") if self.peers[k].fixes_rows else ("fixed", "dynamic")
+        shapes = self.peers[k].shapes
         return [
             *(Schedule(1, WHOLE, shape) for shape in shapes if shape != "fixed"),
             *(schedule._replace(shapes=shape) for schedule in cut for shape in shapes),
