@@ -1,5 +1,5 @@
-# Two commands are enough: `make demo` and `make test`. `make help` lists the others.
-# Everything is installed into .venv; nothing outside this folder is touched.
+# Start with `make demo` or `make test`; `make help` lists all targets.
+# Everything is installed into .venv. Nothing outside this folder changes.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ bin := $(abspath $(VENV))/bin
 pip := $(bin)/python -m pip --quiet --quiet --disable-pip-version-check
 say := @printf '==> %s\n'
 
-# The tools must see the installed wheel and not the folder of the same name here, so they run in an empty folder.
+# Tools run in an empty folder, so that they import the installed wheel and not the folder of the same name.
 outside := $(abspath build)/outside
 config := $(CURDIR)/pyproject.toml
 pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
@@ -15,13 +15,14 @@ pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
 python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
 checked := fastcascade kernels tests tools $(wildcard bench examples) setup.py
+cpp_sources := $(shell find csrc kernels/cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 .PHONY: help
-help:  ## this list
+help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{ printf "%-22s %s\n", $$1, $$2 }'
 
 ##### Installation: the environment, its packages, the wheel
@@ -33,7 +34,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The build tools are pinned too, which an isolated build would not respect.
+# The build tools are pinned too, so the build is not isolated.
 $(VENV)/.build-tools: $(VENV)/.created pyproject.toml constraints.txt
 	$(say) "installing the build tools"
 	@$(pip) install -c constraints.txt setuptools pybind11
@@ -45,7 +46,7 @@ build/.clean: $(compiled_sources) setup.py pyproject.toml
 	@mkdir -p $(outside)
 	@touch $@
 
-# Python files are copied afresh, because a deleted module would live on in build/ and get into the wheel.
+# Python files are copied again, because a deleted module would stay in build/ and end up in the wheel.
 dist/.wheel: build/.clean $(VENV)/.build-tools $(python_sources) README.md LICENSE
 	@command -v $(CXX) >/dev/null || { echo "no C++ compiler ($(CXX)); install one, or name yours: make CXX=clang++"; exit 1; }
 	$(say) "building the wheel$(if $(compiled_sources), and compiling the kernels)"
@@ -66,7 +67,7 @@ $(VENV)/.installed: $(VENV)/.dependencies dist/.wheel
 .PHONY: install
 install: $(VENV)/.installed  ## build the wheel and install it into .venv
 
-##### What to do with it
+##### Demo, tests, checks
 
 .PHONY: demo
 demo: install  ## classify 2,000 images with the trained cascade, in about a minute
@@ -74,65 +75,68 @@ demo: install  ## classify 2,000 images with the trained cascade, in about a min
 	@$(bin)/python examples/cifar10/demo.py
 
 .PHONY: test test-all lint typecheck test-gpu
-test: lint typecheck  ## lint, type-check, tests and doctests against the installed wheel
+test: lint typecheck  ## lint, type-check, and run tests and doctests against the installed wheel
 	$(say) "running the tests on $$(cd $(outside) && $(bin)/python -c 'import fastcascade; print(fastcascade.__path__[0])')"
 	@$(pytest) -m "not slow" $(CURDIR)/tests
 	$(say) "running the examples in the docstrings"
 	@$(pytest) --doctest-modules --pyargs fastcascade
 
-test-all: lint typecheck  ## the same with the slow tests
+test-all: lint typecheck  ## the same, with the slow tests
 	$(say) "running all tests"
 	@$(pytest) $(CURDIR)/tests
 	@$(pytest) --doctest-modules --pyargs fastcascade
 
-lint: install  ## ruff
+lint: install  ## run ruff and clang-format
 	$(say) "ruff"
 	@$(bin)/ruff check $(checked)
 	@$(bin)/ruff format --check $(checked)
+	$(say) "clang-format"
+	@$(bin)/clang-format --dry-run --Werror $(cpp_sources)
 
-typecheck: install  ## mypy, on the installed package
+typecheck: install  ## run mypy on the installed package
 	$(say) "mypy"
 	@cd $(outside) && $(bin)/mypy --config-file $(config) --cache-dir $(CURDIR)/.mypy_cache -p fastcascade
 
-test-gpu: install  ## on a GPU machine: the GPU tests on the device, then gpu-report.json
+test-gpu: install  ## on a machine with a GPU: run the GPU tests, then measure into gpu-report.json
 	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
-		"torch sees no GPU here; make test runs the GPU tests under an interpreter and a compiler")'
+		"torch sees no GPU here; make test runs the GPU tests in an interpreter and on CPU threads")'
 	@$(pytest) --junitxml=$(CURDIR)/build/gpu-tests.xml $(CURDIR)/tests/gpu
 	@$(bin)/python $(CURDIR)/tests/helpers/ran.py $(CURDIR)/build/gpu-tests.xml
-	$(say) "measuring the kernels, the cascade and torch beside it: gpu-report.json"
+	$(say) "measuring the kernels, and the cascade against torch: gpu-report.json"
 	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
 
 ##### Benchmarks
 
-# One by one: a peer without a build for this machine must not keep the others out.
+# One by one, because a runtime without a build for this machine must not stop the others.
 $(VENV)/.peers: $(VENV)/.installed
-	$(say) "installing the runtimes to measure against"
+	$(say) "installing the runtimes to compare with"
 	@$(bin)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("fastcascade") if "\"peers\"" in r), sep="\n")' | \
-		while read -r peer; do $(pip) install -c constraints.txt "$$peer" || echo "cannot install $$peer: it will be shown as refused"; done
+		while read -r peer; do $(pip) install -c constraints.txt "$$peer" || echo "cannot install $$peer: its results will be missing"; done
 	@touch $@
 
-# The benchmarks measure the installed wheel, too; only bench/ itself comes from this checkout.
+# The benchmarks also measure the installed wheel; only bench/ itself comes from this checkout.
 bench_folder := mkdir -p $(outside) && ln -sfn $(CURDIR)/bench $(outside)/bench && cd $(outside)
 
 .PHONY: bench bench-docs bench-suite bench-compare
-bench: $(VENV)/.peers  ## measure against other runtimes and show every target
+bench: $(VENV)/.peers  ## measure against other runtimes, and show every target
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
 
-bench-docs: install  ## write the tables of docs/performance.md from the newest results
+bench-docs: install  ## update the tables in docs/performance.md from the newest results
 	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
 
-bench-suite: $(VENV)/.peers  ## pytest-benchmark over kernels, stages, cascades and peers
+bench-suite: $(VENV)/.peers  ## run pytest-benchmark on kernels, stages, cascades and other runtimes
 	@$(bench_folder) && $(bin)/python -m pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)
 
-bench-compare: install  ## two commits in one run, for example make bench-compare A=main B=HEAD
+bench-compare: install  ## compare two commits in one run: make bench-compare A=main B=HEAD
 	@test -n "$(A)" -a -n "$(B)" || { echo "name two commits: make bench-compare A=main B=HEAD"; exit 1; }
 	@$(bench_folder) && $(bin)/python -m bench.compare "$(A)" "$(B)" $(ARGS)
 
 .PHONY: format
-format: $(VENV)/.dependencies  ## ruff's fixes and formatting
+format: $(VENV)/.dependencies  ## apply ruff's fixes, and format Python, C++ and CUDA
 	@$(bin)/ruff check --fix $(checked)
 	@$(bin)/ruff format $(checked)
+	@$(bin)/clang-format -i $(cpp_sources)
 
 .PHONY: clean
-clean:  ## remove what make built, and .venv
+clean:  ## remove build products and .venv
 	rm -rf $(VENV) build dist demo fastcascade.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""Build of the compiled kernels and the mapping of top-level folders to packages.
+"""Build of the C++ extension, and the list of packages; the metadata is in pyproject.toml.
 
-Metadata lives in pyproject.toml. ``kernels/`` is installed as ``fastcascade.kernels``; packages are named
-one by one because that mapping defeats automatic discovery.
+``kernels/`` is installed as ``fastcascade.kernels``. Packages are listed one by one, because automatic
+discovery does not support that mapping.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from setuptools import find_packages, setup
 sources = sorted(str(path) for path in Path("csrc").glob("**/*.cpp") if "driver" not in path.parts)
 headers = sorted(str(path) for pattern in ("**/*.h", "**/*.inl") for path in Path("csrc").glob(pattern))
 
-# No instruction-set flags: the kernels carry target regions of their own and are chosen at run time.
+# No instruction-set flags: the kernels are compiled in target regions and chosen at run time.
 kernels = Pybind11Extension(
     "fastcascade._C",
     sources,

@@ -148,7 +148,7 @@ def layer_cases() -> dict[str, Layer]:
 
 def layer_entry(run: Run, layer: Layer) -> dict[str, Any]:
     """One layer in fp16 against its fp32 twin."""
-    from fastcascade.kernels.triton import conv as kernels
+    from fastcascade.kernels.triton.layer_launch import run_layer
 
     work = layer.work
     shape = work.shape if isinstance(work, Conv) else None
@@ -164,7 +164,7 @@ def layer_entry(run: Run, layer: Layer) -> dict[str, Any]:
     count = torch.tensor([run.rows], dtype=torch.int32, device=run.device)
 
     def call() -> None:
-        kernels.run(there, device_x, device_other, count, out)
+        run_layer(there, device_x, device_other, count, out)
 
     def agreement() -> dict[str, Any]:
         call()

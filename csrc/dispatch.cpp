@@ -51,7 +51,8 @@ const KernelTable& forced_isa(const std::string& name) {
     known += known.empty() ? isa.name : std::string(", ") + isa.name;
     if (name != isa.name) continue;
     if (!isa.table)
-      throw std::invalid_argument("instruction set '" + name + "' was asked for, but this build is for another "
+      throw std::invalid_argument("instruction set '" + name +
+                                  "' was asked for, but this build is for another "
                                   "architecture; use 'portable'");
     if (!isa.supported())
       throw std::invalid_argument("instruction set '" + name + "' was asked for, but it needs " + isa.needs +

@@ -9,6 +9,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLogOddsLimit = 30.f;
+constexpr int64_t kNoClass = -1;
 
 bool all_finite(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
@@ -18,7 +19,7 @@ bool all_finite(const float* x, int64_t n) {
 
 int64_t arg_max(const float* x, int64_t n) { return std::max_element(x, x + n) - x; }
 
-// log Σ exp x over all but the entry `skip` (-1 for none), summed in double.
+// log Σ exp x over all entries but `skip`, summed in double.
 float log_sum_exp(const float* x, int64_t n, int64_t skip) {
   float top = -kInfinity;
   for (int64_t i = 0; i < n; ++i)
@@ -49,7 +50,7 @@ float entropy(const float* log_probs, int64_t n) {
   return static_cast<float>(sum);
 }
 
-// The `count` most probable classes, the lowest index first among equals.
+// The `count` most probable classes; of equal ones, the lowest index first.
 void top_classes(const float* log_probs, int64_t n, int64_t count, int64_t* top) {
   for (int64_t k = 0; k < count; ++k) {
     int64_t best = -1;
@@ -94,35 +95,36 @@ float stop_score(const Selector& s, const float* log_probs, int64_t n, float agr
   }
 }
 
-void retire(const ExitTables& t, int64_t row, int64_t stage, int64_t n, const float* log_probs) {
-  float* out = t.log_probs + row * n;
+// Writes the instance's result; `log_probs` is null where the last exit is invalid.
+void retire(const ExitTables& t, int64_t instance, int64_t stage, int64_t n, const float* log_probs) {
+  float* out = t.log_probs + instance * n;
   if (log_probs)
     std::copy_n(log_probs, n, out);
   else
     std::fill_n(out, n, std::numeric_limits<float>::quiet_NaN());
-  t.label[row] = log_probs ? arg_max(log_probs, n) : -1;
-  t.exit_stage[row] = stage;
+  t.label[instance] = log_probs ? arg_max(log_probs, n) : -1;
+  t.exit_stage[instance] = stage;
 }
 
 }  // namespace
 
-bool exit_row(const ExitTables& t, const float* logits, int64_t row, int64_t stage, int64_t classes,
-              float stage_weight, const Selector& selector, float threshold, float* work) {
+bool run_exit_head(const ExitTables& t, const float* logits, int64_t instance, int64_t stage, int64_t classes,
+                   float stage_weight, const Selector& selector, float threshold, float* work) {
   const bool last = selector.score == Score::none;
   if (!all_finite(logits, classes)) {
-    t.previous_label[row] = -1;
-    if (last) retire(t, row, stage, classes, nullptr);
+    t.previous_label[instance] = -1;
+    if (last) retire(t, instance, stage, classes, nullptr);
     return !last;
   }
   float *own = work, *combined = work + classes, *features = work + 2 * classes;
-  const float total = log_sum_exp(logits, classes, -1);
+  const float total = log_sum_exp(logits, classes, kNoClass);
   for (int64_t i = 0; i < classes; ++i) own[i] = logits[i] - total;
   const int64_t own_label = arg_max(own, classes);
-  const float agreement = own_label == t.previous_label[row] ? 1.f : 0.f;
-  t.previous_label[row] = static_cast<int32_t>(own_label);
+  const float agreement = own_label == t.previous_label[instance] ? 1.f : 0.f;
+  t.previous_label[instance] = static_cast<int32_t>(own_label);
   if (stage_weight > 0.f) {
-    float* log_sum = t.log_sum + row * classes;
-    const float log_weight = std::log(stage_weight), log_weight_sum = std::log(t.weight_sum[row] += stage_weight);
+    float* log_sum = t.log_sum + instance * classes;
+    const float log_weight = std::log(stage_weight), log_weight_sum = std::log(t.weight_sum[instance] += stage_weight);
     for (int64_t i = 0; i < classes; ++i) {
       log_sum[i] = log_add_exp(log_sum[i], own[i] + log_weight);
       combined[i] = log_sum[i] - log_weight_sum;
@@ -131,7 +133,7 @@ bool exit_row(const ExitTables& t, const float* logits, int64_t row, int64_t sta
     std::copy_n(own, classes, combined);
   }
   const bool stop = last || stop_score(selector, combined, classes, agreement, features) >= threshold;
-  if (stop) retire(t, row, stage, classes, combined);
+  if (stop) retire(t, instance, stage, classes, combined);
   return !stop;
 }
 

@@ -1,10 +1,12 @@
-// The table of compute kernels: raw pointers in, raw pointers out, no checks. One table per instruction set,
-// filled from the same source (generic/*.inl) over that set's vector operations (isa/*.cpp).
+// The table of compute kernels: raw pointers in, raw pointers out, no checks. There is one table per instruction
+// set, compiled from the same source (generic/*.inl) over that set's vector operations (isa/*.cpp).
 //
-// Activations are stored pixel by pixel, channels innermost (NHWC). Channels are padded with anything finite
-// up to a multiple of `lanes`; the padded width is called the pitch. Instances follow each other without gaps.
-// No kernel lets one instance's values reach another's, and no sum is ever split, so the bits of a result do
-// not depend on which ranges a caller chooses.
+// Activations are NHWC. Channels are padded up to a multiple of `lanes`; the padding holds any finite values. The
+// padded number of channels is called the pitch. Instances follow each other without gaps. A block is one vector of
+// output channels.
+//
+// Kernels split work over rows or channels, never over a sum, and never mix instances. So the bits of a result do not
+// depend on the ranges that a caller chooses.
 #pragma once
 
 #include <cstddef>
@@ -27,18 +29,18 @@ struct Epilogue {
   bool residual_after_clamp;
 };
 
-// Direct convolution of an input that already carries its padding. An output pixel is the sum over `taps` of
+// Direct convolution of an input whose padding is part of the buffer. An output pixel is the sum over `taps` of
 // `depth` consecutive input floats, starting at tap_offsets[t] from the pixel's origin, each times one row of
-// weights [lanes * blocks]. A 1×1 convolution and a linear layer are the case of one tap.
+// weights. A 1×1 convolution and a linear layer have one tap.
 struct DirectConv {
   const float* input;
   float* output;
-  const float* weights;  // [block pair][tap][depth][pair's lanes]; see pack_direct
+  const float* weights;  // see pack_direct
   const int64_t* tap_offsets;
   int64_t taps, depth;
-  int64_t image_step, row_step, pixel_step;  // floats between the origins of neighbouring output pixels
+  int64_t image_step, row_step, pixel_step;  // floats between the origins of adjacent output pixels
   int64_t height, width, pitch;              // of the output
-  int64_t blocks_per_group, group_channels;  // each run of blocks reads its own slice of the input channels
+  int64_t blocks_per_group, group_channels;  // each group of blocks reads its own slice of the input channels
   Epilogue epilogue;
 };
 
@@ -46,18 +48,18 @@ struct DirectConv {
 struct Winograd {
   const float* input;
   float* output;
-  const float* weights;  // transformed; see pack_winograd
-  const float* plain;    // before the transform, or null where to keep them does not pay
-  const float* zeros;    // at least in_width * in_pitch zeros: the row above and below the image
-  float* scratch;        // winograd_scratch() floats
+  const float* weights;                // transformed; see pack_winograd
+  const float* untransformed_weights;  // null unless it pays to transform them on every call
+  const float* zeros;                  // in_width * in_pitch zeros: the row above and below the image
+  float* scratch;                      // winograd_scratch() floats
   int64_t in_height, in_width, in_pitch, channels;
   int64_t height, width, pitch;  // of the output
   int64_t pad_top, pad_left;
-  int64_t tiles_at_once;  // tiles that are transformed and multiplied together
+  int64_t tiles_per_pass;  // tiles that are transformed and multiplied together
   Epilogue epilogue;
 };
 
-// Depthwise convolution of an input that already carries its padding; weights are [tap][pitch].
+// Depthwise convolution of an input whose padding is part of the buffer; weights are [tap][pitch].
 struct DepthwiseConv {
   const float* input;
   float* output;
@@ -90,35 +92,39 @@ struct Elementwise {
 
 struct KernelTable {
   const char* isa;
-  int lanes;        // floats in a vector
-  int tile_rows;    // rows (pixels or Winograd tiles) that the product kernels keep in registers
-  int pair;         // vectors of output channels that go together in packed weights
-  // `pixels` counts output pixels over all instances, `blocks` vectors of output channels (begin even to `pair`).
+  int lanes;      // floats in a vector
+  int mr;         // rows of the GEMM micro-kernel's register tile: pixels or Winograd tiles
+  int nr_blocks;  // blocks of the register tile; nr = nr_blocks * lanes
+  // `pixels` counts output pixels over all instances. `blocks` begin at a multiple of nr_blocks.
   void (*conv_direct_f32)(const DirectConv&, Range pixels, Range blocks);
   void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);
-  // Vectors of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
-  void (*transform_weights_f32)(const float* plain, int64_t vectors, float* u, int64_t plane);
+  // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
+  void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
   void (*conv_depthwise_f32)(const DepthwiseConv&, Range pixels);
   void (*pool_f32)(const Pool&, Range pixels);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
+
+  int nr() const { return nr_blocks * lanes; }
 };
 
-// A longer sum is added up in parts of this many terms, so that its rounding error grows with the root of the
-// number of parts and not of terms. The parts of a sum depend on the layer's shape alone.
-constexpr int64_t kPartialSum = 64;
+// A sum of more terms is added up in parts of this many, so that its rounding error grows with the root of the
+// number of parts, not of terms. The parts of a sum depend on the layer's shape alone. (GEMM libraries call it kc.)
+constexpr int64_t kKc = 64;
 
-// Terms of a product: the channels, of which a lone block takes two at a time. What one more reads is finite.
+// Terms of a Winograd product: the channels rounded up to even, because an unpaired tail block takes two at a time.
 inline int64_t winograd_depth(int64_t channels) { return (channels + 1) / 2 * 2; }
 
-// Floats of scratch that the Winograd kernel needs. Products take the place of spent inputs, one slot ahead; with
-// plain weights they have slots of their own, and 36 planes of the weights of a partial sum follow. Slots and planes
-// are a cache line longer than what they hold, so that they do not fall on the same cache sets.
+// Floats of scratch that the Winograd kernel needs. A slot holds one of the 36 transformed inputs or products of a
+// pass. Products overwrite inputs one slot behind, unless weights are transformed on the call: then products have
+// slots of their own, followed by 36 planes for the weights of kKc terms. Slots and planes are one cache line longer
+// than what they hold, so that they do not map to the same cache sets.
 inline int64_t winograd_slot(const Winograd& c) {
-  return c.tiles_at_once * (c.in_pitch > c.pitch ? c.in_pitch : c.pitch) + 16;
+  return c.tiles_per_pass * (c.in_pitch > c.pitch ? c.in_pitch : c.pitch) + 16;
 }
-inline int64_t winograd_plane(int64_t pair_lanes) { return kPartialSum * pair_lanes + 16; }
+inline int64_t winograd_plane(int64_t nr) { return kKc * nr + 16; }
 inline int64_t winograd_scratch(const Winograd& c, const KernelTable& kernels) {
-  return c.plain ? 73 * winograd_slot(c) + 36 * winograd_plane(kernels.pair * kernels.lanes) : 37 * winograd_slot(c);
+  const int64_t slot = winograd_slot(c);
+  return c.untransformed_weights ? 73 * slot + 36 * winograd_plane(kernels.nr()) : 37 * slot;
 }
 
 // One entry per instruction set that this build knows, best first.
@@ -130,8 +136,8 @@ struct Isa {
 };
 const std::vector<Isa>& isas();
 
-// The table forced by FASTCASCADE_ISA or by `name`, or else the best one. Throws std::invalid_argument with
-// the reason where a forced set is unknown or cannot run here; it is never replaced by another.
+// The table forced by `name`, else by FASTCASCADE_ISA, else the best one. Throws std::invalid_argument where a forced
+// set is unknown or cannot run here; a forced set is never replaced by another.
 const KernelTable& choose_isa(const std::string& name = "");
 
 }  // namespace fastcascade

@@ -1,15 +1,17 @@
-// The Python face of the CPU engine, and the only file that knows Python: it checks every argument and turns
-// dictionaries into plain specifications. Whatever it or the files below refuse arrives as ValueError.
+// Python bindings, and the only file that includes Python headers. It checks all arguments of calls and reads the
+// specifications. Python sees std::invalid_argument as ValueError and std::bad_alloc as MemoryError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "executor.h"
 #include "step_times.h"
@@ -21,11 +23,18 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style>;
 
+constexpr int64_t kMaxClasses = int64_t{1} << 20;
+constexpr size_t kMaxRepr = 80;  // characters of a wrong value that messages show
+
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string repr_text(const py::handle& value) { return py::repr(value).cast<std::string>().substr(0, kMaxRepr); }
+
+// ---- specifications: the fields of every dictionary are read here and nowhere else ----
 
 py::dict as_dict(const py::handle& item, const char* what) {
   if (!py::isinstance<py::dict>(item))
-    fail(std::string("expected ") + what + " as a dictionary, got " + py::repr(item).cast<std::string>().substr(0, 80));
+    fail(std::string("expected ") + what + " as a dictionary, got " + repr_text(item));
   return py::reinterpret_borrow<py::dict>(item);
 }
 
@@ -34,13 +43,12 @@ T get(const py::dict& d, const char* key) {
   if (!d.contains(key)) fail(std::string("field '") + key + "' is missing");
   try {
     return d[key].cast<T>();
-  } catch (const std::exception&) {  // py::cast_error, or Python's own where it tried to convert
-    fail(std::string("field '") + key + "' is " + py::repr(d[key]).cast<std::string>().substr(0, 80) +
-         ", which has the wrong type, length or range");
+  } catch (const std::exception&) {  // py::cast_error, or an exception of the object's own conversion
+    fail(std::string("field '") + key + "' is " + repr_text(d[key]) + ", which has the wrong type, length or range");
   }
 }
 
-// A field that must be a contiguous float32 array; its shape is written to `shape` where given.
+// A field that must be a contiguous float32 array. Its shape is written to `shape` if given.
 std::vector<float> get_floats(const py::dict& d, const char* key, std::vector<int64_t>* shape = nullptr) {
   if (!d.contains(key) || !FloatArray::check_(d[key]))
     fail(std::string("field '") + key + "' must be a contiguous float32 array");
@@ -98,14 +106,19 @@ void read_linear(OpSpec& op, const py::dict& d) {
 }
 
 OpSpec read_op(const py::dict& d) {
-  static const std::map<std::string, OpKind> kinds = {
-      {"Conv2d", OpKind::conv2d},         {"Pool", OpKind::pool},   {"Linear", OpKind::linear},
-      {"Add", OpKind::add},               {"Slice", OpKind::slice}, {"Activation", OpKind::activation},
-      {"ScaleShift", OpKind::scale_shift}, {"Pad", OpKind::pad},     {"Concat", OpKind::concat},
-      {"Flatten", OpKind::flatten}};
+  static const std::map<std::string, OpKind> kinds = {{"Conv2d", OpKind::conv2d},
+                                                      {"Pool", OpKind::pool},
+                                                      {"Linear", OpKind::linear},
+                                                      {"Add", OpKind::add},
+                                                      {"Slice", OpKind::slice},
+                                                      {"Activation", OpKind::activation},
+                                                      {"ScaleShift", OpKind::scale_shift},
+                                                      {"Pad", OpKind::pad},
+                                                      {"Concat", OpKind::concat},
+                                                      {"Flatten", OpKind::flatten}};
   const auto name = get<std::string>(d, "op");
   const auto found = kinds.find(name);
-  if (found == kinds.end()) fail("unknown operation '" + name.substr(0, 80) + "'");
+  if (found == kinds.end()) fail("unknown operation '" + name.substr(0, kMaxRepr) + "'");
   OpSpec op;
   op.kind = found->second;
   op.output = get<int64_t>(d, "output");
@@ -135,11 +148,14 @@ OpSpec read_op(const py::dict& d) {
 }
 
 StageSpec read_stage(const py::dict& d) {
+  static const std::map<std::string, StageInput> inputs = {
+      {"image", StageInput::image}, {"previous", StageInput::previous}, {"features", StageInput::features}};
   StageSpec stage;
   stage.name = get<std::string>(d, "name");
   const auto input = get<std::string>(d, "input");
-  if (input != "image" && input != "previous") fail("unknown input '" + input + "'; expected image or previous");
-  stage.reads_previous = input == "previous";
+  const auto found = inputs.find(input);
+  if (found == inputs.end()) fail("unknown input '" + input + "'; expected image, previous or features");
+  stage.input_kind = found->second;
   const auto shape = get<std::array<int64_t, 3>>(d, "shape");
   stage.input = {shape[0], shape[1], shape[2]};
   stage.features = get<int64_t>(d, "features");
@@ -153,12 +169,12 @@ Selector read_selector(const py::handle& item) {
   Selector s;
   if (item.is_none()) return s;
   const py::dict d = as_dict(item, "a selector");
-  static const std::map<std::string, Score> scores = {
-      {"stats", Score::mlp_stats},   {"topk", Score::mlp_topk}, {"probs", Score::mlp_probs},
-      {"max_prob", Score::max_prob}, {"margin", Score::margin}, {"entropy", Score::entropy}};
+  static const std::map<std::string, Score> scores = {{"stats", Score::mlp_stats}, {"topk", Score::mlp_topk},
+                                                      {"probs", Score::mlp_probs}, {"max_prob", Score::max_prob},
+                                                      {"margin", Score::margin},   {"entropy", Score::entropy}};
   const auto kind = get<std::string>(d, "score");
   const auto found = scores.find(kind);
-  if (found == scores.end()) fail("unknown selector '" + kind.substr(0, 80) + "'");
+  if (found == scores.end()) fail("unknown selector '" + kind.substr(0, kMaxRepr) + "'");
   s.score = found->second;
   if (!d.contains("w1")) return s;
   s.mean = get_floats(d, "mean");
@@ -172,11 +188,28 @@ Selector read_selector(const py::handle& item) {
   return s;
 }
 
+// ---- the cascade ----
+
+// Runs `allocate`; where it finds no memory, says which batches may fit.
+template <class Allocate>
+auto allocate_batch(int64_t instances, Allocate allocate) {
+  const auto too_large = [&] {
+    return OutOfMemory("no memory is left for the results of " + std::to_string(instances) +
+                       " images; try batches of " + std::to_string(std::max<int64_t>(1, instances / 2)));
+  };
+  try {
+    return allocate();
+  } catch (const py::error_already_set& error) {
+    if (error.matches(PyExc_MemoryError)) throw too_large();
+    throw;
+  }
+}
+
 class Cascade {
  public:
-  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, const std::vector<float>& stage_weights, int threads,
-          const std::string& isa, const std::string& kernel) {
-    if (classes < 1 || classes > (int64_t{1} << 20)) fail("classes is " + std::to_string(classes));
+  Cascade(const py::list& stages, const py::list& selectors, int64_t classes, const std::vector<float>& stage_weights,
+          int threads, const std::string& isa, const std::string& kernel) {
+    if (classes < 1 || classes > kMaxClasses) fail("classes is " + std::to_string(classes));
     CascadeSpec spec;
     for (const py::handle& stage : stages) spec.stages.push_back(read_stage(as_dict(stage, "a stage")));
     for (const py::handle& selector : selectors) spec.selectors.push_back(read_selector(selector));
@@ -191,13 +224,12 @@ class Cascade {
 
   py::tuple run(const py::array& images, const std::optional<FloatArray>& table, const FloatArray& thresholds) const {
     const Images input = check_images(images, 0, table);
-    if (thresholds.ndim() != 1 || thresholds.size() + 1 != static_cast<int64_t>(executor_->networks().size()))
-      fail("thresholds have " + std::to_string(thresholds.size()) + " numbers, expected one for every stage but "
-           "the last: " + std::to_string(executor_->networks().size() - 1));
-    for (int64_t i = 0; i < thresholds.size(); ++i)
-      if (std::isnan(thresholds.data()[i])) fail("a threshold is NaN; expected numbers or infinity");
-    FloatArray log_probs({input.count, executor_->classes()});
-    py::array_t<int64_t> label(input.count), exit_stage(input.count);
+    check_thresholds(thresholds);
+    check_batch_memory(input.count);
+    auto [log_probs, label, exit_stage] = allocate_batch(input.count, [&] {
+      return std::make_tuple(FloatArray({input.count, program().classes}), py::array_t<int64_t>(input.count),
+                             py::array_t<int64_t>(input.count));
+    });
     const Results results{log_probs.mutable_data(), label.mutable_data(), exit_stage.mutable_data()};
     {
       py::gil_scoped_release release;
@@ -207,30 +239,33 @@ class Cascade {
   }
 
   py::tuple run_stage(int64_t stage, const py::array& rows, const std::optional<FloatArray>& table) const {
-    const Images input = check_images(rows, check_stage(stage), table);
-    FloatArray logits({input.count, executor_->classes()});
-    const Shape shape = executor_->features_shape(stage);
-    FloatArray features({input.count, shape.c, shape.h, shape.w});
-    float* features_out = shape.c ? features.mutable_data() : nullptr;
+    const size_t k = check_stage(stage);
+    const Images input = check_images(rows, k, table);
+    const Shape shape = program().features_shape(k);
+    auto [logits, features] = allocate_batch(input.count, [&] {
+      return std::make_tuple(FloatArray({input.count, program().classes}),
+                             FloatArray({input.count, shape.c, shape.h, shape.w}));
+    });
     float* logits_out = logits.mutable_data();
+    float* features_out = shape.c ? features.mutable_data() : nullptr;
     {
       py::gil_scoped_release release;
-      executor_->run_stage(stage, input, logits_out, features_out);
+      executor_->run_stage(k, input, logits_out, features_out);
     }
     return py::make_tuple(logits, shape.c ? py::object(features) : py::none());
   }
 
   py::list describe() const {
     py::list stages;
-    for (const Network& net : executor_->networks()) {
+    for (const Network& net : program().networks) {
       py::list kernels;
       for (const Step& step : net.steps) kernels.append(py::make_tuple(step.operation, step.kernel));
       py::dict stage;
-      stage["isa"] = executor_->kernels().isa;
+      stage["isa"] = program().kernels->isa;
       stage["kernels"] = kernels;
       stage["weight_bytes"] = net.weight_bytes;
       stage["arena_bytes"] = (net.arena_floats + net.scratch_floats) * 4;
-      stage["tile"] = net.tile;
+      stage["tile"] = net.tile_instances;
       stages.append(stage);
     }
     return stages;
@@ -239,17 +274,19 @@ class Cascade {
   // Per step of a stage: (operation, kernel, macs, bytes, seconds), the last three per instance.
   py::list time_steps(int64_t stage, const py::array& rows, const std::optional<FloatArray>& table,
                       double seconds) const {
-    const Network& net = executor_->networks()[check_stage(stage)];
-    const Images input = check_images(rows, static_cast<size_t>(stage), table);
+    const size_t k = check_stage(stage);
+    const Network& net = program().networks[k];
+    const Images input = check_images(rows, k, table);
     if (input.count == 0) fail("got 0 rows to time steps with, expected at least one");
     if (!(seconds >= 0)) fail("seconds is " + std::to_string(seconds) + ", expected 0 or more");
-    std::vector<int64_t> numbers(static_cast<size_t>(std::min(input.count, net.tile)));
-    std::iota(numbers.begin(), numbers.end(), 0);
-    const Source source = image_source(input, numbers.data());
+    std::vector<int64_t> index(static_cast<size_t>(std::min(input.count, net.tile_instances)));
+    std::iota(index.begin(), index.end(), 0);
+    const Source source{&input, nullptr, 0, index.data()};
     std::vector<StepTime> times;
     {
       py::gil_scoped_release release;
-      times = fastcascade::time_steps(net, source, static_cast<int64_t>(numbers.size()), executor_->threads(), seconds);
+      times = fastcascade::time_steps(net, source, static_cast<int64_t>(index.size()),
+                                      static_cast<int>(program().threads), seconds);
     }
     py::list list;
     for (size_t i = 0; i < times.size(); ++i) {
@@ -259,20 +296,42 @@ class Cascade {
     return list;
   }
 
-  int64_t memory_bytes() const { return executor_->memory_bytes(); }
+  int64_t memory_bytes() const { return program().buffer_bytes(program().threads); }
 
  private:
   std::unique_ptr<Executor> executor_;
 
+  const Program& program() const { return executor_->program(); }
+
   size_t check_stage(int64_t stage) const {
-    if (stage < 0 || stage >= static_cast<int64_t>(executor_->networks().size()))
+    if (stage < 0 || stage >= static_cast<int64_t>(program().networks.size()))
       fail("stage " + std::to_string(stage) + " does not exist");
     return static_cast<size_t>(stage);
   }
 
+  void check_thresholds(const FloatArray& thresholds) const {
+    const int64_t expected = static_cast<int64_t>(program().networks.size()) - 1;
+    if (thresholds.ndim() != 1 || thresholds.size() != expected)
+      fail("thresholds have " + std::to_string(thresholds.size()) +
+           " numbers, expected one for every stage but the last: " + std::to_string(expected));
+    for (int64_t i = 0; i < expected; ++i)
+      if (std::isnan(thresholds.data()[i])) fail("a threshold is NaN; expected numbers or infinity");
+  }
+
+  // Refuses a large batch before it takes memory that the machine does not have. Small ones are not worth the look.
+  void check_batch_memory(int64_t instances) const {
+    constexpr int64_t kSmallBytes = 64 << 20;
+    const int64_t needed = program().batch_bytes(instances);
+    if (needed <= kSmallBytes) return;
+    const int64_t available = available_bytes();
+    if (needed > available)
+      throw OutOfMemory("the results of " + std::to_string(instances) + " images need " + bytes_text(needed) +
+                        ", but " + bytes_text(available) + " are left; try batches of " +
+                        std::to_string(instances / 2));
+  }
+
   Images check_images(const py::array& images, size_t stage, const std::optional<FloatArray>& table) const {
-    const Network& net = executor_->networks()[stage];
-    const Shape& shape = net.values[0].shape;
+    const Shape& shape = program().networks[stage].shape(0);
     if (images.ndim() != 4 || images.shape(1) != shape.c || images.shape(2) != shape.h || images.shape(3) != shape.w)
       fail("expected an array of shape (N, " + std::to_string(shape.c) + ", " + std::to_string(shape.h) + ", " +
            std::to_string(shape.w) + "), got " + py::str(images.attr("shape")).cast<std::string>());
@@ -295,8 +354,8 @@ py::list instruction_sets() {
   py::list list;
   for (const Isa& isa : isas()) {
     const bool here = isa.table && isa.supported();
-    list.append(py::make_tuple(isa.name, here ? py::object(py::none())
-                                              : py::object(py::str(std::string("it needs ") + isa.needs))));
+    list.append(py::make_tuple(
+        isa.name, here ? py::object(py::none()) : py::object(py::str(std::string("it needs ") + isa.needs))));
   }
   return list;
 }
@@ -310,9 +369,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("chosen_isa", [](const std::string& name) { return choose_isa(name).isa; }, py::arg("name") = "");
   py::class_<Cascade>(m, "Cascade")
-      .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&, const std::string&>(),
-           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(), py::arg("stage_weights") = std::vector<float>(),
-           py::arg("threads") = 1, py::arg("isa") = "", py::arg("kernel") = "")
+      .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&,
+                    const std::string&>(),
+           py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(),
+           py::arg("stage_weights") = std::vector<float>(), py::arg("threads") = 1, py::arg("isa") = "",
+           py::arg("kernel") = "")
       .def("run", &Cascade::run, py::arg("images"), py::arg("table"), py::arg("thresholds").noconvert())
       .def("run_stage", &Cascade::run_stage, py::arg("stage"), py::arg("rows"), py::arg("table") = py::none())
       .def("time_steps", &Cascade::time_steps, py::arg("stage"), py::arg("rows"), py::arg("table"), py::arg("seconds"))

@@ -1,35 +1,39 @@
-// Weights rearranged for the kernels.
+// Weights in the order in which the kernels read them.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "network.h"
+#include "kernels.h"
+#include "memory.h"
+#include "stage_spec.h"
 
 namespace fastcascade {
 
-// A convolution's weights as a dense convolution in `groups` groups, (out, in / groups, kh, kw), where each
-// group's outputs fill whole vectors: neighbouring groups are merged, with zeros between them.
-struct DenseWeights {
+// Weights (out, in / groups, kh, kw) of a convolution whose groups have been merged with their neighbours, with zeros
+// between them, until the outputs of each group fill whole vectors.
+struct MergedWeights {
   std::vector<float> weight;
   int64_t groups, out, in, kh, kw;  // `in` per group
 };
-DenseWeights merge_groups(const OpSpec& op, int64_t lanes);
+MergedWeights merge_groups(const OpSpec& op, int64_t lanes);
 
-// [block pair][tap][depth][pair's lanes]. The order is (ky, kx, channel), whether a tap is a pixel or a row of them.
-Buffer pack_direct(const DenseWeights& dense, const KernelTable& kernels);
+// Below, output channels are packed in panels of nr, and one of `lanes` where an unpaired block is left at the end.
 
-// Weights of a Winograd convolution as vectors of output channels: [block pair][depth][2] of them, zero where depth
-// exceeds `in`. A block without a partner is [depth / 2][2] instead: the first vector holds channels 0 and 1 of
-// every four, the second 2 and 3, each with two terms side by side, which leaves sums that add_neighbours puts into
-// order. `plain` is [vector][9][lanes], each weight divided by 9 so that no coefficient of its transform is rounded;
-// `transformed` is [36][vector][lanes].
+// [panel][tap][depth][panel's lanes]. The order of terms is (ky, kx, channel), whether a tap is a pixel of the kernel
+// or a row of them.
+Buffer pack_direct(const MergedWeights& merged, const KernelTable& kernels);
+
+// Weights of a Winograd convolution as vectors: [panel][depth][blocks of the panel], zero where depth exceeds `in`. An
+// unpaired tail block is [depth / 2][2] instead: the first vector holds channels 0 and 1 of every four, the second 2
+// and 3, each with two terms side by side. pairwise_add puts the sums back into order.
 struct WinogradWeights {
-  Buffer plain, transformed;
+  Buffer untransformed;  // [vector][9][lanes]; each weight is divided by 9 so that the transform's factors are exact
+  Buffer transformed;    // [36][vector][lanes]
 };
-WinogradWeights pack_winograd(const DenseWeights& dense, const KernelTable& kernels);
+WinogradWeights pack_winograd(const MergedWeights& merged, const KernelTable& kernels);
 
-// [tap][channels rounded up]
+// [tap][pitch]
 Buffer pack_depthwise(const OpSpec& op, int64_t pitch);
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }

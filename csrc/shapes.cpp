@@ -1,13 +1,14 @@
 #include "shapes.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace fastcascade {
 namespace {
 
-// As kMaxFloats: larger than real, too small to overflow.
+// Like kMaxFloats: above what real networks have, too small to overflow.
 constexpr int64_t kMaxSide = int64_t{1} << 16, kMaxChannels = int64_t{1} << 20;
-constexpr size_t kMaxOps = 100000, kMaxInputs = 64;
+constexpr size_t kMaxOps = 100000;
 
 [[noreturn]] void fail(const std::string& where, const std::string& what) {
   throw std::invalid_argument(where + ": " + what);
@@ -23,7 +24,7 @@ void check_shape(const std::string& where, const Shape& s) {
   check_range(where, "channels", s.c, 1, kMaxChannels);
   check_range(where, "height", s.h, 1, kMaxSide);
   check_range(where, "width", s.w, 1, kMaxSide);
-  if (s.c * s.h * s.w > kMaxFloats) fail(where, "value " + s.text() + " is too large");
+  if (s.size() > kMaxFloats) fail(where, "value " + s.text() + " is too large");
 }
 
 void check_count(const std::string& where, const char* name, size_t got, int64_t expected) {
@@ -48,8 +49,8 @@ int64_t windows(const std::string& where, int64_t size, int64_t before, int64_t 
                 bool ceil_mode) {
   const int64_t room = size + before + after - extent;
   if (room < 0)
-    fail(where, "a window of " + std::to_string(extent) + " does not fit a padded size of " +
-                    std::to_string(room + extent));
+    fail(where,
+         "a window of " + std::to_string(extent) + " does not fit a padded size of " + std::to_string(room + extent));
   int64_t count = room / stride + 1;
   // A window that ceil_mode adds must start inside the image or its leading padding.
   if (ceil_mode && room % stride && count * stride < size + before) ++count;
@@ -61,8 +62,7 @@ Shape conv_shape(const std::string& where, const OpSpec& op, const Shape& in) {
   const auto& w = op.weight_shape;
   check_range(where, "output channels", w[0], 1, kMaxChannels);
   check_range(where, "groups", op.groups, 1, in.c);
-  if (in.c % op.groups || w[0] % op.groups || w[1] != in.c / op.groups || w[2] != op.kernel[0] ||
-      w[3] != op.kernel[1])
+  if (in.c % op.groups || w[0] % op.groups || w[1] != in.c / op.groups || w[2] != op.kernel[0] || w[3] != op.kernel[1])
     fail(where, "weights of shape (" + std::to_string(w[0]) + ", " + std::to_string(w[1]) + ", " +
                     std::to_string(w[2]) + ", " + std::to_string(w[3]) + ") do not fit an input of " + in.text() +
                     " in " + std::to_string(op.groups) + " groups");
@@ -120,8 +120,7 @@ Shape concat_shape(const std::string& where, const OpSpec& op, const std::vector
   Shape out = shapes[op.inputs[0]];
   for (size_t i = 1; i < op.inputs.size(); ++i) {
     const Shape& next = shapes[op.inputs[i]];
-    if (next.h != out.h || next.w != out.w)
-      fail(where, "joins values of shapes " + out.text() + " and " + next.text());
+    if (next.h != out.h || next.w != out.w) fail(where, "joins values of shapes " + out.text() + " and " + next.text());
     out.c += next.c;
     check_range(where, "channels", out.c, 1, kMaxChannels);
   }
@@ -143,7 +142,7 @@ Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>
     case OpKind::slice: return slice_shape(where, op, in);
     case OpKind::pad: return pad_shape(where, op, in);
     case OpKind::concat: return concat_shape(where, op, shapes);
-    case OpKind::flatten: return {in.c * in.h * in.w, 1, 1};
+    case OpKind::flatten: return {in.size(), 1, 1};
   }
   fail(where, "unknown operation");
 }
@@ -163,13 +162,13 @@ std::vector<Shape> infer_shapes(const StageSpec& spec) {
     const OpSpec& op = spec.ops[i];
     const std::string where = stage + ", operation " + std::to_string(i);
     const size_t arity = op.kind == OpKind::add ? 2 : 1;
-    if (op.inputs.size() < arity || op.inputs.size() > kMaxInputs || (op.kind != OpKind::concat && op.inputs.size() != arity))
+    if (op.inputs.size() < arity || op.inputs.size() > kMaxInputs ||
+        (op.kind != OpKind::concat && op.inputs.size() != arity))
       fail(where, "has " + std::to_string(op.inputs.size()) + " inputs");
     std::vector<int64_t> reads = op.inputs;
     if (op.residual >= 0) reads.push_back(op.residual);
     for (int64_t v : reads)
-      if (v < 0 || v >= count || !known[v])
-        fail(where, "reads value " + std::to_string(v) + " before it is written");
+      if (v < 0 || v >= count || !known[v]) fail(where, "reads value " + std::to_string(v) + " before it is written");
     if (op.output < 1 || op.output >= count || known[op.output])
       fail(where, "writes value " + std::to_string(op.output) + ", which is taken or out of range");
     shapes[op.output] = infer(where, op, shapes);

@@ -1,13 +1,13 @@
-// Shape inference over a stage's operations, with every check that keeps a hostile plan from the kernels.
+// Shape inference over a stage's operations. All checks of a plan's sizes are here: the kernels make none.
 #pragma once
 
 #include <vector>
 
-#include "network.h"
+#include "stage_spec.h"
 
 namespace fastcascade {
 
-// The shape of every value of the stage; operations must be in execution order. Throws std::invalid_argument.
+// The shape of every value of the stage. Throws std::invalid_argument where an operation does not fit its inputs.
 std::vector<Shape> infer_shapes(const StageSpec& spec);
 
 }  // namespace fastcascade

@@ -1,20 +1,20 @@
-// Timing the steps of a stage one by one, for the microbenchmark. Running a cascade does not come by here.
+// Times of a stage's single steps, for the microbenchmark. Cascades run without this.
 #pragma once
 
 #include <vector>
 
-#include "steps.h"
+#include "run_step.h"
 
 namespace fastcascade {
 
-// What one step does for one instance.
+// Of one step, per instance.
 struct StepTime {
-  double bytes;    // read and written as stored: inputs and output, and its share of the weights
-  double seconds;  // median; of all threads together: with two threads at work, half of what one of them took
+  double bytes;    // read and written as stored: inputs, output, and a share of the weights
+  double seconds;  // median. All threads count together: with two threads, half of the time that each takes
 };
 
-// Runs a network on the same instances, at most a tile of them, for some seconds (at least once, at most 64 times)
-// on every thread, each with buffers of its own, as in a large batch. `source.rows` names `instances` rows.
+// Runs a network on the instances of `source`, at most a tile of them, for some seconds, once at least and 64 times at
+// most. As in a large batch, every thread runs all steps in buffers of its own.
 std::vector<StepTime> time_steps(const Network& net, const Source& source, int64_t instances, int threads,
                                  double seconds);
 

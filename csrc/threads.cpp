@@ -12,11 +12,12 @@
 namespace fastcascade {
 namespace {
 
-constexpr int kSpins = 2000;  // a helper stays awake for some 50 µs after work, then sleeps
+constexpr int kIdleSpins = 2000;  // a helper spins for some 50 µs after a job, then sleeps
 
 struct Job {
-  const std::function<void(int)>* work;
-  int wanted;       // helpers still welcome
+  const TeamWork* work;
+  int helpers = 0;  // invited
+  int vacancies = 0;
   int next_rank = 1;
   std::atomic<int> running{0};  // helpers inside work
 };
@@ -25,27 +26,21 @@ class HelperPool {
  public:
   const pid_t owner = getpid();
 
-  void run(int threads, const std::function<void(int)>& work) {
-    Job job{&work, threads - 1};
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.push_back(&job);
-      pending_.fetch_add(1);
-      while (idle_ + starting_ < job.wanted) start_helper();
-    }
-    wake_.notify_all();
+  void run(int threads, const TeamWork& work) {
+    Job job{&work};
+    post(job, threads - 1);
     std::exception_ptr error;
     try {
-      work(0);
+      work(0, job.helpers);
     } catch (...) {
       error = std::current_exception();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     withdraw(&job);
     lock.unlock();
-    // Helpers mostly end together with this thread: going to sleep and being woken would take far longer.
+    // Helpers mostly end together with this thread: sleeping and being woken would take far longer.
     Backoff backoff;
-    while (job.running.load() > 0 && backoff.count() < kSpins) backoff.pause();
+    while (job.running.load() > 0 && backoff.count() < kIdleSpins) backoff.pause();
     lock.lock();
     done_.wait(lock, [&] { return job.running.load() == 0; });
     lock.unlock();
@@ -55,13 +50,34 @@ class HelperPool {
  private:
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::vector<Job*> jobs_;        // with helpers wanted
-  std::atomic<int> pending_{0};   // jobs_.size(), for spinning helpers
+  std::vector<Job*> jobs_;       // with vacancies
+  std::atomic<int> pending_{0};  // jobs_.size(), for spinning helpers
   int idle_ = 0, starting_ = 0;
 
-  void start_helper() {
-    ++starting_;
-    std::thread([this] { help(); }).detach();
+  // Invites as many of the wanted helpers as are idle or can be started. Nothing is listed if this throws.
+  void post(Job& job, int wanted) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      jobs_.reserve(jobs_.size() + 1);
+      while (idle_ + starting_ < wanted && start_helper()) {
+      }
+      job.helpers = job.vacancies = std::min(wanted, idle_ + starting_);
+      if (job.helpers == 0) return;
+      jobs_.push_back(&job);
+      pending_.fetch_add(1);
+    }
+    wake_.notify_all();
+  }
+
+  // False where the system has no more threads, or no memory for one.
+  bool start_helper() {
+    try {
+      std::thread([this] { help(); }).detach();
+    } catch (const std::exception&) {
+      return false;
+    }
+    ++starting_;  // the helper itself waits for mutex_ first
+    return true;
   }
 
   void withdraw(Job* job) {
@@ -79,7 +95,7 @@ class HelperPool {
       if (jobs_.empty()) {
         lock.unlock();
         Backoff backoff;
-        while (pending_.load() == 0 && backoff.count() < kSpins) backoff.pause();
+        while (pending_.load() == 0 && backoff.count() < kIdleSpins) backoff.pause();
         lock.lock();
       }
       wake_.wait(lock, [&] { return !jobs_.empty(); });
@@ -87,18 +103,18 @@ class HelperPool {
       Job* job = jobs_.front();
       const int rank = job->next_rank++;
       ++job->running;
-      if (--job->wanted == 0) withdraw(job);
+      if (--job->vacancies == 0) withdraw(job);
       lock.unlock();
-      (*job->work)(rank);
+      (*job->work)(rank, job->helpers);
       lock.lock();
       if (--job->running == 0) done_.notify_all();
     }
   }
 };
 
-// The pool of this process. A child after fork has none of its parent's threads, and their locks may be held
-// for ever, so it starts with a pool of its own and never touches the old one. Pools are never destroyed:
-// helpers may still be asleep in them when the process ends.
+// The pool of this process. A child process after fork has none of its parent's threads, and their locks may be held
+// for ever, so it makes a pool of its own and never touches the parent's. Pools are never destroyed: helpers may
+// still sleep in them when the process ends.
 HelperPool& pool() {
   static std::atomic<HelperPool*> current{nullptr};
   HelperPool* found = current.load();
@@ -111,8 +127,8 @@ HelperPool& pool() {
 
 }  // namespace
 
-void run_on_helpers(int threads, const std::function<void(int)>& work) {
-  if (threads <= 1) return work(0);
+void run_on_helpers(int threads, const TeamWork& work) {
+  if (threads <= 1) return work(0, 0);
   pool().run(threads, work);
 }
 

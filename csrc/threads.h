@@ -7,12 +7,16 @@
 
 namespace fastcascade {
 
-// Calls work(0) here and work(1), work(2), … on up to threads − 1 helpers, each rank at most once, and returns
-// when every call that began has ended. A helper that has not begun by the time work(0) returns is not waited
-// for: work must not rely on helpers coming. Safe from several threads at once, and in a child after fork.
-void run_on_helpers(int threads, const std::function<void(int rank)>& work);
+// work(rank, helpers): `helpers` is how many other threads may take part, 0 to threads − 1.
+using TeamWork = std::function<void(int rank, int helpers)>;
 
-// A meeting point for a fixed number of threads, for waits of microseconds.
+// Calls work on this thread with rank 0 and on up to threads − 1 helpers with ranks 1, 2, …; returns when every call
+// that began has ended. Helpers that the system cannot start are done without. A helper that has not begun when rank 0
+// returns is not waited for, so work must be complete with rank 0 alone. Only rank 0 may throw. Safe from several
+// threads at once, and in a child process after fork.
+void run_on_helpers(int threads, const TeamWork& work);
+
+// A barrier for a fixed number of threads that spin, for waits of microseconds.
 class Barrier {
  public:
   void set_size(int size) { size_ = size; }
@@ -24,7 +28,7 @@ class Barrier {
   std::atomic<uint32_t> round_{0};
 };
 
-// Waits a moment in a spinning loop; gives the processor away after a while.
+// One iteration of a spin loop; yields the processor every 64.
 class Backoff {
  public:
   void pause();

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ class Cascade:
         selectors: list[dict[str, Any] | None],
         classes: int,
         *,
-        combine_mean: bool = False,
+        stage_weights: Sequence[float] = [],
         threads: int = 1,
         isa: str = "",
         kernel: str = "",

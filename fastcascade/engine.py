@@ -20,6 +20,8 @@ from fastcascade.errors import FastCascadeError, InvalidArgument
 from fastcascade.lowering import export as lower
 from fastcascade.lowering.plan import Plan
 from fastcascade.model.cascade import Cascade
+from fastcascade.scale import ScaleCheck
+from fastcascade.text import plain, printable
 from fastcascade.types import CascadeOutput, OperatingPointLike
 
 __all__ = ["CompiledCascade", "compile"]
@@ -110,6 +112,8 @@ class CompiledCascade(nn.Module):
         # A closure, because a module held as an attribute would lend this one its weights and its mode.
         self._lower_again: Callable[[], Plan] | None = None if source is None else partial(lower.plan, source)
         self._settings = settings
+        self._scale_check = ScaleCheck(plan.input)
+        self.training = False
         self._build(plan)
 
     def _build(self, plan: Plan) -> None:
@@ -175,6 +179,8 @@ class CompiledCascade(nn.Module):
             )
         if images.layout != torch.strided:
             raise InvalidArgument(f"images have layout {images.layout}; expected a dense tensor")
+        if self._scale_check.open:
+            self._scale_check(images)
         return images.detach() if images.dtype == torch.uint8 else images.detach().float()
 
     def _no_results(self) -> ExitResults:
@@ -193,6 +199,38 @@ class CompiledCascade(nn.Module):
         if self._lower_again is None:
             raise InvalidArgument("compiled from a plan, which does not change; call fc.compile on a new one")
         self._build(self._lower_again())
+
+    def train(self, mode: bool = True) -> CompiledCascade:
+        """Eval mode is the only one.
+
+        Raises:
+            InvalidArgument: ``mode`` is True.
+        """
+        if mode:
+            raise InvalidArgument(
+                "a compiled cascade has no training mode; train the cascade itself, then call recompile()"
+            )
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledCascade:
+        """Every conversion of a module ends here: ``to``, ``cuda``, ``half``, also of the module around it.
+
+        Raises:
+            InvalidArgument: another device or dtype; a program cannot change either.
+        """
+        before = torch.empty(0, device=self.device)
+        try:
+            after = fn(before)
+        except (AssertionError, RuntimeError) as error:
+            raise InvalidArgument(_conversion_error(str(error).splitlines()[0])) from error
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise InvalidArgument(
+                _conversion_error(
+                    f"it runs {self._settings.precision} on {before.device} and returns {before.dtype}, "
+                    f"not {after.dtype} on {after.device}"
+                )
+            )
+        return self
 
     def describe(self) -> str:
         """How each stage runs: operations, or why it is opaque; kernels, ISA, weights, scratch memory."""
@@ -220,6 +258,13 @@ class CompiledCascade(nn.Module):
         return f"backend={self.backend!r}, precision={self._settings.precision!r}, stages=[{stages}]"
 
 
+def _conversion_error(reason: str) -> str:
+    return (
+        f"a compiled cascade cannot be moved or converted: {reason}. Compile it again with "
+        'fc.compile(cascade, device="cuda", precision="fp16"); convert a module around it without it'
+    )
+
+
 def _exp(log_probs: Tensor) -> Tensor:
     """exp; on the CPU without torch's threads, which would spin beside the next call's for milliseconds."""
     return torch.from_numpy(np.exp(log_probs.numpy())) if log_probs.device.type == "cpu" else log_probs.exp()
@@ -227,12 +272,16 @@ def _exp(log_probs: Tensor) -> Tensor:
 
 def _stage_text(report: StageReport) -> str:
     """A heading and, below it, one row per different operation, with how often it occurs."""
-    form = f"opaque: {report.opaque_reason}" if report.opaque_reason else f"{len(report.kernels)} operations"
+    form = (
+        f"opaque: {printable(report.opaque_reason)}"
+        if report.opaque_reason
+        else f"{len(report.kernels)} operations"
+    )
     table = Table("×", "operation", "kernel", box=None, pad_edge=False)
     for choice, count in Counter(report.kernels).items():
-        table.add_row(str(count), choice.operation, choice.kernel)
+        table.add_row(str(count), plain(choice.operation), plain(choice.kernel))
     text = StringIO()
-    console = Console(file=text, width=110, color_system=None, markup=False, highlight=False, emoji=False)
+    console = Console(file=text, width=110, color_system=None)
     console.print(table)
     sizes = f"weights {report.weight_bytes / 1024:,.1f} KiB, scratch {report.arena_bytes / 1024:,.1f} KiB"
     heading = f"\nstage {report.name!r}: {form}; {report.isa}; {sizes}"

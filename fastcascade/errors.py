@@ -11,6 +11,7 @@ __all__ = [
     "InvalidArgument",
     "LoweringError",
     "SaveError",
+    "ScaleWarning",
 ]
 
 
@@ -44,3 +45,7 @@ class LoweringError(FastCascadeError):
 
 class SaveError(FastCascadeError, OSError):
     """The operating system refused to write: disk full, no permission, a failing device."""
+
+
+class ScaleWarning(UserWarning):
+    """Float images do not have the range that the cascade's normalisation gives."""

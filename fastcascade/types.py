@@ -92,13 +92,33 @@ class InputSpec:
     preprocess: Normalize | None = None
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 3 or not all(isinstance(s, int) and s > 0 for s in self.shape):
-            raise InvalidArgument(f"input_shape is {self.shape}; expected three positive integers (C, H, W)")
-        if self.preprocess is not None and len(self.preprocess.mean) != self.shape[0]:
+        shape, preprocess = self.shape, self.preprocess
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) != 3
+            or not all(isinstance(s, int) and s > 0 for s in shape)
+        ):
+            raise InvalidArgument(f"input_shape is {shape!r}; expected three positive integers (C, H, W)")
+        if preprocess is None:
+            return
+        if not isinstance(preprocess, Normalize):
             raise InvalidArgument(
-                f"preprocess has {len(self.preprocess.mean)} channels, "
-                f"input_shape {self.shape} has {self.shape[0]}"
+                f"preprocess is {preprocess!r}; expected None or fc.Normalize(mean, std). Apply other "
+                "transforms before the cascade"
             )
+        if len(preprocess.mean) != shape[0]:
+            raise InvalidArgument(
+                f"preprocess has {len(preprocess.mean)} channels, input_shape {shape} has {shape[0]}"
+                f"{self.channels_first_hint()}"
+            )
+
+    def channels_first_hint(self) -> str:
+        """Ends an error message: the shape that was probably meant, if this one looks like (H, W, C)."""
+        height, width, channels = self.shape
+        if not (channels in (1, 3, 4) and channels < min(height, width)):
+            return ""
+        meant = (channels, height, width)
+        return f". input_shape is {self.shape}; expected (C, H, W); did you mean {meant}?"
 
     def nchw(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """Check a batch and view it as (N, C, H, W); nothing is copied.

@@ -1,7 +1,4 @@
-"""Kernels of the GPU backends and the plain-torch twins of all of them.
-
-Imports torch, numpy, triton and cupy only, and each of the latter two only in its own subpackage.
-"""
+"""GPU kernels in Triton and CUDA C++, and the plain-torch twin of every kernel."""
 
 if __name__ != "fastcascade.kernels":
     raise ImportError(

@@ -1,8 +1,8 @@
-"""The layers of a lowered stage, as the kernels and their twins take them.
+"""The layers of a lowered stage: the data types that the layer kernels and their twins take.
 
-A layer reads one or two values and writes one; values have numbers, 0 is the stage's input. A value is rows
-(n, H, W, C), one row an instance, with the channels padded with zeros to a multiple of 16, so that loads are
-16 bytes wide and products have whole tensor-core tiles. Value 0 may be the caller's images instead.
+A layer reads one or two numbered values and writes one. Value 0 is the input of the stage: the caller's
+images, or rows. A value is rows (n, H, W, C), one row per instance. Its channels are zero-padded to a
+multiple of 16, for 16-byte loads and whole tensor-core tiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Conv", "ConvShape", "Elementwise", "Layer", "Pooling", "View", "Work
 
 
 def padded(channels: int) -> int:
-    """Channels as rows store them: the next multiple of 16.
+    """The number of stored channels: the next multiple of 16.
 
     Example:
         >>> padded(3), padded(16), padded(17)
@@ -25,8 +25,18 @@ def padded(channels: int) -> int:
     return -(-channels // 16) * 16
 
 
+def power_of_two_divisor(n: int, limit: int) -> int:
+    """The largest power of two that divides n and is at most ``limit``, itself a power of two.
+
+    Example:
+        >>> power_of_two_divisor(48, 64), power_of_two_divisor(256, 64)
+        (16, 64)
+    """
+    return min(n & -n, limit)
+
+
 class ConvShape(NamedTuple):
-    """Sizes of a convolution; ``corner`` is the padding on top and on the left."""
+    """Sizes of a convolution; ``corner`` is the padding at the top and at the left."""
 
     height: int
     width: int
@@ -41,8 +51,11 @@ class ConvShape(NamedTuple):
 
 
 class View(NamedTuple):
-    """Where a residual comes from: every ``step``-th pixel of rows (height, width, channels), from ``start``;
-    its first channel is added to output channel ``before``, and only ``channels`` channels are there."""
+    """A strided, zero-padded view of rows (height, width, row_channels), read as a residual.
+
+    The view has every ``step``-th pixel, beginning with ``start``. Its ``channels`` channels are added to the
+    output channels from ``before`` on.
+    """
 
     height: int
     width: int
@@ -54,9 +67,10 @@ class View(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """activation(conv(source) + bias + residual); ``view`` reads the residual, None where there is none.
+    """activation(conv(source) + bias + residual).
 
-    ``image``: the source is the caller's images. ``logits``: the output is (n, out_channels) float32.
+    ``view`` describes the residual, None without one. ``image``: the source is the caller's images.
+    ``logits``: the output is (n, out_channels) float32.
     """
 
     shape: ConvShape
@@ -73,9 +87,10 @@ class Conv(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """Maximum or average over windows; ``source`` and ``out`` are (H, W, stored channels).
+    """Maximum or average over windows.
 
-    ``padding`` (top, bottom, left, right); ``include_padding``: padded zeros count in an average's divisor.
+    ``source`` and ``out`` are (H, W, stored channels); ``padding`` is (top, bottom, left, right).
+    ``include_padding``: the divisor of an average counts the padding.
     """
 
     source: tuple[int, int, int]
@@ -90,8 +105,9 @@ class Pooling(NamedTuple):
 class Elementwise(NamedTuple):
     """out[h, w, c] = activation(scale[c]·source[start + step·(h, w, c)] + shift[c] + other[h, w, c]).
 
-    ``source`` and ``out`` are (H, W, stored channels), ``channels`` how many of each are real; positions
-    outside the source read ``fill``. ``affine``, ``other``: scale and shift, or the second operand, exist.
+    ``source`` and ``out`` are (H, W, stored channels); ``channels`` counts those that are not padding, of
+    each. Positions outside the source read ``fill``. ``affine``: there are scale and shift. ``other``: there
+    is a second operand.
     """
 
     source: tuple[int, int, int]
@@ -106,18 +122,18 @@ class Elementwise(NamedTuple):
 
 
 Work = Conv | Pooling | Elementwise
-"""What a layer computes, with all its sizes."""
+"""The computation of a layer, with all sizes."""
 
 
 class Layer(NamedTuple):
     """One operation of a stage.
 
     Attributes:
-        work: what is computed, and all sizes.
+        work: the computation.
         output, source, other: numbers of the values; other is a residual or a second operand, or None.
-        weight: of a convolution, from :func:`pack_weight`; its dtype is the arithmetic's.
-        vectors: float32: a convolution's bias (O,), or scale and shift (2, C); None without either.
-        label: in words, for reports.
+        weight: of a convolution, from :func:`pack_weight`. Products are computed in its dtype.
+        vectors: float32 bias (O,) of a convolution, or scale and shift (2, C); None without either.
+        label: the operation in words, for reports.
     """
 
     work: Work
@@ -130,18 +146,19 @@ class Layer(NamedTuple):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The values that it reads."""
+        """Numbers of the values that the layer reads."""
         return (self.source,) if self.other is None else (self.source, self.other)
 
 
 def pack_weight(weight: Tensor, in_channels: int) -> Tensor:
-    """(O, I, kh, kw) → (depth, padded O): rows are taps × channels in the order in which kernels walk.
+    """Pack a convolution's weight for the implicit GEMM: (O, I, kh, kw) → (depth, padded O).
 
     Args:
-        in_channels: channels per tap as the source stores them: padded, or I where it is an image.
+        in_channels: stored channels of the source: padded, or I for an image.
 
     Returns:
-        depth is taps·in_channels, filled up to a multiple of 16; what is not a weight is zero.
+        row tap·in_channels + c holds the weights of channel c at that tap. The depth is rounded up to a
+        multiple of 16; all padding is zero.
     """
     out, channels, height, width = weight.shape
     packed = weight.new_zeros(height * width, in_channels, padded(out))

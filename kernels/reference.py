@@ -1,8 +1,9 @@
-"""Plain-torch twins of every kernel: the readable definition that all backends are tested against.
+"""The plain-torch twin of every kernel: the readable definition that all backends are tested against.
 
 Notation: N instances in the batch, n ≤ N still active, C classes, F features, H hidden units. Class scores
-are kept as log-probabilities throughout, because a third of real images have a top probability that rounds
-to 1: log-odds come from log-sum-exp, never from 1 − q.
+    are
+log-probabilities throughout. A third of CIFAR images have a top probability that rounds to 1 in float32, so
+log-odds come from log-sum-exp, never from 1 − q.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 LOG_ODDS_LIMIT = 30.0
-"""Log-odds are clamped to ± this, so that features stay finite when a probability underflows."""
+"""Bound on the magnitude of log-odds, which keeps features finite when a probability underflows."""
 
 
 def log_odds(log_probs: Tensor, k: int) -> Tensor:
@@ -70,13 +71,13 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def features(kind: str, log_probs: Tensor, agreement: Tensor) -> Tensor:
-    """What the MLP selector sees.
+    """The features of the MLP selector.
 
     Args:
         kind: "stats" (log-odds of the top two, entropy, agreement), "topk" (log-odds of the top three,
             agreement) or "probs" (the C probabilities, as in the paper).
         log_probs: (n, C) log q_k.
-        agreement: (n,) 1 where this stage's own label equals the previous stage's, else 0.
+        agreement: (n,) 1 if this stage's own label equals the previous stage's, else 0.
 
     Returns:
         (n, F) with F = 4, 4 or C.
@@ -89,7 +90,7 @@ def features(kind: str, log_probs: Tensor, agreement: Tensor) -> Tensor:
 
 
 def threshold_score(kind: str, log_probs: Tensor) -> Tensor:
-    """Confidence-threshold stop scores, (n, C) → (n,); greater is more confident.
+    """Stop scores of a confidence threshold, (n, C) → (n,); greater is more confident.
 
     ``kind`` is "max_prob" (log-odds of the top class), "margin" (difference of the top two
     log-probabilities) or "entropy" (−entropy).
@@ -103,7 +104,7 @@ def threshold_score(kind: str, log_probs: Tensor) -> Tensor:
 
 
 class MLPWeights(NamedTuple):
-    """One stage's selector: mean, std (F,); w1 (H, F); b1, w2 (H,); b2 ()."""
+    """Weights of one stage's MLP selector: mean, std (F,); w1 (H, F); b1, w2 (H,); b2 ()."""
 
     mean: Tensor
     std: Tensor
@@ -124,7 +125,8 @@ class ExitTables(NamedTuple):
     """State and results of a batch, one row per instance, in input order.
 
     State: ``log_sum`` (N, C) log Σ w_j p_j over the valid stages so far; ``weight_sum`` (N,) Σ w_j over the
-    same; ``previous_label`` (N,) int32, argmax of the previous stage's p, −1 where it was invalid.
+        same
+    stages; ``previous_label`` (N,) int32, argmax of the previous stage's p, −1 if it was invalid.
     Results: ``log_probs`` (N, C), ``label`` (N,) int64, ``exit_stage`` (N,) int64.
     """
 
@@ -164,22 +166,22 @@ def exit_step(
     score: Score | None,
     threshold: float = 0.0,
 ) -> Tensor:
-    """Everything after a stage's logits: combine, score, decide, retire what stops.
+    """The exit after a stage: combine, score, decide, retire the rows that stop.
 
-    Rows with a non-finite logit cannot stop here and are left out of the mean; at the last exit they retire
+    A row with a non-finite logit cannot stop here and is left out of the mean. At the last exit it retires
     with label −1 and NaN log-probabilities.
 
     Args:
         tables: updated in place at the rows in ``index``.
         logits: (n, C) of the active rows.
-        index: (n,) int, the active rows' positions in the batch.
+        index: (n,) int, positions of the active rows in the batch.
         stage: k, written to ``exit_stage`` of the rows that stop.
-        stage_weight: w_k of this stage in the mean Σ w_j p_j / Σ w_j; None: answer with p_k alone.
-        score: the selector; None at the last exit, where everything stops.
+        stage_weight: w_k of this stage in the mean Σ w_j p_j / Σ w_j; None: q_k is p_k alone.
+        score: the selector; None at the last exit, where every row stops.
         threshold: stop where the score is ≥ this; ±inf allowed.
 
     Returns:
-        (n,) bool: True where the row stays active.
+        (n,) bool: True for a row that stays active.
     """
     index = index.long()
     valid = logits.isfinite().all(1)
@@ -191,7 +193,7 @@ def exit_step(
     if score is None:
         stop = torch.ones_like(valid)
     else:
-        # An invalid row's score is never used; a uniform stand-in keeps NaN out of the selector.
+        # The score of an invalid row is never used. Uniform probabilities keep NaN out of the selector.
         safe = torch.where(valid[:, None], log_probs, -math.log(logits.shape[1]))
         stop = valid & (score(safe, previous_label, own_label) >= threshold)
 
@@ -204,7 +206,7 @@ def exit_step(
 
 
 def _into_mean(tables: ExitTables, own: Tensor, index: Tensor, valid: Tensor, weight: float) -> Tensor:
-    """(n, C) log of the mean over the valid stages, this one's log-probabilities ``own`` included."""
+    """Add ``own``, this stage's log-probabilities, to the sums; returns (n, C) log of the mean so far."""
     sums, weighted = tables.log_sum[index], own + math.log(weight)
     sums = torch.where(valid[:, None], torch.logaddexp(sums, weighted), sums)
     weights = tables.weight_sum[index] + weight * valid
@@ -232,7 +234,7 @@ def exit_head(
         tables, logits, index, stage, stage_weight, threshold: as in :func:`exit_step`.
 
     Returns:
-        (n,) bool: True where the row stays active.
+        (n,) bool: True for a row that stays active.
     """
 
     def score(log_probs: Tensor, previous_label: Tensor, own_label: Tensor) -> Tensor:
@@ -254,15 +256,15 @@ def exit_head(
 
 
 def compact_index(index: Tensor, keep: Tensor) -> Tensor:
-    """The entries of ``index`` (n,) where ``keep`` (n,) is True, in order."""
+    """The entries of ``index`` (n,) for which ``keep`` (n,) is True, in order."""
     return index[keep]
 
 
 def fill_holes(rows: Tensor, index: Tensor, keep: Tensor) -> int:
-    """Compact feature rows in place: with m survivors, those at positions ≥ m move into the holes below m.
+    """Compact feature rows in place: of m survivors, those at positions ≥ m move into the holes below m.
 
-    Sources and destinations are disjoint, so the moves may run in any order. The order of rows changes, so
-    ``index`` moves along.
+    Sources and destinations are disjoint, so the moves may run in any order. Rows change their order, and the
+    entries of ``index`` move with them.
 
     Args:
         rows: (n, …), index: (n,), keep: (n,) bool; rows and index are changed in place.
@@ -282,7 +284,7 @@ def conv(work: Conv, x: Tensor, residual: Tensor | None, weight: Tensor, bias: T
     """activation(conv(x) + bias + residual) on padded rows.
 
     Args:
-        x: (n, H, W, C) as ``work.shape`` says; residual: rows that ``work.view`` reads, or None.
+        x: (n, H, W, C) of the sizes in ``work.shape``; residual: the rows that ``work.view`` reads, or None.
         weight: (depth, padded out) packed; bias (padded out,).
 
     Returns:
@@ -291,7 +293,7 @@ def conv(work: Conv, x: Tensor, residual: Tensor | None, weight: Tensor, bias: T
     shape = work.shape
     taps = shape.kernel[0] * shape.kernel[1]
     kernel = weight[: taps * shape.channels].view(*shape.kernel, shape.channels, -1).permute(3, 2, 0, 1)
-    # As many rows and columns as the taps reach; a negative number crops what none does.
+    # Pad to the rows and columns that the taps reach; a negative number crops those that no tap reaches.
     sizes = zip((shape.out_height, shape.out_width), shape.stride, shape.dilation, shape.kernel, strict=True)
     reach = [(out - 1) * step + far * (k - 1) + 1 for out, step, far, k in sizes]
     below = reach[0] - shape.height - shape.corner[0]
@@ -308,10 +310,10 @@ def conv(work: Conv, x: Tensor, residual: Tensor | None, weight: Tensor, bias: T
 
 
 def pool(work: Pooling, x: Tensor) -> Tensor:
-    """Maximum (NaN wins, padding never does) or average over windows of padded rows (n, H, W, C)."""
+    """Maximum (NaN if the window has one, never the padding) or average over windows of rows (n, H, W, C)."""
     height, width, _ = work.out
     top, bottom, left, right = work.padding
-    # In ceil mode windows overhang the padding.
+    # In ceil mode windows extend beyond the padding.
     below = max((height - 1) * work.stride[0] + work.kernel[0] - top - x.shape[1], bottom)
     beside = max((width - 1) * work.stride[1] + work.kernel[1] - left - x.shape[2], right)
     edges = (0, 0, left, beside, top, below)
@@ -364,25 +366,25 @@ def persistent(
     logits: Tensor,
     *,
     kept: int | None = None,
-    pixels: Tensor | None = None,
+    pixel_table: Tensor | None = None,
 ) -> None:
     """A whole stage, layer by layer, on the rows in ``index``: the twin of the persistent kernel.
 
-    Every value is rounded to the dtype of the weights, as it is where a kernel stores it.
+    Every value is rounded to the dtype of the weights, as the kernel rounds it on storing.
 
     Args:
-        source: images (N, C, H, W), uint8 or float, read through ``index`` (n,), or padded rows
-            (n, H, W, C) where the first layers do not read images.
-        features: (n, H, W, C), written with value ``kept``; None where nothing is kept.
+        source: images (N, C, H, W), uint8 or float, read through ``index`` (n,); or padded rows (n, H, W, C)
+            if the stage reads the previous one.
+        features: (n, H, W, C), written with value ``kept``; None if no value is kept.
         logits: (n, classes), written.
-        pixels: (C, 256), what each byte of an image means.
+        pixel_table: (C, 256), the value of each byte; for uint8 images only.
     """
     values = {0: source}
     if any(isinstance(layer.work, Conv) and layer.work.image for layer in layers):
         images = source[index.long()]
-        if pixels is not None:
+        if pixel_table is not None:
             channel = torch.arange(images.shape[1])[:, None, None]
-            images = pixels[channel, images.long()]
+            images = pixel_table[channel, images.long()]
         values[0] = images.permute(0, 2, 3, 1)
     dtype = next(layer.weight.dtype for layer in layers if layer.weight is not None)
     for layer in layers:

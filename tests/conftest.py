@@ -1,4 +1,4 @@
-"""What every test starts from: the same random numbers, one thread, and poison in uninitialised memory."""
+"""The state in which every test starts: fixed seeds, one thread, poisoned uninitialised memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ hypothesis.settings.load_profile("fastcascade")
 
 @pytest.fixture(autouse=True)
 def _clean_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seed, one thread, no forced backend; ``torch.empty`` and its kin hand out NaN and huge integers."""
+    """Fix seed and threads, unset forced choices, fill ``torch.empty`` with NaN or huge integers."""
     monkeypatch.delenv("FASTCASCADE_BACKEND", raising=False)
     monkeypatch.delenv("FASTCASCADE_ISA", raising=False)
     monkeypatch.delenv("FASTCASCADE_TORCH_STAGES", raising=False)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # Deterministic mode is what poisons; warn_only, since some operations have no such kernel.
+    # Deterministic mode fills empty tensors. warn_only: some operations have no deterministic kernel.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

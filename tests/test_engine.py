@@ -120,12 +120,49 @@ def test_it_is_a_module_without_state_or_modes(cascade: fc.Cascade, fast: Compil
     want = fast(x).probs
     assert not fast.state_dict()
     assert not list(fast.parameters())
-    fast.train()
+    assert not fast.training
+    fast.eval()
+    cascade.train()
     assert torch.equal(fast(x).probs, want)
-    cascade.eval()
-    fast.train()
-    assert not any(module.training for module in cascade.modules())
+    assert all(module.training for module in cascade.modules())
     assert torch.equal(nn.Sequential(fast)(x).probs, want)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.to("meta"),
+        lambda m: m.to("cuda:7"),
+        lambda m: m.cuda(),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: m.to(torch.float16),
+        lambda m: m.train(),
+    ],
+)
+def test_conversions_that_would_do_nothing_are_refused(
+    cascade: fc.Cascade, fast: CompiledCascade, convert: Any
+) -> None:
+    x = torch.randn(4, *SHAPE)
+    want = fast(x).probs
+    for module in (fast, nn.Sequential(fast, nn.Linear(4, 4))):
+        with pytest.raises(InvalidArgument, match=r"fc\.compile\(|recompile") as caught:
+            convert(module)
+        assert "cascade" in str(caught.value)
+        assert all((p.device.type, p.dtype) == ("cpu", torch.float32) for p in module.parameters())
+    assert not fast.training
+    assert torch.equal(fast(x).probs, want)
+
+
+def test_conversions_that_change_nothing_are_fine(fast: CompiledCascade) -> None:
+    x = torch.randn(4, *SHAPE)
+    want = fast(x).probs
+    for module in (fast, nn.Sequential(fast)):
+        for same in (module.to("cpu"), module.cpu(), module.float(), module.eval(), module.train(False)):
+            assert same is module
+        assert torch.equal(module.to("cpu", torch.float32)(x).probs, want)
+        module.to(memory_format=torch.channels_last)
 
 
 def test_new_weights_and_points_arrive_with_recompile(cascade: fc.Cascade, fast: CompiledCascade) -> None:

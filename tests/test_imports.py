@@ -1,4 +1,4 @@
-"""Imports go one way, and importing the package needs nothing beyond its core dependencies."""
+"""Import directions between the folders of the package, and its required dependencies."""
 
 from __future__ import annotations
 
@@ -18,29 +18,42 @@ REPOSITORY = Path(__file__).parents[1]
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "text": set(),
     "types": {"errors"},
+    "scale": {"errors", "types"},
     "storage": {"errors"},
-    "model": {"errors", "types", "storage", "kernels"},
+    "model": {"errors", "types", "scale", "storage", "kernels"},
     "data": {"errors", "types", "storage"},
-    "evaluation": {"errors", "types", "storage", "kernels", "model", "data"},
+    "evaluation": {"errors", "text", "types", "storage", "kernels", "model", "data"},
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
-    "engine": {"errors", "types", "model", "lowering", "backends"},
+    "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},
     "prediction": {"errors", "types", "storage", "data", "engine"},
     "benchmarking": {
-        *{"errors", "types", "storage", "model", "data", "evaluation", "lowering", "backends", "engine"}
+        *{
+            "errors",
+            "text",
+            "types",
+            "storage",
+            "model",
+            "data",
+            "evaluation",
+            "lowering",
+            "backends",
+            "engine",
+        }
     },
 }
-"""Which rooms of the package each may import from, beside itself: inward only, so there is no cycle."""
+"""For each folder or module of the package, the others that it may import. There is no cycle."""
 
 ENTRANCES = {"__init__", "__main__", "cli"}
-"""Modules that may import from every room."""
+"""Modules that may import everything."""
 
 
 def imported(path: Path) -> set[str]:
-    """First parts below ``fastcascade`` of what a file imports anywhere; other packages by their name."""
+    """The names of all modules that a file imports anywhere, in functions too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +66,7 @@ def imported(path: Path) -> set[str]:
 
 
 def rooms_imported(path: Path) -> set[str]:
-    """First parts below ``fastcascade`` of what a file imports anywhere, in functions too."""
+    """The folders or modules of the package that a file imports."""
     return {name.split(".")[1] for name in imported(path) if name.startswith("fastcascade.")}
 
 
@@ -66,18 +79,18 @@ def modules(path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("path", modules(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_inward(path: Path) -> None:
+def test_imports_follow_the_allowed_directions(path: Path) -> None:
     room = room_of(path)
     if room in ENTRANCES | {"kernels"}:
         return
-    assert room in ROOMS, f"{path.name} lies in {room}, which this test does not know; add it to ROOMS"
+    assert room in ROOMS, f"{path.name} is in {room}, which is not in ROOMS; add it"
     outward = rooms_imported(path) - ROOMS[room] - {room}
     assert not outward, f"{path.name} imports {sorted(outward)}; {room} may import {sorted(ROOMS[room])}"
 
 
-def test_every_room_exists_and_none_depends_on_itself() -> None:
+def test_every_room_exists_and_there_is_no_cycle() -> None:
     present = {room_of(path) for path in modules(ROOT)}
-    assert set(ROOMS) <= present, f"{sorted(set(ROOMS) - present)} are listed, but nothing lies there"
+    assert set(ROOMS) <= present, f"{sorted(set(ROOMS) - present)} are in ROOMS, but do not exist"
     settled: set[str] = {"kernels", "_C"}
     while ready := {room for room, needs in ROOMS.items() if needs <= settled} - settled:
         settled |= ready
@@ -85,16 +98,16 @@ def test_every_room_exists_and_none_depends_on_itself() -> None:
 
 
 @pytest.mark.parametrize("package", [p.parent for p in modules(ROOT) if p.name == "__init__.py"], ids=str)
-def test_every_folder_says_in_one_line_what_it_holds(package: Path) -> None:
+def test_every_package_has_a_docstring_of_one_line(package: Path) -> None:
     docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
     assert docstring, package
-    assert "\n" not in docstring, package
+    assert "\n" not in docstring.partition("\n\n")[0], package
 
 
-def test_no_function_hides_a_module_of_the_same_name() -> None:
+def test_no_public_name_hides_a_module() -> None:
     for name in fastcascade.__all__:
         there = (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()
-        assert not there, f"fastcascade.{name} is a function and a module"
+        assert not there, f"fastcascade.{name} is both a public name and a module"
 
 
 def test_kernels_import_no_other_part_of_the_package() -> None:
@@ -118,11 +131,11 @@ def test_no_compiled_source_includes_a_torch_header() -> None:
 
 
 def test_the_package_imports_without_any_extra() -> None:
-    """Nothing optional is imported, so nothing optional can be missing."""
+    """Importing the package and its backends works without any optional dependency."""
     code = (
         "import sys\n"
         "for name in ('triton', 'cupy', 'pyarrow', 'PIL', 'matplotlib'):\n"
-        "    sys.modules[name] = None\n"  # an import of it raises ModuleNotFoundError
+        "    sys.modules[name] = None\n"  # importing it raises ModuleNotFoundError
         "import fastcascade\n"
         "from fastcascade.backends.registry import NAMES, load_backend\n"
         "print([load_backend(n).unavailable_reason() for n in NAMES])\n"
@@ -132,6 +145,6 @@ def test_the_package_imports_without_any_extra() -> None:
     assert "None" in done.stdout
 
 
-def test_public_names_are_sorted_and_there() -> None:
+def test_public_names_exist_and_are_sorted() -> None:
     assert list(fastcascade.__all__) == sorted(fastcascade.__all__)
     assert all(hasattr(fastcascade, name) for name in fastcascade.__all__)

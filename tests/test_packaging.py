@@ -1,4 +1,4 @@
-"""The installed package, and what conftest promises to every other test."""
+"""The installed package, and the poisoned memory that the other tests rely on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fastcascade
 
 
 def test_uninitialised_memory_is_poisoned() -> None:
-    """The guard under every other test: a read of memory that nobody wrote shows as NaN or a huge integer."""
+    """Reading uninitialised memory gives NaN or a huge integer, so that tests detect it."""
     assert torch.empty(1000).isnan().all()
     assert torch.empty_like(torch.ones(1000)).isnan().all()
     assert torch.ones(1000).new_empty(1000).isnan().all()
@@ -26,13 +26,13 @@ def test_version_is_the_installed_one() -> None:
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
-    """A package that constraints.txt forgets would be another one on another day."""
+    """constraints.txt pins every dependency, so that an installation is reproducible."""
     pinned = set(
         re.findall(
             r"^([a-z0-9-]+)==", Path(__file__).parents[1].joinpath("constraints.txt").read_text(), re.M
         )
     )
-    optional = {"triton", "cupy-cuda13x", "fastcascade"}  # left to torch, and to machines with a GPU
+    optional = {"triton", "cupy-cuda13x", "fastcascade"}  # torch chooses triton; cupy needs a GPU
     for requirement in importlib.metadata.requires("fastcascade") or []:
         name = re.split(r"[^A-Za-z0-9-]", requirement)[0].lower()
         assert name in pinned | optional, f"{requirement} is not pinned in constraints.txt"

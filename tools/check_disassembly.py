@@ -1,7 +1,7 @@
-"""Read what the compiler made of the kernels: no spilled accumulators, no VEX code where any CPU must run.
+"""Check the machine code of the engine: no spilled accumulators, and no VEX code outside the target regions.
 
-Exits 1 and names the functions where the AVX-512 product kernels move vectors to or from the stack, or where
-code outside the AVX2 and AVX-512 regions uses VEX or EVEX instructions.
+Exits with status 1 if an AVX-512 product kernel moves vectors to or from the stack, or if a function outside
+the AVX2 and AVX-512 regions uses VEX or EVEX instructions. Prints the functions at fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VEX = re.compile(r"^\s*v[a-z0-9]+\s|%[yz]mm")
 
 
 def functions(target: Path) -> Iterator[tuple[str, list[str]]]:
-    """The (name, instructions) of every function of an object."""
+    """(name, instructions) of every function in an object file."""
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", "--no-addresses", str(target)],
         check=True,
@@ -38,9 +38,9 @@ def functions(target: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def faults(name: str, instructions: list[str]) -> list[str]:
-    """What is wrong with one function."""
+    """The faults of one function."""
     found = []
-    # rbp points into the stack in functions that set it up so; elsewhere it is a register like others.
+    # rbp is a frame pointer only in functions that set it up; elsewhere it is a general register.
     stack = STACK_OR_FRAME if any(FRAME.search(line) for line in instructions) else STACK
     if NO_SPILLS.search(name) and any(stack.search(line) and "%zmm" in line for line in instructions):
         found.append(f"{name}: spills vectors to the stack")
@@ -50,14 +50,14 @@ def faults(name: str, instructions: list[str]) -> list[str]:
 
 
 def all_faults(objects: Sequence[Path]) -> list[str]:
-    """What is wrong with the engine's objects; empty if all is well."""
+    """The faults of all object files."""
     found, kernels = [], 0
     for target in objects:
         for name, instructions in functions(target):
             kernels += bool(NO_SPILLS.search(name))
             found += faults(name, instructions)
     if kernels < PRODUCT_KERNELS:
-        found.append(f"found only {kernels} product kernels; their names must have changed")
+        found.append(f"found {kernels} product kernels, expected {PRODUCT_KERNELS}; does NO_SPILLS match?")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Measure direct convolution against Winograd and write the table that decides, csrc/choices.inl.
+"""Measure direct convolution against Winograd and write the table that decides, csrc/kernel_choice.inl.
 
     python tools/choose_kernels.py        with fastcascade installed, on a quiet machine; takes minutes
 
@@ -25,7 +25,7 @@ from fastcascade.lowering.operations import Conv2d, Flatten, Linear, Pool
 from fastcascade.lowering.plan import Plan, StagePlan
 from fastcascade.types import InputSpec
 
-TARGET = Path(__file__).resolve().parent.parent / "csrc" / "choices.inl"
+TARGET = Path(__file__).resolve().parent.parent / "csrc" / "kernel_choice.inl"
 CHANNELS = (8, 16, 32, 64, 128, 256)
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 16, 28, 32)
 KERNELS = ("conv_direct_f32", "conv3x3_winograd_f32")

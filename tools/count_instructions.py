@@ -1,8 +1,8 @@
-"""Count the instructions of the engine's fixed workload under callgrind; write the record for the tests.
+"""Count the instructions of a fixed workload of the engine under callgrind, and record them for the tests.
 
-Counts repeat to the instruction for one compiler; another libc changes them by less than 1 %. Valgrind hides
-AVX-512, whose kernels tools/check_disassembly.py reads instead. Run this after a change that is meant to cost
-or save instructions:
+With one compiler, counts are reproducible to the instruction; another libc changes them by less than 1 %.
+Valgrind has no AVX-512; tools/check_disassembly.py checks those kernels instead. Run this after a change that
+is meant to add or remove instructions:
 
 python tools/count_instructions.py
 """
@@ -28,7 +28,7 @@ def compiler() -> str:
 
 
 def count(workload: Path, isa: str) -> dict[str, int]:
-    """Instructions of one warm call, for every case of the workload on one thread."""
+    """Instructions of one warm call on one thread, for every case of the workload."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             "--tool=callgrind",
@@ -47,12 +47,12 @@ def count(workload: Path, isa: str) -> dict[str, int]:
 
 def _total(dump: Path) -> int:
     found = re.search(r"^totals: (\d+)$", dump.read_text(), re.MULTILINE)
-    assert found, f"{dump} holds no total"
+    assert found, f"{dump} contains no total"
     return int(found[1])
 
 
 def main() -> None:
-    """Build, count on every ISA, write the record."""
+    """Build, count on every instruction set, and write the record."""
     with tempfile.TemporaryDirectory() as folder:
         workload = link_driver("workload", compile_engine(Path(folder)))
         counts = {isa: count(workload, isa) for isa in ISAS}

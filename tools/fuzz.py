@@ -1,4 +1,4 @@
-"""Build the engine's torch-free driver, plain or with a sanitizer, and fuzz for some seconds.
+"""Build the engine's fuzzer, optionally with a sanitizer, and run it for some seconds.
 
 python tools/fuzz.py --sanitize none|address|thread --seconds 300 --seed 1
 """
@@ -21,7 +21,7 @@ FLAGS = {
 
 
 def main() -> int:
-    """Build, run, and return the driver's exit status."""
+    """Build, run, and return the exit status of the fuzzer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", choices=FLAGS, default="none")
     parser.add_argument("--seconds", type=float, default=10)

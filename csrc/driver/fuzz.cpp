@@ -1,7 +1,8 @@
-// Differential fuzzing of the engine without Python: random networks and cascades run on every instruction set
-// of this machine, alone and on several threads, with and without NaN in some images, and must agree. Built with the sanitizers by tools/fuzz.py.
+// Differential fuzzing of the engine without Python. Random cascades must give the same results on every instruction
+// set of this machine, on one thread and on several, with and without NaN in other images. tools/fuzz.py builds this
+// with sanitizers.
 //
-//   fuzz SECONDS SEED      prints the seed of each failing case and exits 1
+//   fuzz SECONDS SEED      prints the seed of the first failing case and exits 1
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -17,17 +18,17 @@
 namespace fastcascade {
 namespace {
 
-// A source of small random numbers; the same seed gives the same case on every machine.
+// Small random numbers. The same seed gives the same case on every machine.
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
-  int64_t upto(int64_t low, int64_t high) {
+  int64_t between(int64_t low, int64_t high) {
     return low + static_cast<int64_t>(engine_() % static_cast<uint64_t>(high - low + 1));
   }
-  bool chance(int percent) { return upto(1, 100) <= percent; }
+  bool chance(int percent) { return between(1, 100) <= percent; }
   std::vector<float> integers(int64_t count, int64_t limit) {
     std::vector<float> v(static_cast<size_t>(count));
-    for (float& x : v) x = static_cast<float>(upto(-limit, limit));
+    for (float& x : v) x = static_cast<float>(between(-limit, limit));
     return v;
   }
 
@@ -35,21 +36,21 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// How large a value can be, in multiples of the smallest fraction that it can have: averages make quarters.
+// The largest magnitude that a value can have, and its `unit`, a power of two: averages of four make quarters.
 struct Bound {
   double value, unit;
-  bool clipped;  // little is left of something large, so that its rounding would show
+  bool clipped;  // a large value was clamped to a small one, so the rounding error of the large one would show
 };
 
-// Every number is a small multiple of a power of two, and sums stay below 2²⁴ of them: exact in fp32, so that
-// direct kernels must agree bit for bit.
+// A stage whose numbers are small multiples of a power of two, and whose sums stay below 2²⁴ of them. fp32 computes
+// these exactly, so direct kernels must agree bit for bit.
 class RandomStage {
  public:
   RandomStage(Random& random, Shape input, Bound bound, int64_t classes)
       : random_(random), shape_(input), bound_(bound) {
     stage_.name = "fuzz";
     stage_.input = input;
-    const int64_t layers = random.upto(1, 5);
+    const int64_t layers = random.between(1, 5);
     for (int64_t i = 0; i < layers; ++i) add_layer();
     stage_.features = value_;
     features_ = shape_;
@@ -94,8 +95,9 @@ class RandomStage {
     stage_.ops.push_back(std::move(o));
   }
 
-  // Makes room for a sum of `terms` values, each weighted by −1, 0 or 1, and something small.
-  void make_room(int64_t terms) {
+  // Updates the bound for a sum of `terms` values with weights −1, 0 or 1, and a bias. Clamps the values first if the
+  // sum might be inexact.
+  void bound_sum(int64_t terms) {
     if (bound_.value * static_cast<double>(terms + 1) > 1 << 22) {
       OpSpec o = op(OpKind::activation);
       o.low = 0.f;
@@ -107,7 +109,7 @@ class RandomStage {
   }
 
   void add_layer() {
-    switch (random_.upto(0, 9)) {
+    switch (random_.between(0, 9)) {
       case 0: return add_pool();
       case 1: return add_shift();
       case 2: return add_pad();
@@ -118,20 +120,20 @@ class RandomStage {
   }
 
   void add_conv() {
-    const bool plain = random_.chance(60);  // 3×3, stride 1: what Winograd takes
-    make_room(shape_.c * (plain ? 9 : 16));
+    const bool winograd = random_.chance(60);  // 3×3, stride 1
+    bound_sum(shape_.c * (winograd ? 9 : 16));
     OpSpec o = clamped_op(OpKind::conv2d);
-    o.groups = plain || random_.chance(60) ? 1 : shape_.c;
+    o.groups = winograd || random_.chance(60) ? 1 : shape_.c;
     for (int axis = 0; axis < 2; ++axis) {
       const int64_t size = axis ? shape_.w : shape_.h;
-      o.kernel[axis] = plain ? 3 : random_.upto(1, 4);
-      o.stride[axis] = plain ? 1 : random_.upto(1, 2);
-      o.dilation[axis] = plain ? 1 : random_.upto(1, 2);
-      o.padding[2 * axis] = o.padding[2 * axis + 1] = plain ? 1 : random_.upto(0, 2);
+      o.kernel[axis] = winograd ? 3 : random_.between(1, 4);
+      o.stride[axis] = winograd ? 1 : random_.between(1, 2);
+      o.dilation[axis] = winograd ? 1 : random_.between(1, 2);
+      o.padding[2 * axis] = o.padding[2 * axis + 1] = winograd ? 1 : random_.between(0, 2);
       const int64_t reach = (o.kernel[axis] - 1) * o.dilation[axis] + 1;
       if (reach > size + 2 * o.padding[axis * 2]) o.kernel[axis] = o.dilation[axis] = 1;
     }
-    const int64_t out = o.groups == 1 ? random_.upto(1, 40) : shape_.c * random_.upto(1, 2);
+    const int64_t out = o.groups == 1 ? random_.between(1, 40) : shape_.c * random_.between(1, 2);
     o.weight_shape = {out, shape_.c / o.groups, o.kernel[0], o.kernel[1]};
     o.weight = random_.integers(out * o.weight_shape[1] * o.kernel[0] * o.kernel[1], 1);
     o.bias = random_.integers(out, 9);
@@ -164,7 +166,7 @@ class RandomStage {
   }
 
   void add_shift() {
-    make_room(1);
+    bound_sum(1);
     OpSpec o = clamped_op(OpKind::scale_shift);
     o.weight = random_.integers(shape_.c, 1);
     o.bias = random_.integers(shape_.c, 5);
@@ -174,10 +176,10 @@ class RandomStage {
   void add_pad() {
     OpSpec o = op(OpKind::pad);
     for (int axis = 0; axis < 3; ++axis) {
-      o.before[axis] = random_.upto(0, 2);
-      o.after[axis] = random_.upto(0, 2);
+      o.before[axis] = random_.between(0, 2);
+      o.after[axis] = random_.between(0, 2);
     }
-    o.value = static_cast<float>(random_.upto(-3, 3));
+    o.value = static_cast<float>(random_.between(-3, 3));
     bound_.value = std::max(bound_.value, 3 * bound_.unit);
     const Shape result{shape_.c + o.before[0] + o.after[0], shape_.h + o.before[1] + o.after[1],
                        shape_.w + o.before[2] + o.after[2]};
@@ -189,9 +191,9 @@ class RandomStage {
     const int64_t sizes[3] = {shape_.c, shape_.h, shape_.w};
     int64_t out[3];
     for (int axis = 0; axis < 3; ++axis) {
-      o.start[axis] = random_.upto(0, (sizes[axis] - 1) / 2);
-      o.stop[axis] = random_.upto(o.start[axis] + 1, sizes[axis]);
-      o.step[axis] = random_.upto(1, 3);
+      o.start[axis] = random_.between(0, (sizes[axis] - 1) / 2);
+      o.stop[axis] = random_.between(o.start[axis] + 1, sizes[axis]);
+      o.step[axis] = random_.between(1, 3);
       out[axis] = (o.stop[axis] - o.start[axis] + o.step[axis] - 1) / o.step[axis];
     }
     push(std::move(o), {out[0], out[1], out[2]});
@@ -205,7 +207,7 @@ class RandomStage {
 
   int64_t add_head(int64_t classes) {
     push(op(OpKind::flatten), {shape_.c * shape_.h * shape_.w, 1, 1});
-    make_room(shape_.c);
+    bound_sum(shape_.c);
     OpSpec linear = op(OpKind::linear);
     linear.weight_shape = {classes, shape_.c, 1, 1};
     linear.weight = random_.integers(classes * shape_.c, 1);
@@ -219,10 +221,10 @@ Selector random_selector(Random& random, int64_t classes) {
   static const Score scores[] = {Score::mlp_stats, Score::mlp_probs, Score::max_prob,
                                  Score::margin,    Score::entropy,   Score::mlp_topk};
   Selector s;
-  s.score = scores[random.upto(0, classes < 3 ? 4 : 5)];
+  s.score = scores[random.between(0, classes < 3 ? 4 : 5)];
   if (s.score == Score::max_prob || s.score == Score::margin || s.score == Score::entropy) return s;
   s.features = s.score == Score::mlp_probs ? classes : 4;
-  s.hidden = random.upto(1, 9);
+  s.hidden = random.between(1, 9);
   s.mean = random.integers(s.features, 3);
   s.std.assign(static_cast<size_t>(s.features), 2.f);
   s.w1 = random.integers(s.hidden * s.features, 2);
@@ -231,18 +233,18 @@ Selector random_selector(Random& random, int64_t classes) {
   return s;
 }
 
-// Images with gaps between their elements, in either order of axes; some may hold a NaN.
+// A cascade and a batch of images, with gaps between their elements and axes in either order.
 struct Case {
   CascadeSpec spec;
   std::vector<float> floats, table, thresholds;
   std::vector<uint8_t> bytes;
   Images images;
-  std::vector<bool> poisoned;  // per image
+  std::vector<bool> has_nan;  // per image
   bool clipped = false;
 };
 
 void add_images(Random& random, Case& c, Shape shape) {
-  const int64_t count = random.chance(50) ? random.upto(0, 8) : random.upto(9, 120), gap = random.upto(1, 2);
+  const int64_t count = random.chance(50) ? random.between(0, 8) : random.between(9, 120), gap = random.between(1, 2);
   Images& images = c.images;
   images = {nullptr, random.chance(30), nullptr, count, {shape.c * shape.h * shape.w * gap, 0, 0, 0}};
   if (random.chance(50)) {
@@ -254,92 +256,92 @@ void add_images(Random& random, Case& c, Shape shape) {
     images.strides[2] = shape.w * shape.c * gap;
     images.strides[3] = shape.c * gap;
   }
-  c.poisoned.assign(static_cast<size_t>(count), false);
+  c.has_nan.assign(static_cast<size_t>(count), false);
   const int64_t size = count * images.strides[0];
   if (images.bytes) {
     c.table = random.integers(shape.c * 256, 3);
-    for (int64_t i = 0; i < size; ++i) c.bytes.push_back(static_cast<uint8_t>(random.upto(0, 255)));
+    for (int64_t i = 0; i < size; ++i) c.bytes.push_back(static_cast<uint8_t>(random.between(0, 255)));
   } else {
     c.floats = random.integers(size, 3);
   }
 }
 
-void poison(Random& random, Case& c) {
+void add_nans(Random& random, Case& c) {
   if (c.images.bytes) return;
   for (int64_t row = 0; row < c.images.count; ++row) {
     if (!random.chance(20)) continue;
-    c.poisoned[static_cast<size_t>(row)] = true;
+    c.has_nan[static_cast<size_t>(row)] = true;
     c.floats[static_cast<size_t>(row * c.images.strides[0])] = std::numeric_limits<float>::quiet_NaN();
   }
 }
 
-Case make_case(uint64_t seed, bool poisoned) {
+Case make_case(uint64_t seed, bool with_nans) {
   Random random(seed);
   Case c;
-  const Shape shape = {random.upto(1, 20), random.upto(1, 13), random.upto(1, 13)};
+  const Shape shape = {random.between(1, 20), random.between(1, 13), random.between(1, 13)};
   const Bound image_bound{3, 1, false};
-  c.spec.classes = random.upto(2, 6);
-  const int64_t stages = random.upto(1, 3);
+  c.spec.classes = random.between(2, 6);
+  const int64_t stages = random.between(1, 3);
   if (random.chance(50))
-    for (int64_t k = 0; k < stages; ++k) c.spec.stage_weights.push_back(static_cast<float>(random.upto(1, 4)) / 4.f);
+    for (int64_t k = 0; k < stages; ++k) c.spec.stage_weights.push_back(static_cast<float>(random.between(1, 4)) / 4.f);
   Shape features;
   Bound features_bound = image_bound;
   for (int64_t k = 0; k < stages; ++k) {
     const bool previous = k > 0 && random.chance(50);
     RandomStage stage(random, previous ? features : shape, previous ? features_bound : image_bound, c.spec.classes);
     c.spec.stages.push_back(stage.spec());
-    c.spec.stages.back().reads_previous = previous;
+    if (previous) c.spec.stages.back().input_kind = StageInput::previous;
     if (previous) c.spec.stages[static_cast<size_t>(k) - 1].keeps_features = true;
     features = stage.features();
     features_bound = stage.features_bound();
     c.clipped |= stage.logits_bound().clipped;
     c.spec.selectors.push_back(k + 1 < stages ? random_selector(random, c.spec.classes) : Selector());
-    if (k + 1 < stages) c.thresholds.push_back(static_cast<float>(random.upto(-10, 30)) + 0.5f);
+    if (k + 1 < stages) c.thresholds.push_back(static_cast<float>(random.between(-10, 30)) + 0.5f);
   }
   add_images(random, c, shape);
-  if (poisoned) poison(random, c);
+  if (with_nans) add_nans(random, c);
   return c;
 }
 
-struct Answer {
+struct Output {
   std::vector<float> log_probs;
   std::vector<int64_t> label, exit_stage;
   size_t classes;
 
-  bool same_row(const Answer& o, size_t row) const {
+  bool same_row(const Output& o, size_t row) const {
     return label[row] == o.label[row] && exit_stage[row] == o.exit_stage[row] &&
            !std::memcmp(&log_probs[row * classes], &o.log_probs[row * classes], classes * sizeof(float));
   }
-  bool operator==(const Answer& o) const {
+  bool operator==(const Output& o) const {
     for (size_t row = 0; row < label.size(); ++row)
       if (!same_row(o, row)) return false;
     return true;
   }
 };
 
-Answer answer(const Executor& executor, const Case& c) {
+Output run(const Executor& executor, const Case& c) {
   const auto n = static_cast<size_t>(c.images.count), classes = static_cast<size_t>(c.spec.classes);
-  Answer a{std::vector<float>(n * classes), std::vector<int64_t>(n), std::vector<int64_t>(n), classes};
+  Output out{std::vector<float>(n * classes), std::vector<int64_t>(n), std::vector<int64_t>(n), classes};
   Images images = c.images;
   images.data = images.bytes ? static_cast<const void*>(c.bytes.data()) : c.floats.data();
   images.table = c.table.data();
-  executor.run(images, c.thresholds.data(), {a.log_probs.data(), a.label.data(), a.exit_stage.data()});
-  return a;
+  executor.run(images, c.thresholds.data(), {out.log_probs.data(), out.label.data(), out.exit_stage.data()});
+  return out;
 }
 
-Answer answer(Case c, const char* isa, int threads, const char* kernel) {
+Output run(Case c, const char* isa, int threads, const char* kernel) {
   c.spec.isa = isa;
   c.spec.threads = threads;
   c.spec.forced_kernel = kernel;
-  return answer(Executor(c.spec), c);
+  return run(Executor(c.spec), c);
 }
 
-// Winograd rounds, so that only its own schedule is held to the bit; a corrupt value would be far off. Rows that
-// stop elsewhere had a score within rounding of its threshold. A NaN reaches all of a tile, so that poisoned rows
+// True where the results are close. Winograd rounds, but a wrong value would be far off. Instances that stop at another
+// stage had a score within rounding of the threshold. A NaN spreads through a Winograd tile, so instances that have one
 // may differ.
-bool near(const Answer& a, const Answer& b, const std::vector<bool>& poisoned) {
+bool close(const Output& a, const Output& b, const std::vector<bool>& has_nan) {
   for (size_t row = 0; row < a.label.size(); ++row) {
-    if (a.exit_stage[row] != b.exit_stage[row] || poisoned[row]) continue;
+    if (a.exit_stage[row] != b.exit_stage[row] || has_nan[row]) continue;
     const float *x = &a.log_probs[row * a.classes], *y = &b.log_probs[row * a.classes];
     const float largest = -*std::min_element(y, y + a.classes);
     for (size_t i = 0; i < a.classes; ++i)
@@ -348,14 +350,15 @@ bool near(const Answer& a, const Answer& b, const std::vector<bool>& poisoned) {
   return true;
 }
 
-bool same_where_clean(const Answer& a, const Answer& b, const std::vector<bool>& poisoned) {
+bool same_without_nan(const Output& a, const Output& b, const std::vector<bool>& has_nan) {
   for (size_t row = 0; row < a.label.size(); ++row)
-    if (!poisoned[row] && !a.same_row(b, row)) return false;
+    if (!has_nan[row] && !a.same_row(b, row)) return false;
   return true;
 }
 
-// Neighbouring groups of a convolution are merged, with zeros between them, until their outputs fill vectors of the
-// instruction set, and NaN times zero is NaN: which other groups it reaches depends on the width.
+// True where a NaN may reach other groups of a convolution. Groups are merged with their neighbours, with zeros between
+// them, until their outputs fill vectors, and NaN times zero is NaN. Which groups it reaches depends on the vector
+// width.
 bool merges_groups(const Case& c) {
   for (const StageSpec& stage : c.spec.stages)
     for (const OpSpec& op : stage.ops)
@@ -363,30 +366,30 @@ bool merges_groups(const Case& c) {
   return false;
 }
 
-const char* check_isa(const Case& c, const Case& clean, const Answer& expected, const char* isa) {
-  const Answer direct = answer(c, isa, 1, "conv_direct_f32");
-  const bool same = merges_groups(c) ? same_where_clean(direct, expected, c.poisoned) : direct == expected;
+const char* check_isa(const Case& c, const Case& clean, const Output& expected, const char* isa) {
+  const Output direct = run(c, isa, 1, "conv_direct_f32");
+  const bool same = merges_groups(c) ? same_without_nan(direct, expected, c.has_nan) : direct == expected;
   if (!same) return "direct kernels differ";
-  if (!(answer(c, isa, 3, "conv_direct_f32") == direct)) return "threads change the answer";
-  const Answer winograd = answer(c, isa, 1, "conv3x3_winograd_f32");
-  if (!c.clipped && !near(winograd, expected, c.poisoned)) return "Winograd is off";
+  if (!(run(c, isa, 3, "conv_direct_f32") == direct)) return "threads change the result";
+  const Output winograd = run(c, isa, 1, "conv3x3_winograd_f32");
+  if (!c.clipped && !close(winograd, expected, c.has_nan)) return "Winograd is off";
   Case forced = clean;
   forced.spec.isa = isa;
   forced.spec.threads = 2;
   forced.spec.forced_kernel = "conv3x3_winograd_f32";
   const Executor shared(forced.spec);
-  Answer first, second;
-  std::thread other([&] { first = answer(shared, forced); });
-  second = answer(shared, forced);
+  Output first, second;
+  std::thread other([&] { first = run(shared, forced); });
+  second = run(shared, forced);
   other.join();
   if (!(first == second)) return "two callers disturb each other";
-  if (!same_where_clean(first, winograd, c.poisoned)) return "a NaN or a thread changes another row";
+  if (!same_without_nan(first, winograd, c.has_nan)) return "a NaN or a thread changes another instance";
   return nullptr;
 }
 
 const char* check(uint64_t seed) {
   const Case c = make_case(seed, true), clean = make_case(seed, false);
-  const Answer expected = answer(c, "portable", 1, "conv_direct_f32");
+  const Output expected = run(c, "portable", 1, "conv_direct_f32");
   for (const Isa& isa : isas()) {
     if (!isa.table || !isa.supported()) continue;
     if (const char* fault = check_isa(c, clean, expected, isa.name)) return fault;

@@ -1,6 +1,5 @@
-// Fixed work for counting: small cascades that between them use every kernel and the schedule. Counts the
-// allocations of a warm call here; tools/count_instructions.py counts its instructions under callgrind, for which
-// measured_run stands apart.
+// A fixed workload: small cascades that together use every kernel and both schedules. Prints the allocations of a warm
+// call. tools/count_instructions.py counts the instructions of measured_run under callgrind.
 //
 //   workload ISA THREADS   prints "CASE ALLOCATIONS" for every case; exits 2 where the ISA cannot run
 #include <atomic>
@@ -32,7 +31,7 @@ extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) {
 namespace fastcascade {
 namespace {
 
-// Numbers between −1 and 1 that look random.
+// Pseudo-random numbers between −1 and 1.
 std::vector<float> numbers(int64_t count) {
   std::vector<float> v;
   uint32_t state = 1;
@@ -43,7 +42,7 @@ std::vector<float> numbers(int64_t count) {
   return v;
 }
 
-// A stage, operation by operation.
+// Builds a stage, operation by operation.
 class StageWriter {
  public:
   explicit StageWriter(Shape input) : shape_(input) { stage_.input = input; }
@@ -160,7 +159,7 @@ StageSpec layout_stage() {
   return s.finish(kClasses);
 }
 
-// Weights so large that few tiles transform them on their way.
+// Weights so large that a single Winograd pass transforms them on the call.
 StageSpec large_stage() {
   StageWriter s(kImage);
   s.pool(false, 3, 3);
@@ -178,11 +177,13 @@ struct Case {
   float threshold;
 };
 
-// In the cascades some images stop first; one count makes a large batch and one a small batch.
+// In the two cascades some images stop at the first exit. "cascade" runs depth first, "few" as a team.
 std::vector<Case> cases() {
   return {
-      {"winograd", {winograd_stage()}, 6, false, 0.f}, {"direct", {direct_stage()}, 6, false, 0.f},
-      {"light", {light_stage()}, 6, false, 0.f},       {"layout", {layout_stage()}, 20, true, 0.f},
+      {"winograd", {winograd_stage()}, 6, false, 0.f},
+      {"direct", {direct_stage()}, 6, false, 0.f},
+      {"light", {light_stage()}, 6, false, 0.f},
+      {"layout", {layout_stage()}, 20, true, 0.f},
       {"large", {large_stage()}, 2, false, 0.f},
       {"cascade", {direct_stage(), winograd_stage()}, 100, true, 0.4f},
       {"few", {light_stage(), direct_stage()}, 7, true, 0.53f},
@@ -223,8 +224,8 @@ struct Call {
 }  // namespace
 }  // namespace fastcascade
 
-extern "C" __attribute__((noinline)) void measured_run(const fastcascade::Executor& executor,
-                                                       fastcascade::Call& call, float threshold) {
+extern "C" __attribute__((noinline)) void measured_run(const fastcascade::Executor& executor, fastcascade::Call& call,
+                                                       float threshold) {
   executor.run(call.images, &threshold, {call.log_probs.data(), call.label.data(), call.exit_stage.data()});
 }
 

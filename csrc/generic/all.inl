@@ -1,10 +1,20 @@
-// Everything that an instruction set's file includes after its vector operations, in order of use.
+// All kernels. An instruction set's file includes this after its vector operations. The order matters.
+// clang-format off
 #include "gemm.inl"
 #include "direct.inl"
 #include "winograd.inl"
 #include "elementwise.inl"
+// clang-format on
 
 static constexpr KernelTable make_table(const char* isa) {
-  return {isa,      kLanes,          kTileRows, kPair, conv_direct_f32, conv3x3_winograd_f32,
-          transform_weights_f32, conv_depthwise_f32, pool_f32, elementwise_f32};
+  return {isa,
+          kLanes,
+          kMr,
+          kNrBlocks,
+          conv_direct_f32,
+          conv3x3_winograd_f32,
+          transform_weights_f32,
+          conv_depthwise_f32,
+          pool_f32,
+          elementwise_f32};
 }

@@ -1,11 +1,12 @@
-// Direct convolution of any kernel, stride, dilation and grouping; also 1×1 convolutions and linear layers.
+// Direct convolution with any kernel size, stride, dilation and groups; also 1×1 convolutions and linear layers.
 
-// Where R neighbouring output pixels read and write.
+// Where the output pixels of a register tile read and write.
 struct PixelRows {
-  const float* in[kTileRows];
-  int64_t out[kTileRows];  // offset of the pixel's first channel in the output
+  const float* in[kMr];
+  int64_t out[kMr];  // offset of the pixel's first channel in the output
 };
 
+// Applies the epilogue to one vector; `offset` is its place in the output.
 FC_INLINE V finish(V sum, const Epilogue& e, int64_t offset, V bias) {
   V y = add(sum, bias);
   const V low = broadcast(e.low), high = broadcast(e.high);
@@ -14,10 +15,10 @@ FC_INLINE V finish(V sum, const Epilogue& e, int64_t offset, V bias) {
   return e.residual_after_clamp ? add(clamp(y, low, high), residual) : clamp(add(y, residual), low, high);
 }
 
-// Adds to the output's floats what the accumulators hold, or sets them to it.
+// Stores the accumulators in the output, or adds them to what is there. Another part of the sum follows.
 template <int R, int B, size_t... I>
-FC_INLINE void set_aside(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
-                         bool first, std::index_sequence<I...>) {
+FC_INLINE void store_partial_sums(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
+                                  int64_t channel, bool first, std::index_sequence<I...>) {
   if (first)
     (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes, acc.v[I]), ...);
   else
@@ -26,15 +27,17 @@ FC_INLINE void set_aside(const DirectConv& c, const Accumulators<R, B>& acc, con
      ...);
 }
 
+// Adds the parts of the sum that are in the output to the accumulators.
 template <int R, int B, size_t... I>
-FC_INLINE void take_back(const DirectConv& c, Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
-                         std::index_sequence<I...>) {
+FC_INLINE void add_partial_sums(const DirectConv& c, Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
+                                std::index_sequence<I...>) {
   ((acc.v[I] = add(load(c.output + pixels.out[I / B] + channel + (I % B) * kLanes), acc.v[I])), ...);
 }
 
+// Finishes the sums and stores them.
 template <int R, int B, size_t... I>
-FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
-                          int64_t channel, std::index_sequence<I...>) {
+FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
+                          std::index_sequence<I...>) {
   (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes,
          finish(acc.v[I], c.epilogue, pixels.out[I / B] + channel + (I % B) * kLanes,
                 load(c.epilogue.bias + channel + (I % B) * kLanes))),
@@ -47,6 +50,7 @@ FC_INLINE void offset_rows(const float* (&rows)[sizeof...(I)], const float* cons
   ((rows[I] = origins[I] + offset), ...);
 }
 
+// One register tile: R pixels × B blocks of output channels.
 template <int R, int B>
 FC_KERNEL void direct_tile(const DirectConv& c, const PixelRows& pixels, int64_t in_channel, int64_t channel,
                            const float* weights) {
@@ -55,19 +59,19 @@ FC_KERNEL void direct_tile(const DirectConv& c, const PixelRows& pixels, int64_t
   clear<R, B>(acc, each);
   int64_t terms = 0, parts = 0;
   for (int64_t t = 0; t < c.taps; ++t)
-    for (int64_t i = 0; i < c.depth; i += kPartialSum) {
-      if (terms >= kPartialSum) {
-        set_aside<R, B>(c, acc, pixels, channel, parts++ == 0, each);
+    for (int64_t i = 0; i < c.depth; i += kKc) {
+      if (terms >= kKc) {
+        store_partial_sums<R, B>(c, acc, pixels, channel, parts++ == 0, each);
         clear<R, B>(acc, each);
         terms = 0;
       }
-      const int64_t depth = std::min(kPartialSum, c.depth - i);
+      const int64_t depth = std::min(kKc, c.depth - i);
       const float* rows[R];
       offset_rows(rows, pixels.in, c.tap_offsets[t] + in_channel + i, std::make_index_sequence<R>());
       weights = accumulate<1>(acc, rows, depth, weights);
       terms += depth;
     }
-  if (parts) take_back<R, B>(c, acc, pixels, channel, each);
+  if (parts) add_partial_sums<R, B>(c, acc, pixels, channel, each);
   store_tile<R, B>(c, acc, pixels, channel, each);
 }
 
@@ -80,11 +84,11 @@ inline DirectTile direct_tile_of(int64_t rows, std::index_sequence<R...>) {
 }
 
 inline DirectTile direct_tile_of(int64_t rows, int64_t blocks) {
-  constexpr std::make_index_sequence<kTileRows> counts;
-  return blocks == kPair ? direct_tile_of<kPair>(rows, counts) : direct_tile_of<1>(rows, counts);
+  constexpr std::make_index_sequence<kMr> counts;
+  return blocks == kNrBlocks ? direct_tile_of<kNrBlocks>(rows, counts) : direct_tile_of<1>(rows, counts);
 }
 
-// Steps through output pixels in order: instances, rows, columns.
+// Walks the output pixels in memory order.
 struct PixelCursor {
   const DirectConv& c;
   int64_t x, y, pixel;
@@ -100,7 +104,7 @@ struct PixelCursor {
     row_origin = image_origin + y * c.row_step;
   }
 
-  void take(PixelRows& pixels, int64_t r) {
+  void next(PixelRows& pixels, int64_t r) {
     pixels.in[r] = row_origin + x * c.pixel_step;
     pixels.out[r] = pixel++ * c.pitch;
     if (++x < c.width) return;
@@ -114,17 +118,17 @@ struct PixelCursor {
 };
 
 static void conv_direct_f32(const DirectConv& c, Range pixels, Range blocks) {
-  int64_t width;  // blocks of this pass
+  int64_t width;  // blocks of the register tile
   for (int64_t block = blocks.begin; block < blocks.end; block += width) {
     const int64_t group = block / c.blocks_per_group;
     const int64_t left = std::min(blocks.end, (group + 1) * c.blocks_per_group) - block;
-    width = left >= kPair ? kPair : 1;
+    width = left >= kNrBlocks ? kNrBlocks : 1;
     const float* weights = c.weights + block * kLanes * c.taps * c.depth;
     PixelCursor cursor(c, pixels.begin);
-    for (int64_t p = pixels.begin; p < pixels.end; p += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, pixels.end - p);
+    for (int64_t p = pixels.begin; p < pixels.end; p += kMr) {
+      const int64_t rows = std::min<int64_t>(kMr, pixels.end - p);
       PixelRows tile;
-      for (int64_t r = 0; r < rows; ++r) cursor.take(tile, r);
+      for (int64_t r = 0; r < rows; ++r) cursor.next(tile, r);
       direct_tile_of(rows, width)(c, tile, group * c.group_channels, block * kLanes, weights);
     }
   }

@@ -1,11 +1,10 @@
-// Depthwise convolution, pooling and elementwise operations: one vector of channels at a time.
+// Depthwise convolution, pooling and elementwise operations, one block of channels at a time.
 
 static void conv_depthwise_f32(const DepthwiseConv& c, Range pixels) {
   const int64_t per_image = c.height * c.width;
   for (int64_t p = pixels.begin; p < pixels.end; ++p) {
     const int64_t image = p / per_image, rest = p % per_image;
-    const float* origin =
-        c.input + image * c.image_step + rest / c.width * c.row_step + rest % c.width * c.pixel_step;
+    const float* origin = c.input + image * c.image_step + rest / c.width * c.row_step + rest % c.width * c.pixel_step;
     for (int64_t channel = 0; channel < c.pitch; channel += kLanes) {
       V sum = zero();
       for (int64_t t = 0; t < c.taps; ++t)
@@ -16,7 +15,7 @@ static void conv_depthwise_f32(const DepthwiseConv& c, Range pixels) {
   }
 }
 
-// The window of one output pixel along one axis, cut to the image, and its length for an average.
+// A pooling window along one axis, clipped to the image, and the length that an average divides by.
 struct Window {
   int64_t begin, end, length;
 };
@@ -32,10 +31,10 @@ static void pool_f32(const Pool& c, Range pixels) {
   const int64_t per_image = c.height * c.width;
   for (int64_t p = pixels.begin; p < pixels.end; ++p) {
     const int64_t image = p / per_image, rest = p % per_image;
-    const Window rows = pool_window(rest / c.width, c.kernel_h, c.stride_h, c.pad_top, c.pad_bottom, c.in_height,
-                                    c.include_padding);
-    const Window columns = pool_window(rest % c.width, c.kernel_w, c.stride_w, c.pad_left, c.pad_right, c.in_width,
-                                       c.include_padding);
+    const Window rows =
+        pool_window(rest / c.width, c.kernel_h, c.stride_h, c.pad_top, c.pad_bottom, c.in_height, c.include_padding);
+    const Window columns =
+        pool_window(rest % c.width, c.kernel_w, c.stride_w, c.pad_left, c.pad_right, c.in_width, c.include_padding);
     const float* base = c.input + image * c.in_height * c.in_width * c.pitch;
     const V scale = broadcast(1.f / static_cast<float>(rows.length * columns.length));
     for (int64_t channel = 0; channel < c.pitch; channel += kLanes) {

@@ -1,6 +1,6 @@
-// The product kernel under every convolution: R rows of input times a panel of weights, B vectors wide.
-// Accumulators must stay in registers: every index below is a compile-time constant by way of an index
-// sequence, because GCC spills arrays that it only unrolls late.
+// The GEMM micro-kernel of every convolution: R ≤ mr rows of input times a panel of weights, B ≤ nr_blocks vectors
+// wide. Its R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index sequences make
+// every index a compile-time constant.
 
 template <int R, int B>
 struct Accumulators {
@@ -12,11 +12,11 @@ FC_INLINE void clear(Accumulators<R, B>& acc, std::index_sequence<I...>) {
   ((acc.v[I] = zero()), ...);
 }
 
-// One term of a sum in every lane, or two in even and odd lanes.
+// One term in every lane, or two terms in even and odd lanes.
 template <int Terms>
 FC_INLINE V broadcast_terms(const float* p) {
   if constexpr (Terms == 2)
-    return broadcast_two(p);
+    return broadcast_pair(p);
   else
     return broadcast(*p);
 }
@@ -32,7 +32,7 @@ FC_INLINE void load_weights(V (&w)[B], const float* weights, std::index_sequence
   ((w[I] = load(weights + I * kLanes)), ...);
 }
 
-// acc[r][b] += Σ_i rows[r][i] · weights[i][b], `Terms` of them at a time
+// acc[r][b] += Σ_i rows[r][i] · weights[i][b], `Terms` at a time. Returns the end of the weights.
 template <int Terms, int R, int B>
 FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t depth,
                                   const float* weights) {
@@ -45,8 +45,9 @@ FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const float* const (&
   return weights;
 }
 
+// rows[r] = first + r * step
 template <size_t... I>
-FC_INLINE void spread_rows(const float* (&rows)[sizeof...(I)], const float* first, int64_t step,
-                           std::index_sequence<I...>) {
+FC_INLINE void row_pointers(const float* (&rows)[sizeof...(I)], const float* first, int64_t step,
+                            std::index_sequence<I...>) {
   ((rows[I] = first + static_cast<int64_t>(I) * step), ...);
 }

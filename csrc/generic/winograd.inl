@@ -1,8 +1,8 @@
-// Winograd F(4×4, 3×3) in fp32, blocked: a few tiles are transformed, multiplied and transformed back while
-// they stay in the nearest caches. Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
+// Winograd F(4×4, 3×3) in fp32: each pass transforms a few tiles, multiplies them and transforms them back while they
+// stay in L1 and L2. Lavin & Gray 2016, "Fast algorithms for convolutional neural networks".
 //
-// A tile is 4×4 outputs and the 6×6 inputs around them. Scratch holds slots of [tile][channel]. The transformed
-// input fills slots 1…36; product k overwrites slot k, which held input k−1 and is spent.
+// A tile is 4×4 outputs and the 6×6 inputs under them. A slot of scratch is [tile][channel]. Transformed input k fills
+// slot k + 1. Product k then overwrites slot k, which held input k − 1 and is no longer needed.
 
 struct Six {
   V v0, v1, v2, v3, v4, v5;
@@ -16,11 +16,7 @@ FC_INLINE Six input_transform(const Six& d) {
   const V minus4 = broadcast(-4.f), minus5 = broadcast(-5.f), plus4 = broadcast(4.f);
   const V even = fma(minus4, d.v2, d.v4), odd = fma(minus4, d.v1, d.v3);
   const V even2 = sub(d.v4, d.v2), half = sub(d.v3, d.v1), odd2 = add(half, half);
-  return {fma(plus4, d.v0, fma(minus5, d.v2, d.v4)),
-          add(even, odd),
-          sub(even, odd),
-          add(even2, odd2),
-          sub(even2, odd2),
+  return {fma(plus4, d.v0, fma(minus5, d.v2, d.v4)), add(even, odd), sub(even, odd), add(even2, odd2), sub(even2, odd2),
           fma(plus4, d.v1, fma(minus5, d.v3, d.v5))};
 }
 
@@ -44,23 +40,24 @@ FC_INLINE void store_six(float* p, int64_t step, const Six& s) {
   store(p + 5 * step, s.v5);
 }
 
-constexpr int64_t kRun = 4;  // tiles beside each other that share their overlapping columns
+constexpr int64_t kRunTiles = 4;  // horizontal neighbours, whose overlapping columns are transformed once
 
-// A run of tiles beside each other in one image.
+// Horizontally adjacent tiles of one image.
 struct TileRun {
   int64_t image, y, x;  // first output pixel
   int64_t count;
 };
 
+// The run that starts at `tile`, of at most `limit` tiles.
 FC_INLINE TileRun tile_run(const Winograd& c, int64_t tile, int64_t limit) {
   const int64_t across = (c.width + 3) / 4, per_image = across * ((c.height + 3) / 4);
   const int64_t rest = tile % per_image, column = rest % across;
-  return {tile / per_image, rest / across * 4, column * 4, std::min({limit, across - column, kRun})};
+  return {tile / per_image, rest / across * 4, column * 4, std::min({limit, across - column, kRunTiles})};
 }
 
-// Transforms one vector of channels of a run into v[k * slot + tile * in_pitch].
+// Transforms one block of channels of a run into v[k * slot + tile * in_pitch].
 FC_KERNEL void transform_input_run(const Winograd& c, const TileRun& run, int64_t channel, float* v, int64_t slot) {
-  alignas(64) float columns[(4 * kRun + 2) * 6 * kLanes];  // first transform, down the rows
+  alignas(64) float columns[(4 * kRunTiles + 2) * 6 * kLanes];  // after the vertical transform
   const float* image = c.input + run.image * c.in_height * c.in_width * c.in_pitch + channel;
   const int64_t top = run.y - c.pad_top, left = run.x - c.pad_left;
   const float* rows[6];
@@ -107,32 +104,32 @@ FC_INLINE void add_products(Accumulators<R, B>& acc, const float* m, int64_t pit
 }
 
 template <int R, size_t... I>
-FC_INLINE Accumulators<R, 1> join_terms(const Accumulators<R, 2>& acc, std::index_sequence<I...>) {
-  return {{add_neighbours(acc.v[2 * I], acc.v[2 * I + 1])...}};
+FC_INLINE Accumulators<R, 1> add_term_pairs(const Accumulators<R, 2>& acc, std::index_sequence<I...>) {
+  return {{pairwise_add(acc.v[2 * I], acc.v[2 * I + 1])...}};
 }
 
-// Σ_i rows[r][i] · u[i][b]; `u` moves on. A lone vector of channels would load a value for every multiply-add,
-// and loads are what a processor with two wide multipliers then waits for. So it takes two terms at a time: its
-// accumulators are two as well, of half the channels each, with even and odd terms side by side.
+// Σ_i rows[r][i] · u[i][b]; advances `u`. An unpaired tail block would need one load per multiply-add, and loads would
+// limit a processor with two FMA units. So it takes two terms at a time, in two accumulators of half its channels each,
+// with even and odd terms in even and odd lanes.
 template <int R, int B>
 FC_INLINE Accumulators<R, B> sum_products(const float* const (&rows)[R], int64_t depth, const float*& u) {
-  static_assert(kPair == 2);
-  Accumulators<R, kPair> acc;
-  clear<R, kPair>(acc, std::make_index_sequence<R * kPair>());
-  u = accumulate<kPair / B>(acc, rows, depth, u);
-  if constexpr (B == kPair)
+  static_assert(kNrBlocks == 2);
+  Accumulators<R, kNrBlocks> acc;
+  clear<R, kNrBlocks>(acc, std::make_index_sequence<R * kNrBlocks>());
+  u = accumulate<kNrBlocks / B>(acc, rows, depth, u);
+  if constexpr (B == kNrBlocks)
     return acc;
   else
-    return join_terms(acc, std::make_index_sequence<R>());
+    return add_term_pairs(acc, std::make_index_sequence<R>());
 }
 
-// m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B vectors of channels, or added to m; at most kPartialSum terms.
+// m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles, B blocks and at most kKc terms; `add_to` adds to m instead.
 template <int R, int B>
 FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
                                 int64_t pitch, bool add_to) {
   constexpr std::make_index_sequence<R * B> each;
   const float* rows[R];
-  spread_rows(rows, v, in_pitch, std::make_index_sequence<R>());
+  row_pointers(rows, v, in_pitch, std::make_index_sequence<R>());
   Accumulators<R, B> acc = sum_products<R, B>(rows, depth, u);
   if (add_to) add_products<R, B>(acc, m, pitch, each);
   store_products<R, B>(acc, m, pitch, each);
@@ -146,33 +143,34 @@ inline WinogradProduct winograd_product_of(int64_t rows, std::index_sequence<R..
   return table[rows - 1];
 }
 
-// Terms [first, first + depth) of the products of one slot, for `width` vectors of channels from m on.
-static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64_t first, int64_t depth,
-                          const float* v, const float* u, float* m) {
-  constexpr std::make_index_sequence<kTileRows> counts;
-  for (int64_t r = 0; r < tiles; r += kTileRows) {
-    const int64_t rows = std::min<int64_t>(kTileRows, tiles - r);
+// Terms [first, first + depth) of one product, for all tiles of the pass and `width` blocks that begin at m.
+static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64_t first, int64_t depth, const float* v,
+                          const float* u, float* m) {
+  constexpr std::make_index_sequence<kMr> counts;
+  for (int64_t r = 0; r < tiles; r += kMr) {
+    const int64_t rows = std::min<int64_t>(kMr, tiles - r);
     const auto product =
-        width == kPair ? winograd_product_of<kPair>(rows, counts) : winograd_product_of<1>(rows, counts);
+        width == kNrBlocks ? winograd_product_of<kNrBlocks>(rows, counts) : winograd_product_of<1>(rows, counts);
     product(v + r * c.in_pitch + first, c.in_pitch, depth, u, m + r * c.pitch, c.pitch, first > 0);
   }
 }
 
-static void multiply_slots(const Winograd& c, int64_t tiles, Range blocks, float* m, int64_t slot) {
+// The 36 products, with transformed weights.
+static void multiply_transformed(const Winograd& c, int64_t tiles, Range blocks, float* m, int64_t slot) {
   const int64_t depth = winograd_depth(c.channels);
   for (int64_t k = 0; k < 36; ++k) {
     int64_t width;
     for (int64_t block = blocks.begin; block < blocks.end; block += width) {
-      width = blocks.end - block >= kPair ? kPair : 1;
+      width = blocks.end - block >= kNrBlocks ? kNrBlocks : 1;
       const float* u = c.weights + (k * c.pitch + block * kLanes) * depth;
-      for (int64_t i = 0; i < depth; i += kPartialSum)
-        multiply_part(c, tiles, width, i, std::min(kPartialSum, depth - i), c.scratch + (k + 1) * slot,
-                      u + i * width * kLanes, m + k * slot + block * kLanes);
+      for (int64_t i = 0; i < depth; i += kKc)
+        multiply_part(c, tiles, width, i, std::min(kKc, depth - i), c.scratch + (k + 1) * slot, u + i * width * kLanes,
+                      m + k * slot + block * kLanes);
     }
   }
 }
 
-// 3 G w for one line of three: coefficients without rounding.
+// 3 G w for one line of three. The factor 3 makes all coefficients exact.
 FC_INLINE Six weight_transform(V a, V b, V c) {
   const V half = broadcast(0.5f), even = mul(broadcast(-0.5f), add(a, c)), odd = mul(half, b);
   const V even2 = fma(half, c, mul(broadcast(0.125f), a)), odd2 = mul(broadcast(0.25f), b);
@@ -180,10 +178,11 @@ FC_INLINE Six weight_transform(V a, V b, V c) {
           add(even2, odd2),         sub(even2, odd2), mul(broadcast(3.f), c)};
 }
 
-// G w Gᵀ for every vector of weights, given as w / 9. Nothing else computes it, so that it does not matter when.
-static void transform_weights_f32(const float* plain, int64_t vectors, float* u, int64_t plane) {
-  for (int64_t i = 0; i < vectors; ++i, plain += 9 * kLanes, u += kLanes) {
-    const auto w = [&](int64_t tap) { return load(plain + tap * kLanes); };
+// G w Gᵀ for every vector of weights, given as w / 9. Packing and multiply_untransformed both call it, so the bits do
+// not depend on when weights are transformed.
+static void transform_weights_f32(const float* weights, int64_t vectors, float* u, int64_t plane) {
+  for (int64_t i = 0; i < vectors; ++i, weights += 9 * kLanes, u += kLanes) {
+    const auto w = [&](int64_t tap) { return load(weights + tap * kLanes); };
     const Six x0 = weight_transform(w(0), w(3), w(6)), x1 = weight_transform(w(1), w(4), w(7)),
               x2 = weight_transform(w(2), w(5), w(8));
     store_six(u, plane, weight_transform(x0.v0, x1.v0, x2.v0));
@@ -195,17 +194,17 @@ static void transform_weights_f32(const float* plain, int64_t vectors, float* u,
   }
 }
 
-// The same products where tiles are so few that reading transformed weights from afar would take longer than to
-// transform a quarter as many again. These follow the 36 products.
-static void multiply_plain(const Winograd& c, int64_t tiles, Range blocks, float* m, int64_t slot) {
-  const int64_t depth = winograd_depth(c.channels), plane = winograd_plane(kPair * kLanes);
+// The same products for a single pass over large weights: streaming the transformed weights from memory takes longer
+// than streaming the untransformed ones, a quarter of them, and transforming those. The planes follow the products.
+static void multiply_untransformed(const Winograd& c, int64_t tiles, Range blocks, float* m, int64_t slot) {
+  const int64_t depth = winograd_depth(c.channels), plane = winograd_plane(kNrBlocks * kLanes);
   float* u = m + 36 * slot;
   int64_t width;
   for (int64_t block = blocks.begin; block < blocks.end; block += width) {
-    width = blocks.end - block >= kPair ? kPair : 1;
-    for (int64_t i = 0; i < depth; i += kPartialSum) {
-      const int64_t part = std::min(kPartialSum, depth - i);
-      transform_weights_f32(c.plain + 9 * (block * depth + i * width) * kLanes, part * width, u, plane);
+    width = blocks.end - block >= kNrBlocks ? kNrBlocks : 1;
+    for (int64_t i = 0; i < depth; i += kKc) {
+      const int64_t part = std::min(kKc, depth - i);
+      transform_weights_f32(c.untransformed_weights + 9 * (block * depth + i * width) * kLanes, part * width, u, plane);
       for (int64_t k = 0; k < 36; ++k)
         multiply_part(c, tiles, width, i, part, c.scratch + (k + 1) * slot, u + k * plane,
                       m + k * slot + block * kLanes);
@@ -220,15 +219,14 @@ FC_INLINE void finish_row(const Epilogue& e, const Four& row, float* out, int64_
   store(out + offset + 3 * pitch, finish(row.v3, e, offset + 3 * pitch, bias));
 }
 
-// The same where the tile hangs over the right edge.
-FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, int64_t offset, int64_t pitch,
-                                V bias, int64_t columns) {
+// The same where the tile extends beyond the right edge.
+FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, int64_t offset, int64_t pitch, V bias,
+                                int64_t columns) {
   const V values[4] = {row.v0, row.v1, row.v2, row.v3};
-  for (int64_t x = 0; x < columns; ++x)
-    store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
+  for (int64_t x = 0; x < columns; ++x) store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
 }
 
-// Transforms one vector of channels of one tile back and finishes its 4×4 outputs.
+// Transforms one block of channels of one tile back and finishes its 4×4 outputs.
 FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t slot, int64_t offset, int64_t rows,
                                      int64_t columns, const float* bias_at) {
   const V bias = load(bias_at);
@@ -268,12 +266,13 @@ static void transform_output(const Winograd& c, int64_t first, int64_t count, Ra
 
 static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range blocks) {
   const int64_t slot = winograd_slot(c);
-  const bool few = c.plain && tiles.end - tiles.begin <= c.tiles_at_once;
-  float* m = few ? c.scratch + 37 * slot : c.scratch;  // weights transformed in between need all inputs to the end
-  for (int64_t first = tiles.begin; first < tiles.end; first += c.tiles_at_once) {
-    const int64_t count = std::min(c.tiles_at_once, tiles.end - first);
+  const bool one_pass = tiles.end - tiles.begin <= c.tiles_per_pass;
+  const bool untransformed = c.untransformed_weights && one_pass;
+  float* m = untransformed ? c.scratch + 37 * slot : c.scratch;  // multiply_untransformed reads inputs more than once
+  for (int64_t first = tiles.begin; first < tiles.end; first += c.tiles_per_pass) {
+    const int64_t count = std::min(c.tiles_per_pass, tiles.end - first);
     transform_input(c, first, count, c.scratch + slot, slot);
-    (few ? multiply_plain : multiply_slots)(c, count, blocks, m, slot);
+    (untransformed ? multiply_untransformed : multiply_transformed)(c, count, blocks, m, slot);
     transform_output(c, first, count, blocks, m, slot);
   }
 }

@@ -15,11 +15,11 @@ namespace fastcascade {
 namespace avx2 {
 
 using V = __m256;
-constexpr int kLanes = 8, kTileRows = 6, kPair = 2;
+constexpr int kLanes = 8, kMr = 6, kNrBlocks = 2;
 
 FC_INLINE V zero() { return _mm256_setzero_ps(); }
 FC_INLINE V broadcast(float x) { return _mm256_set1_ps(x); }
-FC_INLINE V broadcast_two(const float* p) {
+FC_INLINE V broadcast_pair(const float* p) {
   double two;
   std::memcpy(&two, p, sizeof two);
   return _mm256_castpd_ps(_mm256_set1_pd(two));
@@ -28,16 +28,15 @@ FC_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
 FC_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 FC_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
 FC_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
-FC_INLINE V add_neighbours(V a, V b) {
+// Sums of adjacent lanes: those of a in the low half of each 128 bits, those of b in the high half.
+FC_INLINE V pairwise_add(V a, V b) {
   return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
 }
 FC_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 FC_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-// Both instructions return their second operand where either is NaN, so x stays where it is NaN.
+// Both instructions return their second operand if either is NaN, so a NaN in x stays.
 FC_INLINE V clamp(V x, V low, V high) { return _mm256_min_ps(high, _mm256_max_ps(low, x)); }
-FC_INLINE V maximum(V a, V b) {
-  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-}
+FC_INLINE V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 
 #include "../generic/all.inl"
 

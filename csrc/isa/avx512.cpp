@@ -9,7 +9,7 @@
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx2,fma,prefer-vector-width=512")
-// GCC 12 takes the undefined pass-through operand inside its own intrinsics for a mistake of the caller.
+// GCC 12 warns about the undefined pass-through operand inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -18,11 +18,11 @@ namespace fastcascade {
 namespace avx512 {
 
 using V = __m512;
-constexpr int kLanes = 16, kTileRows = 8, kPair = 2;
+constexpr int kLanes = 16, kMr = 8, kNrBlocks = 2;
 
 FC_INLINE V zero() { return _mm512_setzero_ps(); }
 FC_INLINE V broadcast(float x) { return _mm512_set1_ps(x); }
-FC_INLINE V broadcast_two(const float* p) {
+FC_INLINE V broadcast_pair(const float* p) {
   double two;
   std::memcpy(&two, p, sizeof two);
   return _mm512_castpd_ps(_mm512_set1_pd(two));
@@ -31,12 +31,13 @@ FC_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
 FC_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 FC_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
 FC_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
-FC_INLINE V add_neighbours(V a, V b) {
+// Sums of adjacent lanes: those of a in the low half of each 128 bits, those of b in the high half.
+FC_INLINE V pairwise_add(V a, V b) {
   return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 FC_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 FC_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-// Both instructions return their second operand where either is NaN, so x stays where it is NaN.
+// Both instructions return their second operand if either is NaN, so a NaN in x stays.
 FC_INLINE V clamp(V x, V low, V high) { return _mm512_min_ps(high, _mm512_max_ps(low, x)); }
 FC_INLINE V maximum(V a, V b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);

@@ -1,15 +1,15 @@
-// Kernels for any CPU: four lanes through the compiler's vector extension, which is SSE2 or NEON.
+// Kernels for any CPU: four lanes of the compiler's vector extension, which become SSE2 or NEON.
 #include "region.h"
 
 namespace fastcascade {
 namespace portable {
 
 typedef float V __attribute__((vector_size(16)));
-constexpr int kLanes = 4, kTileRows = 6, kPair = 2;
+constexpr int kLanes = 4, kMr = 6, kNrBlocks = 2;
 
 FC_INLINE V zero() { return V{0.f, 0.f, 0.f, 0.f}; }
 FC_INLINE V broadcast(float x) { return V{x, x, x, x}; }
-FC_INLINE V broadcast_two(const float* p) { return V{p[0], p[1], p[0], p[1]}; }
+FC_INLINE V broadcast_pair(const float* p) { return V{p[0], p[1], p[0], p[1]}; }
 FC_INLINE V load(const float* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
@@ -18,10 +18,11 @@ FC_INLINE V load(const float* p) {
 FC_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 FC_INLINE V add(V a, V b) { return a + b; }
 FC_INLINE V sub(V a, V b) { return a - b; }
-FC_INLINE V add_neighbours(V a, V b) { return V{a[0], a[2], b[0], b[2]} + V{a[1], a[3], b[1], b[3]}; }
+// Sums of adjacent lanes: those of a, then those of b.
+FC_INLINE V pairwise_add(V a, V b) { return V{a[0], a[2], b[0], b[2]} + V{a[1], a[3], b[1], b[3]}; }
 FC_INLINE V mul(V a, V b) { return a * b; }
 FC_INLINE V fma(V a, V b, V c) { return a * b + c; }
-// Comparisons with NaN are false, so x stays where it is NaN.
+// Comparisons with NaN are false, so a NaN in x stays.
 FC_INLINE V clamp(V x, V low, V high) {
   x = x < low ? low : x;
   return x > high ? high : x;

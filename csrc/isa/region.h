@@ -1,5 +1,5 @@
-// Included by every isa/*.cpp before its target region opens: standard headers must not be compiled inside
-// it, or functions that the linker shares between files could carry instructions the machine lacks.
+// Included by every isa/*.cpp before its target region opens. Inline functions of standard headers must not be compiled
+// inside the region: the linker merges them across files, and then every machine would run these instructions.
 #pragma once
 
 #include <algorithm>

@@ -73,11 +73,14 @@ def main() -> None:
     config, trained = read_config(HERE / "config.toml"), fc.load(arguments.model)
     images, labels = arrays(load_data(arguments.source, "train"))
     assert labels is not None
-    spans = [slice(*config.splits[name]) for name in ("validation", "calibration")]
+    spans = [slice(*config.splits.validation), slice(*config.splits.calibration)]
     logits = [collect_logits(trained, trained.input.nchw(images[span])) for span in spans]
     z, y = torch.cat(logits, 1), torch.cat([labels[span] for span in spans])
 
-    targets = {name: point["budget"] * trained.dense_macs for name, point in config.operating_points.items()}
+    targets = {
+        name: point.target(trained.dense_macs)["budget_macs"]
+        for name, point in config.operating_points.items()
+    }
     scores = {
         choice: held_out_accuracy(
             with_selector(trained, fc.MLPSelector(), choice.combine), choice, z, y, list(targets.values())

@@ -38,7 +38,7 @@ PARTS = ("validation", "calibration", "test")
 
 def all_logits(cascade: fc.Cascade, source: str) -> dict[str, Tensor]:
     """Logits (K, N, 10) and labels ``y_*`` (N,) of the images that no stage was trained on."""
-    splits = read_config(HERE / "config.toml").splits
+    splits = read_config(HERE / "config.toml").splits.spans()
     images, labels = arrays(load_data(source, "train"))
     parts = {name: (images[slice(*splits[name])], labels[slice(*splits[name])]) for name in PARTS[:2]}
     parts["test"] = arrays(load_data(source, "test"))

@@ -1,1 +1,1 @@
-"""Ways to run a plan; each backend lowers it to a program."""
+"""Backends, which lower a plan to a program: CPU kernels, GPU kernels, plain torch."""

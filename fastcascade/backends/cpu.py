@@ -1,16 +1,15 @@
 """The CPU backend: a plan on the compiled engine, depth-first, in fp32.
 
-A plan whose stages and selectors are all known to the engine runs in one call of it. Where a stage is
-opaque, or a selector is a module of the user's, the program goes stage by stage over the active rows: known
-stages through the engine, the others through torch.
+If the engine knows all stages and selectors of a plan, a batch is one call of it. If a stage is opaque, or a
+selector is the user's module, the program goes stage by stage over the active rows: known stages on the
+engine, the others in torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,17 +18,21 @@ from torch import Tensor, nn
 
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
-from fastcascade.errors import BackendUnavailable
-from fastcascade.lowering.operations import Activation, Conv2d, Op
+from fastcascade.errors import BackendUnavailable, FastCascadeError
+from fastcascade.lowering.operations import Activation, Conv2d, Op, beyond_core
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
+
+if TYPE_CHECKING:
+    from fastcascade import _C
 
 __all__ = ["BACKEND", "CpuProgram", "stage_spec"]
 
 
-def _engine() -> ModuleType:
+def _engine() -> type[_C.Cascade]:
+    """The compiled engine, imported on first use: ``unavailable_reason`` says why that fails."""
     from fastcascade import _C
 
-    return _C
+    return _C.Cascade
 
 
 def _op(op: Op) -> dict[str, Any]:
@@ -75,6 +78,14 @@ def _selector(selector: SelectorPlan | None) -> dict[str, Any] | None:
     return {**arrays, "score": selector.features, "b2": float(selector.weights.b2)}
 
 
+def engine_reason(stage: StagePlan) -> str | None:
+    """Why the engine cannot run a stage, which then runs through torch; None if it can."""
+    if stage.module is not None:
+        return stage.opaque_reason or "it is a torch module"
+    reasons = (beyond_core(op, stage.shapes) for op in stage.ops)
+    return next((reason for reason in reasons if reason), None)
+
+
 class CpuProgram:
     """A plan on the engine, every stage of it."""
 
@@ -89,7 +100,7 @@ class CpuProgram:
                 measured choice.
         """
         self.plan = plan
-        self._cascade = _engine().Cascade(
+        self._cascade = _engine()(
             [stage_spec(stage, _feeds_next(plan, k)) for k, stage in enumerate(plan.stages)],
             [_selector(stage.selector) for stage in plan.stages],
             plan.num_classes,
@@ -101,9 +112,16 @@ class CpuProgram:
         self._table = _table(plan)
 
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
-        """Classify a batch; see :meth:`fastcascade.backends.interface.Program.run`."""
-        answers = self._cascade.run(x.numpy(), self._table, thresholds.numpy())
-        return ExitResults(*map(torch.from_numpy, answers))
+        """Classify a batch; see :meth:`fastcascade.backends.interface.Program.run`.
+
+        Raises:
+            FastCascadeError: the batch does not fit into memory; says what to try.
+        """
+        try:
+            results = self._cascade.run(x.numpy(), self._table, thresholds.numpy())
+        except MemoryError as error:
+            raise FastCascadeError(str(error)) from error
+        return ExitResults(*map(torch.from_numpy, results))
 
     def describe(self) -> list[StageReport]:
         """One report per stage."""
@@ -115,13 +133,20 @@ class CpuProgram:
 
         Args:
             x: (N, C, H, W) of the stage's input shape, N ≥ 1; at most a tile of them is used.
+
+        Raises:
+            FastCascadeError: the buffers of all threads do not fit into memory.
         """
-        return [StepTime(*step) for step in self._cascade.time_steps(k, x.numpy(), self._table, seconds)]
+        try:
+            steps = self._cascade.time_steps(k, x.numpy(), self._table, seconds)
+        except MemoryError as error:
+            raise FastCascadeError(str(error)) from error
+        return [StepTime(*step) for step in steps]
 
     @property
     def memory_bytes(self) -> int:
         """Buffers of one call beyond weights, all threads together."""
-        return cast(int, self._cascade.memory_bytes())
+        return self._cascade.memory_bytes()
 
 
 def _table(plan: Plan) -> NDArray[np.float32] | None:
@@ -146,29 +171,34 @@ class _EngineStage(nn.Module):
     def __init__(self, plan: Plan, k: int, threads: int) -> None:
         super().__init__()
         self.stage = plan.stages[k]
-        spec = {**stage_spec(self.stage, _feeds_next(plan, k)), "input": "image"}
-        self.engine = _engine().Cascade([spec], [None], plan.num_classes, threads=threads)
+        spec = stage_spec(self.stage, _feeds_next(plan, k))
+        if self.stage.input == "previous":
+            spec["input"] = "features"
+        self.engine = _engine()([spec], [None], plan.num_classes, threads=threads)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _EngineStage:
         return self  # constant data, safe to share
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.reshape(len(x), *_map_shape(self.stage.shapes[0]))
-        logits, features = map(_tensor, self.engine.run_stage(0, rows.numpy()))
+        try:
+            logits, features = self.engine.run_stage(0, rows.numpy())
+        except MemoryError as error:
+            raise FastCascadeError(str(error)) from error
         if features is None:
-            return x, logits
-        return features.reshape(len(x), *self.stage.shapes[self.stage.features]), logits
-
-
-def _tensor(array: NDArray[np.float32] | None) -> Any:
-    return None if array is None else torch.from_numpy(array)
+            return x, torch.from_numpy(logits)
+        shape = self.stage.shapes[self.stage.features]
+        return torch.from_numpy(features).reshape(len(x), *shape), torch.from_numpy(logits)
 
 
 class MixedProgram(ReferenceProgram):
     """A plan with stages or selectors that only torch can run: the reference's loop over the active rows."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
-        engines = [None if s.module else _EngineStage(plan, k, threads) for k, s in enumerate(plan.stages)]
+        engines = [
+            None if engine_reason(stage) else _EngineStage(plan, k, threads)
+            for k, stage in enumerate(plan.stages)
+        ]
         stages = tuple(
             stage if engine is None else replace(stage, ops=(), module=engine)
             for stage, engine in zip(plan.stages, engines, strict=True)
@@ -192,13 +222,13 @@ class CpuBackend:
     def unavailable_reason(self) -> str | None:
         """Why the engine cannot run here; None if it can."""
         try:
-            engine = _engine()
+            from fastcascade import _C
         except ImportError as error:
             return (
                 f"the compiled engine cannot be loaded ({error}); reinstall fastcascade with a C++17 compiler"
             )
         try:
-            engine.chosen_isa()
+            _C.chosen_isa()
         except ValueError as error:
             return f"FASTCASCADE_ISA cannot be obeyed: {error}"
         return None
@@ -216,10 +246,10 @@ class CpuBackend:
     ) -> CpuProgram | MixedProgram:
         """Prepare a plan for which both reasons are None."""
         threads = torch.get_num_threads() if threads is None else threads
-        opaque = any(s.module is not None or (s.selector and s.selector.module) for s in plan.stages)
+        opaque = any(engine_reason(s) or (s.selector and s.selector.module) for s in plan.stages)
         try:
             return MixedProgram(plan, threads) if opaque else CpuProgram(plan, threads)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             raise BackendUnavailable(f"backend 'cpu' refuses the plan: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What a backend and its programs look like."""
+"""The interface of backends, and of the programs to which they lower plans."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Precision = Literal["fp32", "fp16"]
 
 
 class ExitResults(NamedTuple):
-    """What a program writes, one row per instance in input order, on the program's device.
+    """The results of a batch, one row per instance in input order, on the program's device.
 
     Attributes:
-        log_probs: (N, C) float32, combined log-probabilities at the exit; NaN rows where invalid there.
-        label: (N,) int64, −1 where invalid.
+        log_probs: (N, C) float32, combined log-probabilities at the exit; NaN if the row is invalid there.
+        label: (N,) int64, −1 if invalid.
         exit_stage: (N,) int64.
     """
 
@@ -39,7 +39,7 @@ class ExitResults(NamedTuple):
 
 
 class KernelChoice(NamedTuple):
-    """One line of a program's description: an operation and the kernel that runs it.
+    """An operation and the kernel that runs it: one line of a program's description.
 
     Example:
         >>> KernelChoice("conv 3×3 16→16 on 32×32 + relu", "conv3x3_winograd_f32")._fields
@@ -55,11 +55,11 @@ class StageReport:
     """How a program runs one stage.
 
     Attributes:
-        opaque_reason: why the stage runs through torch; None where it runs as operations.
-        kernels: one line per operation, the exit head included.
-        isa: instruction set or device architecture, "torch" where torch does the work.
-        weight_bytes: constant data of the stage as the program holds it.
-        arena_bytes: scratch memory for activations, per thread; 0 where the allocator is torch's.
+        opaque_reason: why the stage runs in torch; None if it runs as operations.
+        kernels: one line per operation, exit head included.
+        isa: instruction set or device architecture; "torch" if torch runs the stage.
+        weight_bytes: size of the stage's weights as the program stores them.
+        arena_bytes: scratch memory for activations, per thread; 0 if torch allocates.
     """
 
     name: str
@@ -71,19 +71,19 @@ class StageReport:
 
 
 class Program(Protocol):
-    """A lowered plan. Safe to call from several threads at once."""
+    """A lowered plan, safe to call from several threads at once."""
 
     @property
     def device(self) -> torch.device:
-        """Where ``run`` expects images and leaves results."""
+        """The device of the images that ``run`` takes and of the results that it returns."""
 
     def run(self, x: Tensor, thresholds: Tensor) -> ExitResults:
         """Classify a batch.
 
         Args:
-            x: (N, C, H, W) uint8 or float32 of the plan's input shape, N ≥ 1, any strides, on ``device``,
-                not requiring grad: the caller has checked all that.
-            thresholds: (K−1,) float32, contiguous, on the CPU, ±inf allowed, no NaN.
+            x: (N, C, H, W) uint8 or float32 of the plan's input shape, N ≥ 1, any strides, on ``device``, not
+                requiring grad. The caller has checked all of this.
+            thresholds: (K−1,) float32, contiguous, on the CPU; ±inf allowed, no NaN.
         """
 
     def describe(self) -> list[StageReport]:
@@ -91,15 +91,15 @@ class Program(Protocol):
 
 
 class StepTime(NamedTuple):
-    """What one step of a stage does for one image.
+    """The work and time of one step of a stage, per image.
 
     Attributes:
         operation, kernel: as in :class:`KernelChoice`.
-        macs: multiplies of the plain definition, whatever algorithm computes it; 0 where it only moves or
-            compares.
-        bytes_moved: read and written as stored: inputs and output once, weights divided by the images that
-            share one reading of them.
-        seconds: with all threads at work; the median over passes.
+        macs: multiplies of the direct algorithm, whichever algorithm runs; 0 for data movement and
+            comparisons.
+        bytes_moved: bytes read and written: inputs and output once, weights divided by the images that share
+            one read.
+        seconds: median over passes, with all threads busy.
     """
 
     operation: str
@@ -111,26 +111,26 @@ class StepTime(NamedTuple):
 
 @runtime_checkable
 class TimesSteps(Protocol):
-    """A program that can also time its steps one by one, through an entry that ``run`` does not use."""
+    """A program that can also time its steps one by one."""
 
     def time_steps(self, k: int, x: Tensor, seconds: float) -> list[StepTime]:
-        """Run stage k on images ``x`` for about this long, at least once; one entry per step, in order."""
+        """Run stage k on images ``x`` at least once and for about this long; one entry per step, in order."""
 
 
 class Backend(Protocol):
-    """A way to run plans."""
+    """One implementation of everything that a plan can express, or of a part of it."""
 
     @property
     def name(self) -> str:
-        """The backend's entry in :data:`NAMES`."""
+        """The backend's entry in :data:`fastcascade.backends.registry.NAMES`."""
 
     def unavailable_reason(self) -> str | None:
-        """Why this backend cannot run here at all (no device, no compiled kernels); None if it can."""
+        """Why the backend cannot run on this machine (no device, no compiled kernels); None if it can."""
 
     def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
-        """Why this backend, though available, cannot run this plan so; None if it can."""
+        """Why the backend cannot run this plan at this precision on this device; None if it can."""
 
     def lower(
         self, plan: Plan, *, precision: Precision, device: torch.device, threads: int | None
     ) -> Program:
-        """Lower a plan for which both reasons are None; ``threads`` None means torch's own number."""
+        """Lower a plan for which both reasons are None; ``threads=None`` means torch's number of threads."""

@@ -1,7 +1,7 @@
-"""The reference backend: a plan read aloud in plain torch, on any device that torch has.
+"""The reference backend: a plan in plain torch, on any device that torch supports.
 
-Breadth-first: a stage over the whole active set, the exit head, compaction, the next stage. The other
-backends are tested against it, and it runs what they cannot.
+It runs breadth-first: a stage over the whole active set, the exit head, compaction, the next stage. The other
+backends are tested against it, and it runs the plans that they cannot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastcascade.backends.arithmetic import exact_float32
+from fastcascade.backends.float32_precision import exact_float32
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import (
@@ -90,15 +90,12 @@ class ReferenceProgram:
         )
 
     def describe(self) -> list[StageReport]:
-        """One report per stage; torch does all the work."""
+        """One report per stage."""
         return [_report(stage) for stage in self.plan.stages]
 
 
 def _report(stage: StagePlan) -> StageReport:
     selector = "last exit" if stage.selector is None else f"selector {stage.selector}"
-    tensors = [tensor for op in stage.ops for tensor in op.tensors.values()]
-    if stage.module is not None:
-        tensors = [*stage.module.parameters(), *stage.module.buffers()]
     return StageReport(
         name=stage.name,
         opaque_reason=stage.opaque_reason,
@@ -107,7 +104,7 @@ def _report(stage: StagePlan) -> StageReport:
             KernelChoice(f"exit head, {selector}", "torch"),
         ),
         isa="torch",
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        weight_bytes=stage.weight_bytes,
         arena_bytes=0,
     )
 
@@ -118,11 +115,11 @@ class ReferenceBackend:
     name = "reference"
 
     def unavailable_reason(self) -> str | None:
-        """None: torch is always there."""
+        """None: torch is always available."""
         return None
 
     def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
-        """A precision other than fp32, or a device that torch cannot use here."""
+        """The precision is not fp32, or torch cannot use the device."""
         if precision != "fp32":
             return f"it runs fp32 only, not {precision}"
         try:
@@ -138,7 +135,7 @@ class ReferenceBackend:
         if threads is not None:
             raise InvalidArgument(
                 f"threads={threads}: the reference backend runs on torch's own threads; "
-                "leave threads out and call torch.set_num_threads"
+                "omit threads and call torch.set_num_threads"
             )
         return ReferenceProgram(plan, device)
 

@@ -1,8 +1,8 @@
-"""Which backends exist, and which one runs a plan.
+"""The list of backends, and the choice of the one that runs a plan.
 
-A backend is a module that holds one object ``BACKEND`` with the methods of
-:class:`fastcascade.backends.interface.Backend`. Modules are imported on first use. An import that fails is an
-error; an absent device is not: the backend reports it as a reason.
+A backend is a module with an object ``BACKEND`` that implements
+:class:`fastcascade.backends.interface.Backend`. It is imported on first use. An import that fails is an
+error; a missing device is a reason that the backend reports.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.lowering.plan import Plan
 
 __all__ = [
+    "MODULES",
     "NAMES",
     "choose_backend",
     "load_backend",
 ]
 
-_MODULES = {
+MODULES = {
     "triton": "fastcascade.backends.gpu.triton",
     "cuda": "fastcascade.backends.gpu.cuda",
     "cpu": "fastcascade.backends.cpu",
     "reference": "fastcascade.backends.reference",
 }
+"""Every backend and its module, in the order in which "auto" tries them: fastest first, "reference" last."""
 
-NAMES = tuple(_MODULES)
-"""Every backend, in the order in which "auto" tries them: the fastest first, "reference" last."""
+NAMES = tuple(MODULES)
 
 
 def load_backend(name: str) -> Backend:
@@ -44,27 +45,29 @@ def load_backend(name: str) -> Backend:
         >>> load_backend("reference").unavailable_reason() is None
         True
     """
-    if name not in NAMES:
-        raise InvalidArgument(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(NAMES)}")
-    return cast(Backend, import_module(_MODULES[name]).BACKEND)
+    if name not in MODULES:
+        raise InvalidArgument(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(MODULES)}")
+    return cast(Backend, import_module(MODULES[name]).BACKEND)
 
 
 def choose_backend(name: str, plan: Plan, *, precision: Precision, device: torch.device) -> Backend:
     """The backend to lower with.
 
     Args:
-        name: one of :data:`NAMES`, or "auto" for the environment's FASTCASCADE_BACKEND and, without that,
-            the first backend that has no reason against it. A named backend is never replaced by another.
+        name: one of :data:`NAMES`, or "auto". "auto" is the backend that the environment's
+            FASTCASCADE_BACKEND names, or else the first that can run the plan. A named backend is never
+            replaced by another.
 
     Raises:
         InvalidArgument: unknown backend or precision.
-        BackendUnavailable: the named backend, or every backend under "auto", has a reason; it is quoted.
+        BackendUnavailable: the named backend, or with "auto" every backend, cannot run the plan; quotes the
+            reasons.
     """
     if precision not in get_args(Precision):
         raise InvalidArgument(f"unknown precision {precision!r}; expected one of {get_args(Precision)}")
     name = os.environ.get("FASTCASCADE_BACKEND", "auto") if name == "auto" else name
     reasons = []
-    for candidate in NAMES if name == "auto" else (name,):
+    for candidate in MODULES if name == "auto" else (name,):
         backend = load_backend(candidate)
         reason = backend.unavailable_reason() or backend.unsupported_reason(
             plan, precision=precision, device=device

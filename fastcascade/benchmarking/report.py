@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastcascade.benchmarking.tables import KERNEL_COLUMNS, kernel_cells
 from fastcascade.errors import InvalidArgument
 from fastcascade.evaluation.curve import Curves, plot_curves
 from fastcascade.storage.files import write_atomically
+from fastcascade.text import plot_label, printable
 from fastcascade.types import Evaluation
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["write_report"]
+__all__ = ["check_report", "write_report"]
 
 # Okabe and Ito's colours, distinguishable with the common kinds of colour blindness.
 _BLUE, _GREEN, _RED, _GREY = "#0072B2", "#009E73", "#D55E00", "#999999"
@@ -92,15 +94,27 @@ def write_report(
         InvalidArgument: matplotlib is missing, or the page is there already and ``overwrite`` is False.
         SaveError: the operating system refused.
     """
+    check_report(directory, overwrite)
     folder = Path(directory)
     page = folder / "report.html"
-    if page.exists() and not overwrite:
-        raise InvalidArgument(f"{page} exists; pass overwrite=True (--overwrite) to replace it")
     pictures = _pictures(measured, evaluation, curves, peers or {})
     for picture in pictures:
         write_atomically(folder / f"{picture.name}.png", picture.render("png"))
     write_atomically(page, _page(title, measured, evaluation, pictures).encode())
     return page
+
+
+def check_report(directory: str | Path, overwrite: bool) -> None:
+    """Refuse what :func:`write_report` would, before anything is measured.
+
+    Raises:
+        InvalidArgument: matplotlib is missing, or the page is there already and ``overwrite`` is False.
+    """
+    page = Path(directory, "report.html")
+    if page.exists() and not overwrite:
+        raise InvalidArgument(f"{page} exists; pass overwrite=True (--overwrite) to replace it")
+    if find_spec("matplotlib") is None:
+        raise InvalidArgument("drawing needs matplotlib: pip install 'fastcascade[plot]'")
 
 
 ##### The page
@@ -111,7 +125,7 @@ def _page(
 ) -> str:
     kernels = kernel_cells(measured)
     body = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{escape(printable(title))}</h1>",
         f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in measured.machine.items()))}</p>',
         _summary(measured, evaluation),
         *map(_figure, pictures),
@@ -129,7 +143,7 @@ def _page(
             '<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<title>{escape(printable(title))}</title><style>{_STYLE}</style></head><body>",
             *body,
             "</body></html>\n",
         ]
@@ -159,7 +173,9 @@ def _summary(measured: Benchmark, evaluation: Evaluation | None) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         opening = [f'<{tag} class="text">' if i < text_columns else f"<{tag}>" for i in range(len(cells))]
-        parts = (f"{start}{escape(cell)}</{tag}>" for start, cell in zip(opening, cells, strict=True))
+        parts = (
+            f"{start}{escape(printable(cell))}</{tag}>" for start, cell in zip(opening, cells, strict=True)
+        )
         return f"<tr>{''.join(parts)}</tr>"
 
     lines = [row(head, "th"), *(row(cells, "td") for cells in rows)]
@@ -271,13 +287,10 @@ def _renderer(draw: Callable[[Figure], None]) -> Callable[[str], bytes]:
     """A function that draws to PNG or SVG bytes; the same numbers give the same bytes."""
 
     def render(kind: str) -> bytes:
-        try:
-            import matplotlib
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InvalidArgument("drawing needs matplotlib: pip install 'fastcascade[plot]'") from error
-        # Names come from outside, and a dollar sign must not start a formula.
-        with matplotlib.rc_context({"svg.hashsalt": "fastcascade", "text.parse_math": False}):
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context({"svg.hashsalt": "fastcascade"}):
             figure = Figure(figsize=(7.2, 4.2), layout="constrained")
             draw(figure)
             for axes in figure.axes:
@@ -291,7 +304,7 @@ def _renderer(draw: Callable[[Figure], None]) -> Callable[[str], bytes]:
 
 
 def _draw_flow(axes: Axes, measured: Benchmark, evaluation: Evaluation | None) -> None:
-    names = [stage.name for stage in measured.stages]
+    names = [plot_label(stage.name) for stage in measured.stages]
     stopped = [stage.images_in - stage.images_out for stage in measured.stages]
     going_on = [stage.images_out for stage in measured.stages]
     right = [0.0] * len(names)
@@ -311,8 +324,10 @@ def _draw_flow(axes: Axes, measured: Benchmark, evaluation: Evaluation | None) -
 
 def _draw_time(axes: Axes, measured: Benchmark) -> None:
     batch = measured.batches[-1]
-    parts = [(f"{stage.name}: stage", _stage_us(stage, measured)) for stage in measured.stages]
-    parts += [(f"{stage.name}: exit", _exit_us(stage, measured)) for stage in measured.stages[:-1]]
+    parts = [(plot_label(f"{stage.name}: stage"), _stage_us(stage, measured)) for stage in measured.stages]
+    parts += [
+        (plot_label(f"{stage.name}: exit"), _exit_us(stage, measured)) for stage in measured.stages[:-1]
+    ]
     parts.append(("compaction, call", 1e3 * batch.compaction_ms_per_image.median))
     parts.append(("idle", 1e3 * batch.idle_ms_per_image.median))
     names, microseconds = zip(*reversed(parts), strict=True)
@@ -374,9 +389,9 @@ def _draw_roofline(figure: Figure, measured: Benchmark) -> None:
     for k, stage in enumerate(measured.stages):
         style = {"color": "black", "fillstyle": "none", "linestyle": "none"}
         intensity = 2 * stage.macs / stage.bytes_per_image
-        roof.plot(intensity, stage.gflops, _marker(k), label=f"{stage.name}, whole", **style)
+        roof.plot(intensity, stage.gflops, _marker(k), label=plot_label(f"{stage.name}, whole"), **style)
     roof.legend(frameon=False, loc="lower right", fontsize="small")
-    patches = [Patch(color=colour, label=kernel) for kernel, colour in colours.items()]
+    patches = [Patch(color=colour, label=plot_label(kernel)) for kernel, colour in colours.items()]
     if patches:
         figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4, fontsize="small")
 
@@ -453,7 +468,7 @@ def _name_longest(axes: Axes, points: Sequence[_Point]) -> None:
     for line, name in enumerate(slowest_last):
         top = max((point.step for point in kinds[name]), key=lambda step: step.gflops)
         axes.annotate(
-            f"{name}, {sum(point.share for point in kinds[name]):.0%}",
+            plot_label(f"{name}, {sum(point.share for point in kinds[name]):.0%}"),
             (2 * top.macs / top.bytes_per_image, top.gflops),
             xytext=(0.02, 0.98 - 0.07 * line),
             textcoords="axes fraction",
@@ -474,7 +489,7 @@ def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mappin
     }
     for (name, rates), colour, marker in zip(lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
         sizes = sorted(rates)
-        axes.plot(sizes, [rates[size] for size in sizes], f"{marker}-", color=colour, label=name)
+        axes.plot(sizes, [rates[size] for size in sizes], f"{marker}-", color=colour, label=plot_label(name))
     axes.set(xscale="log", xlabel="batch size", ylabel="images/s")
     axes.set_ylim(bottom=0)
     sizes = [b.batch for b in measured.batches]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from fastcascade.benchmarking.results import Benchmark, Spread, StepTiming
+from fastcascade.text import plain
 
 __all__ = ["KERNEL_COLUMNS", "bench_tables", "kernel_cells"]
 
@@ -59,7 +60,7 @@ def _stages(measured: Benchmark) -> Table:
     )
     for stage in measured.stages:
         table.add_row(
-            _plain(stage.name),
+            plain(stage.name),
             f"{stage.images_in:,}",
             f"{stage.images_out:,}",
             f"{stage.ms:.1f}",
@@ -129,7 +130,7 @@ def _kernels(measured: Benchmark) -> Table:
         text_columns=2,
     )
     for stage, *cells in kernel_cells(measured):
-        table.add_row(_plain(stage), *cells)
+        table.add_row(plain(stage), *map(plain, cells))
     return table
 
 
@@ -170,7 +171,9 @@ def _peers(measured: Benchmark) -> Table:
     table = _new("Images/s beside plain PyTorch", ("", *(f"batch {size}" for size in sizes)))
     own = {"this engine": {batch.batch: batch.images_per_s for batch in measured.batches}}
     for name, rates in (own | measured.peers).items():
-        table.add_row(name, *(f"{rates[size].median:,.0f} ±{_half_spread(rates[size])}" for size in sizes))
+        table.add_row(
+            plain(name), *(f"{rates[size].median:,.0f} ±{_half_spread(rates[size])}" for size in sizes)
+        )
     return table
 
 
@@ -192,7 +195,7 @@ def _what_if(measured: Benchmark) -> Table:
     )
     for row in measured.what_if:
         table.add_row(
-            _plain(row.change),
+            plain(row.change),
             f"{row.images_per_s:,.0f}",
             f"{row.images_per_s / now:.2f}×",
             f"{row.mean_macs:,.0f}",
@@ -203,8 +206,3 @@ def _what_if(measured: Benchmark) -> Table:
 
 def _half_spread(spread: Spread) -> str:
     return f"{(spread.high - spread.low) / 2 / spread.median:.0%}"
-
-
-def _plain(name: str) -> str:
-    """A name without rich's markup and without control characters."""
-    return "".join(c if c.isprintable() else "�" for c in name).replace("[", "\\[")

@@ -1,31 +1,46 @@
-"""Image sets: ids, images in memory or as files, labels, class names."""
+"""Image sets: ids, images in memory or on disk, labels, class names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcascade.data.image_files import ImageFiles
 from fastcascade.errors import InvalidArgument
 
-__all__ = ["Array", "ImageData", "Rows", "as_tensor"]
+__all__ = ["Array", "ImageData", "ImageReader", "IndexIds", "Rows", "as_tensor"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
+class ImageReader(Protocol):
+    """Images on disk, read in parts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: Array, /) -> ImageReader:
+        """The images at these positions; nothing is read."""
+
+    def read(self, positions: range, /) -> tuple[Array, list[str | None]]:
+        """Read the images at these positions.
+
+        Returns:
+            (n, …) the readable images, and per position None or the reason why the image cannot be read.
+        """
+
+
 class Rows(NamedTuple):
-    """A stretch of a data set in its order, with one entry of ``ids`` and ``errors`` per row.
+    """A chunk of an image set.
 
     Attributes:
-        ids: relative path of the image, or its index as text.
-        errors: None, or why that image cannot be read. ``images`` and ``labels`` hold the readable rows only.
-        images: (n, H, W, C) uint8, or as the arrays of the data set are.
-        labels: (n,) int64, or None if the data set has no labels.
+        ids: of each image: path relative to the folder, or index as text.
+        errors: of each image: None, or the reason why it cannot be read.
+        images: (n, H, W, C) uint8, or as stored in an npz file; readable images only.
+        labels: (n,) int64 of the readable images, or None if the set has no labels.
     """
 
     ids: list[str]
@@ -36,17 +51,17 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A set of images from disk, in memory or decoded while it is read.
+    """A set of images in memory or on disk.
 
     Attributes:
-        ids: per image, its path relative to the folder, or its index as text.
-        images: (N, H, W, C) uint8 (npz: as stored), or files that are decoded when asked for.
+        ids: of each image: path relative to the folder, or index as text.
+        images: (N, …) array, or a reader of images on disk.
         labels: (N,) int64, or None.
-        classes: names in label order, or None where the source has none.
+        classes: names in label order, or None if unknown.
     """
 
     ids: Sequence[str]
-    images: Array | ImageFiles
+    images: Array | ImageReader
     labels: Array | None
     classes: tuple[str, ...] | None = None
 
@@ -64,26 +79,49 @@ class ImageData:
         )
 
     def rows(self, batch_size: int) -> Iterator[Rows]:
-        """All rows in order, ``batch_size`` at a time; only one stretch is in memory if images are files."""
+        """All images in order, in chunks of ``batch_size``; of images on disk, one chunk is in memory."""
         for start in range(0, len(self), batch_size):
-            stretch = slice(start, start + batch_size)
-            if isinstance(self.images, ImageFiles):
-                images, errors = self.images.read(range(len(self))[stretch])
+            chunk = slice(start, start + batch_size)
+            ids = list(self.ids[chunk])
+            errors: list[str | None] = [None] * len(ids)
+            if isinstance(self.images, np.ndarray):
+                images = self.images[chunk]
             else:
-                images, errors = self.images[stretch], [None] * len(self.ids[stretch])
+                images, errors = self.images.read(range(len(self))[chunk])
             labels = self.labels
             if labels is not None:
-                labels = labels[stretch][[error is None for error in errors]]
-            yield Rows(
-                list(self.ids[stretch]),
-                errors,
-                as_tensor(images),
-                None if labels is None else as_tensor(labels),
-            )
+                labels = labels[chunk][[error is None for error in errors]]
+            yield Rows(ids, errors, as_tensor(images), None if labels is None else as_tensor(labels))
+
+
+class IndexIds(Sequence[str]):
+    """The ids "0", "1", … of images without names.
+
+    Example:
+        >>> ids = IndexIds(5)
+        >>> len(ids), ids[3], ids[1:3]
+        (5, '3', ['1', '2'])
+    """
+
+    def __init__(self, count: int) -> None:
+        self.indices = range(count)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        chosen = self.indices[index]
+        return [str(i) for i in chosen] if isinstance(chosen, range) else str(chosen)
 
 
 def as_tensor(values: Array | Tensor) -> Tensor:
-    """A tensor over the same memory where torch can use it, else over a copy."""
+    """A tensor that shares the array's memory if torch supports its layout, else a copy."""
     if isinstance(values, Tensor):
         return values
     native = values.astype(values.dtype.newbyteorder("="), copy=False)

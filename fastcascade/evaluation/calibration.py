@@ -30,10 +30,6 @@ COMBINATIONS = 1024
 CHOICES = 257
 """Thresholds considered per stage, evenly spaced in rank. More would only follow the noise of the sample."""
 
-SPENT = 0.95
-"""Share of a budget that thresholds use if some can. On a few thousand images luck tells equal accuracies
-apart, and on new images the costlier thresholds are on average the better ones."""
-
 _NS_PER_MS = 1_000_000
 
 SMALLEST_GAP = 1e-5
@@ -58,8 +54,8 @@ def calibrate(
         held_out: images that neither the stages nor the selector were fitted on: a Dataset, a DataLoader,
             (images, labels), or a :class:`Trace` of them. ``max_risk`` needs no labels.
         name: the key in ``cascade.operating_points``; a point of that name is replaced.
-        budget_macs: highest accuracy at a mean cost of at most this, in MACs per instance, among thresholds
-            that use 95 % of it if there are any (and never stopping would cost more).
+        budget_macs: highest accuracy at a mean cost of at most this, in MACs per instance. No thresholds
+            cost less and are more accurate on ``held_out``.
         budget_ms: the same in milliseconds per instance; needs ``exit_ms``.
         min_accuracy: lowest mean cost at an accuracy of at least this, between 0 and 1.
         max_risk: (eps, delta). With probability ≥ 1 − delta over the draw of ``held_out``, new instances of
@@ -122,9 +118,9 @@ def find_thresholds(
 
     Each stage has up to 257 thresholds to choose from, at evenly spaced quantiles of its scores. All
     combinations are searched for K ≤ 3; with more stages a coarser grid first, then finer ones around the
-    best. A budget below the cost of never stopping is used to 95 %, where thresholds can. Equal answers are
-    settled by the other figure: of two equally accurate points the cheaper, of two equally cheap ones the
-    more accurate.
+    best. Of two equally cheap points the more accurate is taken. Of two equally accurate ones the cheaper,
+    unless a budget below the cost of never stopping allows the dearer and they are right on different
+    instances: then they are equal by luck, and the dearer one is on average better on new instances.
 
     Returns:
         float32 numbers, midway between neighbouring scores; ±∞ for "nothing stops here" and "all stop here".
@@ -140,22 +136,33 @@ def find_thresholds(
 
 def _find(seen: Trace, budget: float | None, min_accuracy: float | None, unit: str) -> tuple[float, ...]:
     most = math.inf if budget is None else budget
-    binds = most < int(seen.exit_macs[-1])
-    for least in (SPENT * most, 0.0) if binds else (0.0,):
-        thresholds = _Search(seen, least, most, min_accuracy).run()
-        if thresholds is not None:
-            return thresholds
+    thresholds = _Search(seen, most, min_accuracy).run()
+    if thresholds is not None:
+        return _dearer_equal(seen, thresholds, most) if most < int(seen.exit_macs[-1]) else thresholds
     if budget is not None:
         cheapest = seen.run([-math.inf] * (seen.num_exits - 1))
         raise CalibrationError(
             f"a budget of {budget:,.0f} {unit} cannot be met: stopping everything at the first exit costs "
             f"{cheapest.mean_macs:,.0f} {unit} per instance, at accuracy {cheapest.accuracy:.4f}"
         )
-    best = seen.run(_Search(seen, 0.0, math.inf, None).run())
+    best = seen.run(_Search(seen, math.inf, None).run())
     raise CalibrationError(
         f"min_accuracy={min_accuracy} cannot be met on these {seen.n} instances: the most accurate "
         f"thresholds found reach {best.accuracy:.4f}, at {best.mean_macs:,.0f} {unit} per instance"
     )
+
+
+def _dearer_equal(seen: Trace, cheapest: tuple[float, ...], most: float) -> tuple[float, ...]:
+    """The dearest thresholds within the budget that are as accurate as the cheapest such; those themselves
+    where both are right on the same instances, so that the cost would buy nothing.
+    """
+    dearest = _Search(seen, most, None, dearest=True).run()
+    if dearest is None:
+        return cheapest
+    right = [np.take_along_axis(seen.correct, seen.exits(t)[None], 0)[0] for t in (cheapest, dearest)]
+    equal_by_luck = right[0].sum() == right[1].sum() and bool((right[0] != right[1]).any())
+    # With many stages the search is not exhaustive, and either run may have found more.
+    return dearest if equal_by_luck or right[1].sum() > right[0].sum() else cheapest
 
 
 def _find_by_time(
@@ -268,11 +275,12 @@ class _Choices:
 class _Search:
     """Grid search over all thresholds but the last, which is searched in one go; zooms in on the best."""
 
-    def __init__(self, seen: Trace, least: float, most: float, min_accuracy: float | None) -> None:
+    def __init__(self, seen: Trace, most: float, min_accuracy: float | None, dearest: bool = False) -> None:
         self.correct = seen.correct
         self.cost = seen.exit_macs
         self.n = seen.n
-        self.least, self.most = least * seen.n, most * seen.n
+        self.most = most * seen.n
+        self.worth = 1 if dearest else -1  # of cost, among equally accurate combinations
         self.floor = None if min_accuracy is None else min_accuracy * seen.n - 1e-9
         self.choices = [_Choices(s) for s in seen.scores]
         self.best = _Best()
@@ -341,16 +349,16 @@ class _Search:
 
     def _pick(self, hits: NDArray[np.int64], total: NDArray[np.int64]) -> int | None:
         """The best of some combinations, None if no one serves the target."""
-        serves = (self.least <= total) & (total <= self.most) if self.floor is None else hits >= self.floor
+        serves = total <= self.most if self.floor is None else hits >= self.floor
         able = np.flatnonzero(serves)
         if not len(able):
             return None
-        first, second = (hits, -total) if self.floor is None else (-total, hits)
+        first, second = (hits, self.worth * total) if self.floor is None else (-total, hits)
         able = able[first[able] == first[able].max()]
         return int(able[second[able].argmax()])
 
     def _key(self, hits: int, total: int) -> tuple[int, int]:
-        return (hits, -total) if self.floor is None else (-total, hits)
+        return (hits, self.worth * total) if self.floor is None else (-total, hits)
 
 
 def _prefix_sums(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -22,11 +24,14 @@ from fastcascade.evaluation.calibration import find_thresholds
 from fastcascade.evaluation.evaluation import Trace, traces
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.selector import ScoreKind
+from fastcascade.storage.files import write_atomically
+from fastcascade.text import plot_label
 from fastcascade.types import Evaluation
 
 __all__ = [
     "Curves",
     "PairedInterval",
+    "check_picture",
     "cost_accuracy_curve",
     "cost_accuracy_curves",
     "paired_interval",
@@ -150,6 +155,18 @@ def paired_interval(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) 
     return PairedInterval((only_a - only_b) / n, centre - half, centre + half)
 
 
+def check_picture(path: str | Path) -> None:
+    """Refuse a file that :func:`plot_curves` cannot draw to, before any work is done.
+
+    Raises:
+        InvalidArgument: matplotlib is missing, or an ending other than .png or .svg.
+    """
+    if Path(path).suffix not in (".png", ".svg"):
+        raise InvalidArgument(f"cannot draw to {path}; expected a name that ends in .png or .svg")
+    if find_spec("matplotlib") is None:
+        raise InvalidArgument("drawing needs matplotlib: pip install 'fastcascade[plot]'")
+
+
 def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accuracy") -> None:
     """Draw the curves to a file, PNG or SVG by its ending.
 
@@ -159,15 +176,12 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
 
     Raises:
         InvalidArgument: matplotlib is missing, or an ending other than .png or .svg.
+        SaveError: the operating system refused.
     """
-    if Path(path).suffix not in (".png", ".svg"):
-        raise InvalidArgument(f"cannot draw to {path}; expected a name that ends in .png or .svg")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-    except ImportError as error:
-        raise InvalidArgument("drawing needs matplotlib: pip install 'fastcascade[plot]'") from error
+    check_picture(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     # A fixed salt and no date: the same curves give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "fastcascade", "font.size": 10, "text.color": _INK}):
@@ -176,7 +190,7 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
         for (name, evaluations), (colour, line) in zip(curves.cascades.items(), _STYLES, strict=False):
             x, y = [e.mean_macs / 1e6 for e in evaluations], [100 * e.accuracy for e in evaluations]
             top = 2.5 if name == "cascade" else 2
-            axes.plot(x, y, line, color=colour, linewidth=2, label=name, zorder=top)
+            axes.plot(x, y, line, color=colour, linewidth=2, label=plot_label(name), zorder=top)
         singles = [(macs / 1e6, 100 * accuracy) for macs, accuracy in curves.single_stages]
         axes.plot(*zip(*singles, strict=True), "s", color=_INK, markersize=6, label="single stages")
         by_cost = sorted(curves.points.items(), key=lambda item: item[1].mean_macs)
@@ -185,8 +199,10 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
         for (name, point), (offset, side) in zip(by_cost, sides, strict=False):
             at = (point.mean_macs / 1e6, 100 * point.accuracy)
             axes.plot(*at, "o", color=_STYLES[0][0], markeredgecolor="white", markersize=8, zorder=3)
-            axes.annotate(name, at, xytext=offset, textcoords="offset points", ha=side, weight="bold")
-        axes.set(xscale="log", xlabel="million multiplies per image", ylabel="accuracy, %", title=title)
+            label = plot_label(name)
+            axes.annotate(label, at, xytext=offset, textcoords="offset points", ha=side, weight="bold")
+        axes.set(xscale="log", xlabel="million multiplies per image", ylabel="accuracy, %")
+        axes.set_title(plot_label(title))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -194,5 +210,8 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
         axes.grid(True, color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
-        metadata = {"Date": None} if Path(path).suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
+        kind = Path(path).suffix[1:]
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        picture = BytesIO()
+        figure.savefig(picture, format=kind, dpi=150, facecolor="white", metadata=metadata)
+    write_atomically(path, picture.getvalue())

@@ -1,1 +1,1 @@
-"""A cascade as plain data: export, translation to operations, fusion, the plan and its files."""
+"""Lowering of a cascade to a plan: export, translation to operations, fusion, the plan and its files."""

@@ -1,10 +1,11 @@
-"""From a cascade to a plan: each stage through ``torch.export``, each graph to plan operations.
+"""Export of a cascade to a plan, stage by stage.
 
-Three steps per stage. *Trace*: an eval copy is exported at batch 2 with a dynamic batch. *Translate*: every
-operator that the outputs need becomes an operation on a numbered value, or part of a constant; batch norm
-and arithmetic with constants become ``ScaleShift``. *Fuse*: what can join the operation before it does.
-Constants stay float64 until the end, so folding costs no accuracy. A stage that stops at any step stays
-opaque and says which operator stopped it.
+Each stage goes through three steps. *Trace*: ``torch.export`` exports an eval copy with a dynamic batch size.
+*Translate*: every operator that the outputs depend on becomes an operation on numbered values, or part of a
+    constant;
+batch norm and arithmetic with constants become ``ScaleShift``. *Fuse*: operations are merged into the
+operation before them. Constants are float64 until the last step, so folding loses no accuracy. A stage that
+fails at any step becomes opaque, and the plan names the operator that failed.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from fastcascade.lowering.fusion import fuse
 from fastcascade.lowering.operations import Shape
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 from fastcascade.lowering.translation import translate
-from fastcascade.model.cascade import Cascade, Stage
+from fastcascade.model.cascade import Cascade
 from fastcascade.model.selector import MLPSelector, ThresholdSelector
 
 __all__ = ["plan"]
 
 
 def plan(cascade: Cascade) -> Plan:
-    """Express a cascade as plain data; the cascade itself is not changed.
+    """Lower a cascade to a plan. Temperatures become part of the weights.
 
     Args:
-        cascade: on any device, of any floating dtype, in any mode. Weights are copied, so later training
-            does not reach the plan.
+        cascade: on any device, of any floating dtype, in training or eval mode. It is not changed, and its
+            weights are copied, so later training does not affect the plan.
 
     Returns:
-        a :class:`fastcascade.lowering.plan.Plan` on the CPU in float32. A stage that cannot be expressed
-        is opaque.
+        a :class:`fastcascade.lowering.plan.Plan` on the CPU in float32. A stage that operations cannot
+        express is opaque.
 
     Example:
         >>> from fastcascade.model.resnet import resnet_cifar
@@ -47,15 +48,20 @@ def plan(cascade: Cascade) -> Plan:
     image = features = torch.zeros(2, *cascade.input.shape, dtype=cascade.dtype)
     stages = []
     for k in range(len(cascade.stages)):
-        # Some modules share tensors with the outside; the copy keeps eval mode and folding to itself.
-        stage = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
-        x = image if stage.input == "image" else features
+        # A copy, because eval mode and folding must not change the cascade.
+        stage: nn.Module = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
+        reads = cascade.stage(k).input
+        feeds = k + 1 < len(cascade.stages) and cascade.stage(k + 1).input == "previous"
+        temperature = float(cascade.temperatures[k])
+        if temperature != 1:
+            stage = _Tempered(stage, temperature, feeds)
+        x = image if reads == "image" else features
         with torch.no_grad():
             features, logits = stage(x.clone())
         last = k == len(cascade.stages) - 1
         common: dict[str, Any] = {
-            "name": stage.name or f"stage{k}",
-            "input": stage.input,
+            "name": cascade.stage(k).name or f"stage{k}",
+            "input": reads,
             "macs": cascade.stage_macs[k],
             "selector_macs": 0 if last else cascade.selector_macs[k],
             "selector": None if last else _selector_plan(cast(nn.Module, cascade.selector), k),
@@ -87,26 +93,40 @@ def plan(cascade: Cascade) -> Plan:
     )
 
 
-def _lower_stage(stage: Stage, x: Tensor, common: dict[str, Any]) -> StagePlan:
+class _Tempered(nn.Module):
+    """A stage with its logits divided by its temperature.
+
+    The division becomes an operation that fuses into the last linear layer, in float64; so kernels and plans
+    know nothing of temperatures. Where no stage reads the features, they are the divided logits: a second
+    reader would keep the layers apart.
+    """
+
+    def __init__(self, stage: nn.Module, temperature: float, keeps_features: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self.temperature = temperature
+        self.keeps_features = keeps_features
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.stage(x)
+        tempered = logits / self.temperature
+        return features if self.keeps_features else tempered, tempered
+
+
+def _lower_stage(stage: nn.Module, x: Tensor, common: dict[str, Any]) -> StagePlan:
     graph = translate(_trace(stage, x))
     ops, shapes, (features, logits) = fuse(graph.ops, graph.shapes, graph.outputs)
     return StagePlan(**common, ops=ops, shapes=shapes, features=features, logits=logits)
 
 
-def _trace(stage: Stage, x: Tensor) -> torch.export.ExportedProgram:
-    """Export a stage; in-place operators are rewritten only where there are some, for that takes longer."""
+def _trace(stage: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    """Export a stage with a dynamic batch."""
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
-            mutates = any(
-                node.target._schema.is_mutable
-                for node in program.graph.nodes
-                if isinstance(node.target, torch._ops.OpOverload)
-            )
-            return program.run_decompositions({}) if mutates else program
-    except Exception as error:  # export raises anything, its own and whatever the module's code raises
+            return torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # torch.export may raise anything, and so may the module
         lines = str(error).strip().splitlines() or [""]
         raise LoweringError(f"torch.export: {type(error).__name__}: {lines[0]}") from error
 
@@ -117,7 +137,7 @@ def _opaque_shapes(x: Tensor, features: Tensor, logits: Tensor) -> tuple[Shape, 
 
 
 def _selector_plan(selector: nn.Module, k: int) -> SelectorPlan:
-    """Built-in selectors as data; a class of one's own, or a subclass, stays a module."""
+    """A built-in selector as data; a custom class, or a subclass, stays a module."""
     if type(selector) is ThresholdSelector:
         return SelectorPlan(kind=selector.score)
     if type(selector) is MLPSelector:

@@ -1,4 +1,4 @@
-"""Fusion: operations join the one before them wherever nothing else reads what lies between."""
+"""Fusion: merging an operation into the one before it, if nothing else reads the value in between."""
 
 from __future__ import annotations
 
@@ -9,25 +9,40 @@ from typing import Any
 
 import torch
 
-from fastcascade.lowering.operations import Activation, Add, Conv2d, Linear, Op, Pad, ScaleShift, Shape, Slice
+from fastcascade.lowering.operations import (
+    PARAMETRIC,
+    Activation,
+    Add,
+    Conv2d,
+    Linear,
+    Op,
+    Pad,
+    Pool,
+    ScaleShift,
+    Shape,
+    Slice,
+)
 
 __all__ = ["fuse"]
+
+INCREASING = ("relu", "relu6", "sigmoid", "hard_sigmoid", "tanh")
 
 
 def fuse(
     ops: Sequence[Op], shapes: Mapping[int, Shape], outputs: tuple[int, int]
 ) -> tuple[tuple[Op, ...], tuple[Shape, ...], tuple[int, int]]:
-    """Fuse, drop what nothing reads, number the values 0, 1, 2, … in order.
+    """Fuse operations, drop those that nothing reads, and renumber the values 0, 1, 2, … in order.
 
     Args:
         ops: in order of execution, weights in any floating dtype.
-        shapes: of every value, per instance.
-        outputs: values that are read from outside.
+        shapes: shape per instance of every value.
+        outputs: numbers of the features and the logits.
 
     Returns:
-        operations with contiguous float32 weights, their values' shapes, and the outputs' new numbers.
+        operations with contiguous float32 weights, the shapes of their values, and the new numbers of the
+        outputs.
     """
-    fused = _Fuser(ops, outputs).run()
+    fused = _Fuser(ops, shapes, outputs).run()
     alive = set(outputs)
     kept: list[Op] = []
     for op in reversed(fused):
@@ -47,14 +62,14 @@ def _finished(op: Op, number: Mapping[int, int]) -> Op:
 
 
 class _Fuser:
-    """One pass in order of execution; ``done`` holds the operations so far by the value they write.
+    """One pass in order of execution; ``done`` holds the operations so far, by the value that they write.
 
-    A fused operation takes the place and the output of the later of its two parts, so everything that it
+    A fused operation takes the position and the output of the later of its two parts. Everything that it
     reads is defined there.
     """
 
-    def __init__(self, ops: Sequence[Op], outputs: Sequence[int]) -> None:
-        self.ops = ops
+    def __init__(self, ops: Sequence[Op], shapes: Mapping[int, Shape], outputs: Sequence[int]) -> None:
+        self.ops, self.shapes = ops, shapes
         self.readers = Counter([*outputs, *(value for op in ops for value in op.reads)])
         self.done: dict[int, Op] = {}
 
@@ -74,13 +89,18 @@ class _Fuser:
         return list(self.done.values())
 
     def only_reader_of(self, value: int) -> Op | None:
-        """The operation that writes a value which is read once, hence by the caller alone."""
+        """The operation that writes a value, if the value is read only once; else None."""
         return self.done.get(value) if self.readers[value] == 1 else None
 
     def absorb_padding(self, op: Conv2d) -> Conv2d:
-        """Zeros around the image belong to the convolution, whoever else reads the padded image."""
+        """Turn a zero Pad into the convolution's own padding, even if others read the padded value."""
         pad = self.done.get(op.input)
-        if not (isinstance(pad, Pad) and pad.value == 0 and pad.before[0] == pad.after[0] == 0):
+        if not (
+            isinstance(pad, Pad)
+            and pad.mode == "constant"
+            and pad.value == 0
+            and pad.before[0] == pad.after[0] == 0
+        ):
             return op
         sides = (pad.before[1], pad.after[1], pad.before[2], pad.after[2])
         padding = tuple(a + b for a, b in zip(op.padding, sides, strict=True))
@@ -94,19 +114,33 @@ class _Fuser:
     def fold_scale(self, op: ScaleShift) -> Op:
         """scale·(w·x + b) + shift = (scale·w)·x + (scale·b + shift)."""
         before = self.only_reader_of(op.input)
+        if op.scale.ndim > 1:
+            return op
         if isinstance(before, Conv2d | Linear) and _is_bare(before):
             del self.done[before.output]
-            scale = op.scale.view(-1, *(1,) * (before.weight.ndim - 1))
-            bias = op.scale * before.bias + op.shift
-            return replace(before, output=op.output, weight=scale * before.weight, bias=bias)
-        if isinstance(before, ScaleShift):
+            return _scaled(before, op, op.output)
+        if isinstance(before, ScaleShift) and before.scale.ndim == 1:
             del self.done[before.output]
             shift = op.scale * before.shift + op.shift
             return replace(op, input=before.input, scale=op.scale * before.scale, shift=shift)
+        conv = self.pooled_convolution(before)
+        if isinstance(before, Pool) and conv is not None and _is_bare(conv) and bool((op.scale > 0).all()):
+            del self.done[before.output]
+            self.done[conv.output] = _scaled(conv, op, conv.output)
+            return replace(before, output=op.output)
         return op
 
+    def pooled_convolution(self, pool: Op | None) -> Conv2d | None:
+        """The convolution that only a max pool reads. Increasing functions commute with the maximum."""
+        if not (isinstance(pool, Pool) and pool.kind == "max"):
+            return None
+        conv = self.only_reader_of(pool.input)
+        return conv if isinstance(conv, Conv2d) else None
+
     def add_to_convolution(self, op: Add) -> Op:
-        """The operand computed first takes the other as its residual: in a block, the main path's."""
+        """Make one operand the residual of the convolution that computes the other."""
+        if self.shapes[op.input] != self.shapes[op.other]:
+            return op
         for value in sorted(op.reads):
             before = self.only_reader_of(value)
             if isinstance(before, Conv2d) and _is_bare(before):
@@ -116,10 +150,21 @@ class _Fuser:
         return op
 
     def activate_producer(self, op: Activation) -> Op:
-        before = self.only_reader_of(op.input)
+        """Join the operation before, or the convolution before a max pool if the function is increasing."""
+        before = None if op.kind in PARAMETRIC else self.only_reader_of(op.input)
         if isinstance(before, Conv2d | Linear | Add) and before.activation == "none":
             del self.done[before.output]
             return replace(before, output=op.output, activation=op.kind)
+        conv = self.pooled_convolution(before)
+        if (
+            isinstance(before, Pool)
+            and conv is not None
+            and conv.activation == "none"
+            and op.kind in INCREASING
+        ):
+            del self.done[before.output]
+            self.done[conv.output] = replace(conv, activation=op.kind)
+            return replace(before, output=op.output)
         return op
 
     def merge_slices(self, op: Slice) -> Slice:
@@ -139,5 +184,11 @@ class _Fuser:
 
 
 def _is_bare(op: Conv2d | Linear) -> bool:
-    """Whether nothing follows the bias yet."""
+    """Whether the operation has neither an activation nor a residual yet."""
     return op.activation == "none" and getattr(op, "residual", None) is None
+
+
+def _scaled(op: Conv2d | Linear, by: ScaleShift, output: int) -> Conv2d | Linear:
+    """``op`` with a scale and a shift per channel folded into its weight and bias."""
+    scale = by.scale.view(-1, *(1,) * (op.weight.ndim - 1))
+    return replace(op, output=output, weight=scale * op.weight, bias=by.scale * op.bias + by.shift)

@@ -1,4 +1,4 @@
-"""The operations of a plan in plain torch: the definition that every backend is held against."""
+"""The operations of a plan in plain torch: the definition that every backend is tested against."""
 
 from __future__ import annotations
 
@@ -16,39 +16,79 @@ from fastcascade.errors import InvalidArgument
 from fastcascade.lowering.operations import (
     Activation,
     ActivationKind,
+    AdaptivePool,
     Add,
+    ChannelReduce,
     Concat,
     Conv2d,
     Flatten,
+    Flip,
+    LayerNorm,
     Linear,
+    Multiply,
     Op,
     Pad,
     Pool,
+    Reorder,
+    Reshape,
+    Resize,
     ScaleShift,
     Slice,
+    Softmax,
 )
 from fastcascade.lowering.plan import SelectorPlan, StagePlan
 
 __all__ = ["move_stage", "run_op", "run_stage"]
 
 
-def activate(x: Tensor, kind: ActivationKind) -> Tensor:
+def activate(x: Tensor, kind: ActivationKind, parameter: float = 0.0) -> Tensor:
     """Apply an activation; NaN stays NaN."""
-    if kind == "relu":
-        return x.relu()
-    return x.clamp(0, 6) if kind == "relu6" else x
+    match kind:
+        case "none":
+            return x
+        case "relu":
+            return x.relu()
+        case "relu6":
+            return x.clamp(0, 6)
+        case "leaky_relu":
+            return F.leaky_relu(x, parameter)
+        case "elu":
+            return F.elu(x, parameter)
+        case "sigmoid":
+            return x.sigmoid()
+        case "hard_sigmoid":
+            return ((x + 3) / 6).clamp(0, 1)
+        case "silu":
+            return x * x.sigmoid()
+        case "hard_swish":
+            return x * ((x + 3) / 6).clamp(0, 1)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "mish":
+            return F.mish(x)
+        case "tanh":
+            return x.tanh()
+        case "exp":
+            return x.exp()
+        case "sqrt":
+            return x.sqrt()
+        case "reciprocal":
+            return x.reciprocal()
+    raise InvalidArgument(f"unknown activation {kind!r}")
 
 
 def pool(op: Pool, x: Tensor, height: int, width: int) -> Tensor:
     """The windows of a :class:`Pool`, (n, C, H, W) → (n, C, height, width).
 
-    The image is padded by hand to exactly the cells that the windows cover, because torch's own pooling
-    knows symmetric padding only.
+    The image is first padded to exactly the cells that the windows cover, because torch's pooling has only
+    symmetric padding.
     """
     top, bottom, left, right = op.padding
     rows = (height - 1) * op.stride[0] + op.kernel[0] - x.shape[2] - top
     columns = (width - 1) * op.stride[1] + op.kernel[1] - x.shape[3] - left
-    sides = (left, columns, top, rows)  # a negative number crops what no window covers
+    sides = (left, columns, top, rows)  # a negative number crops cells that no window covers
     if op.kind == "max":
         return F.max_pool2d(F.pad(x, sides, value=-math.inf), op.kernel, op.stride)
     window_sum = partial(F.avg_pool2d, kernel_size=op.kernel, stride=op.stride, divisor_override=1)
@@ -62,17 +102,17 @@ def pool(op: Pool, x: Tensor, height: int, width: int) -> Tensor:
 
 
 def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """One operation on a batch.
+    """Run one operation on a batch.
 
     Args:
-        inputs: the values it reads, (n, …), in the order of ``op.reads``; weights must have their dtype.
-        shape: the output's, per instance.
+        inputs: the values that it reads, (n, …), in the order of ``op.reads``, in the dtype of the weights.
+        shape: the output's shape per instance.
     """
     x = inputs[0]
     match op:
         case Conv2d():
             top, bottom, left, right = op.padding
-            # F.conv2d pads symmetrically; what one side needs beyond that is padded by hand.
+            # F.conv2d pads symmetrically; F.pad adds the rest to one side.
             both = (min(top, bottom), min(left, right))
             extra = (left - both[1], right - both[1], top - both[0], bottom - both[0])
             padded = F.pad(x, extra) if any(extra) else x
@@ -84,26 +124,51 @@ def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
             return activate(F.linear(x, op.weight, op.bias), op.activation)
         case Add():
             return activate(x + inputs[1], op.activation)
+        case Multiply():
+            return x * inputs[1]
         case Activation():
-            return activate(x, op.kind)
+            return activate(x, op.kind, op.parameter)
         case ScaleShift():
-            ones = (1,) * (x.ndim - 2)
-            return x * op.scale.view(-1, *ones) + op.shift.view(-1, *ones)
+            axes = op.scale.shape if op.scale.ndim == x.ndim - 1 else (-1, *(1,) * (x.ndim - 2))
+            return x * op.scale.reshape(axes) + op.shift.reshape(axes)
+        case LayerNorm():
+            pixels = F.layer_norm(x.movedim(1, -1), op.scale.shape, op.scale, op.shift, op.eps)
+            return pixels.movedim(-1, 1)
+        case Softmax():
+            parts = x.reshape(len(x), op.parts, -1, *x.shape[2:])
+            return parts.softmax(1).reshape(x.shape)
+        case ChannelReduce():
+            return x.mean(1, keepdim=True) if op.kind == "mean" else x.amax(1, keepdim=True)
+        case Reorder():
+            return x[:, list(op.channels)]
+        case Flip():
+            return x.flip(3)
+        case Resize():
+            if op.kind == "nearest":
+                return F.interpolate(x, op.size, mode="nearest")
+            return F.interpolate(x, op.size, mode="bilinear", align_corners=op.align_corners)
+        case AdaptivePool():
+            pooled = F.adaptive_max_pool2d if op.kind == "max" else F.adaptive_avg_pool2d
+            return pooled(x, op.size)
+        case Reshape():
+            return x.reshape(len(x), *op.shape)
         case Slice():
             ranges = [slice(*numbers) for numbers in zip(op.start, op.stop, op.step, strict=True)]
             return x[:, ranges[0], ranges[1], ranges[2]]
         case Pad():
             sides = [n for pair in zip(op.before, op.after, strict=True) for n in pair]
+            if op.mode != "constant":
+                return F.pad(x, [*sides[4:], *sides[2:4]], mode=op.mode)
             return F.pad(x, [*sides[4:], *sides[2:4], *sides[:2]], value=op.value)
         case Concat():
             return torch.cat(inputs, 1)
         case Flatten():
             return x.flatten(1)
-    raise InvalidArgument(f"the reference backend does not know {type(op).__name__}")
+    raise InvalidArgument(f"the interpreter has no {type(op).__name__}")
 
 
 def run_stage(stage: StagePlan, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, …) → features (n, …) and logits (n, C) of one stage, opaque or not, in x's dtype."""
+    """Run one stage, opaque or not: (n, …) → features (n, …) and logits (n, C), in x's dtype."""
     if stage.module is not None:
         return cast(tuple[Tensor, Tensor], stage.module(x))
     values = {0: x}

@@ -1,13 +1,13 @@
-"""The operations of a plan, on numbered values.
+"""The operations of a plan, which read and write numbered values.
 
-All shapes are per instance (no batch axis): an image or feature map is (C, H, W), a vector (F,).
+All shapes are per instance, without a batch axis: an image or feature map is (C, H, W), a vector (F,).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,24 +17,56 @@ from torch import Tensor
 from fastcascade.errors import InvalidArgument
 
 __all__ = [
+    "PARAMETRIC",
     "Activation",
     "ActivationKind",
+    "AdaptivePool",
     "Add",
+    "ChannelReduce",
     "Concat",
     "Conv2d",
     "Flatten",
+    "Flip",
+    "LayerNorm",
     "Linear",
+    "Multiply",
     "Op",
     "Pad",
     "Pool",
+    "Reorder",
+    "Reshape",
+    "Resize",
     "ScaleShift",
     "Shape",
     "Slice",
+    "Softmax",
+    "beyond_core",
     "require",
     "require_tensor",
 ]
 
-ActivationKind = Literal["none", "relu", "relu6"]
+ActivationKind = Literal[
+    "none",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "sigmoid",
+    "hard_sigmoid",
+    "silu",
+    "hard_swish",
+    "gelu",
+    "gelu_tanh",
+    "mish",
+    "tanh",
+    "exp",
+    "sqrt",
+    "reciprocal",
+]
+"""Elementwise functions, named as in torch. "gelu" is exact (erf), "gelu_tanh" its approximation."""
+
+PARAMETRIC = ("leaky_relu", "elu")
+"""Activations with a parameter: the negative slope, or alpha. They stay operations of their own."""
 
 
 Shape = tuple[int, ...]
@@ -59,14 +91,14 @@ def require_tensor(tensor: Tensor, shape: Shape, what: str) -> None:
 
 
 def _windows(size: int, kernel: int, stride: int, before: int, after: int, ceil: bool = False) -> int:
-    """How many windows fit along an axis; in ceil mode the last may overhang but must start on the image."""
+    """Number of windows along an axis; in ceil mode the last may overhang, but starts inside the image."""
     room = size + before + after - kernel
     count = (-(-room // stride) if ceil else room // stride) + 1
     return count - 1 if ceil and (count - 1) * stride >= size + before else count
 
 
 def _sizes(value: object) -> list[int]:
-    """The sizes in a field of an operation: an integer, a tuple of them, or a tensor's axes."""
+    """The integers in a field of an operation: a number, a tuple of numbers, or the sizes of a tensor."""
     numbers = value if isinstance(value, tuple) else getattr(value, "shape", (value,))
     return [n for n in numbers if isinstance(n, int)]
 
@@ -81,16 +113,16 @@ def _named(activation: ActivationKind) -> list[str]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Op(ABC):
-    """One operation: reads values by number, writes value ``output``. Value 0 is the stage's input."""
+    """One operation, which reads values and writes value ``output``. Value 0 is the input of the stage."""
 
     output: int
 
     operands: ClassVar[tuple[str, ...]] = ("input",)
-    """The fields that hold the numbers of values to read: a number, a tuple of numbers, or None, in order."""
+    """The fields with the numbers of the values to read, in order; each is a number, a tuple or None."""
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The values that this operation reads."""
+        """Numbers of the values that the operation reads."""
         values: list[int] = []
         for name in self.operands:
             value = getattr(self, name)
@@ -98,7 +130,7 @@ class Op(ABC):
         return tuple(values)
 
     def renumbered(self, number: Mapping[int, int]) -> Op:
-        """A copy with every value's number looked up in ``number``."""
+        """A copy with its values renumbered."""
         changes: dict[str, Any] = {"output": number[self.output]}
         for name in self.operands:
             value = getattr(self, name)
@@ -110,7 +142,7 @@ class Op(ABC):
 
     @property
     def sizes(self) -> list[int]:
-        """Every integer in its fields: numbers of values, kernels, strides, the axes of weights."""
+        """All integers in the fields: value numbers, kernels, strides, the sizes of weights."""
         return [n for f in fields(self) for n in _sizes(getattr(self, f.name))]
 
     @abstractmethod
@@ -118,18 +150,18 @@ class Op(ABC):
         """Shape of the output for inputs of these shapes, in the order of ``reads``.
 
         Raises:
-            InvalidArgument: the operation cannot read such values, or its own fields contradict each other.
+            InvalidArgument: the operation cannot read such values, or its fields contradict each other.
         """
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The operation's weights by field name."""
+        """The weights, by field name."""
         pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in pairs if isinstance(value, Tensor)}
 
     @abstractmethod
     def __str__(self) -> str:
-        """In words, for reports: "conv 3×3 16→32, stride 2, +residual, relu"."""
+        """The operation in words, for reports: "conv 3×3 16→32, stride 2, +residual, relu"."""
 
     def __repr__(self) -> str:
         return f"v{self.output} = {self}({', '.join(f'v{value}' for value in self.reads)})"
@@ -176,7 +208,7 @@ class Conv2d(Op):
         )
         require(
             self.residual is None or inputs[1] == shape,
-            f"conv2d answers {shape} but its residual has shape {inputs[-1]}",
+            f"conv2d returns shape {shape}, but its residual has shape {inputs[-1]}",
         )
         return shape
 
@@ -192,10 +224,10 @@ class Conv2d(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pool(Op):
-    """Max or average over windows. Max ignores padding and propagates NaN.
+    """Maximum or average over windows. The maximum ignores padding and propagates NaN.
 
-    ``padding`` (top, bottom, left, right). ``include_padding``: padded zeros count in an average's divisor;
-    cells past the declared padding (``ceil_mode`` windows) never count.
+    ``padding`` is (top, bottom, left, right). ``include_padding``: the divisor of an average counts the
+    padding. Cells beyond the padding, which ``ceil_mode`` windows reach, never count.
     """
 
     input: int
@@ -248,9 +280,19 @@ class Linear(Op):
         return ", ".join([f"linear {width}→{out}", *_named(self.activation)])
 
 
+def _broadcast(a: Shape, b: Shape, what: str) -> Shape:
+    """The common shape of two operands; an axis of size 1 stretches, the number of axes must agree."""
+    pairs = list(zip(a, b, strict=False))
+    require(
+        len(a) == len(b) and all(m == n or 1 in (m, n) for m, n in pairs),
+        f"{what} reads shapes {a} and {b}; expected equal sizes, or 1, along each axis",
+    )
+    return tuple(max(m, n) for m, n in pairs)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Op):
-    """activation(input + other), same shapes."""
+    """activation(input + other). Axes of size 1 broadcast."""
 
     input: int
     other: int
@@ -259,42 +301,203 @@ class Add(Op):
     operands = ("input", "other")
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        require(inputs[0] == inputs[1], f"add reads shapes {inputs[0]} and {inputs[1]}; expected equal ones")
-        return inputs[0]
+        return _broadcast(inputs[0], inputs[1], "add")
 
     def __str__(self) -> str:
         return ", ".join(["add", *_named(self.activation)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Multiply(Op):
+    """input · other: a squeeze-and-excitation gate, an attention map, a square. Axes of size 1 broadcast."""
+
+    input: int
+    other: int
+
+    operands = ("input", "other")
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        return _broadcast(inputs[0], inputs[1], "multiply")
+
+    def __str__(self) -> str:
+        return "multiply"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Activation(Op):
-    """An activation that could not be fused into the operation before it."""
+    """An elementwise function that does not join the operation before it.
+
+    ``parameter`` is the negative slope of "leaky_relu" and the alpha of "elu"; 0 for all others.
+    """
 
     input: int
     kind: ActivationKind
+    parameter: float = 0.0
 
     def output_shape(self, *inputs: Shape) -> Shape:
+        require(
+            math.isfinite(self.parameter) and (self.parameter == 0 or self.kind in PARAMETRIC),
+            f"{self.kind} with parameter {self.parameter}",
+        )
         return inputs[0]
 
     def __str__(self) -> str:
-        return self.kind
+        return f"{self.kind} {self.parameter:g}" if self.kind in PARAMETRIC else self.kind
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaleShift(Op):
-    """scale[c]·input + shift[c]: a batch norm with no convolution before it; both (C,) f32."""
+    """scale·input + shift; both f32, (C,) or, where constants vary within a channel, of the input's shape."""
 
     input: int
     scale: Tensor
     shift: Tensor
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        require_tensor(self.scale, inputs[0][:1], "scale")
-        require_tensor(self.shift, inputs[0][:1], "shift")
+        shape = inputs[0][:1] if self.scale.ndim == 1 else inputs[0]
+        require_tensor(self.scale, shape, "scale")
+        require_tensor(self.shift, shape, "shift")
         return inputs[0]
 
     def __str__(self) -> str:
         return "scale and shift"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerNorm(Op):
+    """Normalisation over the channels of each pixel, then scale and shift, both (C,) f32."""
+
+    input: int
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require_tensor(self.scale, inputs[0][:1], "layer norm scale")
+        require_tensor(self.shift, inputs[0][:1], "layer norm shift")
+        require(self.eps >= 0, f"layer norm with eps {self.eps}; expected at least 0")
+        return inputs[0]
+
+    def __str__(self) -> str:
+        return "layer norm over channels"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Softmax(Op):
+    """Softmax over ``parts`` equal runs of channels: output c competes with channels c ± i·C/parts.
+
+    With ``parts`` = C it is the softmax over all channels; split attention uses fewer.
+    """
+
+    input: int
+    parts: int
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require(
+            1 <= self.parts <= inputs[0][0] and inputs[0][0] % self.parts == 0,
+            f"softmax over {self.parts} parts of {inputs[0][0]} channels",
+        )
+        return inputs[0]
+
+    def __str__(self) -> str:
+        return f"softmax over {self.parts} parts"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ChannelReduce(Op):
+    """Mean or maximum over channels, (C, H, W) → (1, H, W); a vector (F,) → (1,)."""
+
+    input: int
+    kind: Literal["mean", "max"]
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        return (1, *inputs[0][1:])
+
+    def __str__(self) -> str:
+        return f"{self.kind} over channels"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Reorder(Op):
+    """Output channel i is input channel ``channels[i]``: shuffles and selections of channels."""
+
+    input: int
+    channels: tuple[int, ...]
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require(
+            len(self.channels) > 0 and min(self.channels) >= 0 and max(self.channels) < inputs[0][0],
+            f"reorder names channels outside 0 … {inputs[0][0] - 1}",
+        )
+        return (len(self.channels), *inputs[0][1:])
+
+    def __str__(self) -> str:
+        return f"reorder {len(self.channels)} channels"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Flip(Op):
+    """The mirror image: columns from right to left."""
+
+    input: int
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        return _require_map(inputs[0], "flip")
+
+    def __str__(self) -> str:
+        return "flip"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Resize(Op):
+    """Upsampling to ``size`` (height, width); bilinear with half-pixel centres or aligned corners."""
+
+    input: int
+    kind: Literal["nearest", "bilinear"]
+    size: tuple[int, int]
+    align_corners: bool = False
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        channels, _, _ = _require_map(inputs[0], "resize")
+        require(not (self.align_corners and self.kind == "nearest"), "nearest resize with aligned corners")
+        return (channels, *self.size)
+
+    def __str__(self) -> str:
+        return f"{self.kind} resize to {self.size[0]}×{self.size[1]}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdaptivePool(Op):
+    """Pooling to ``size`` with windows of unequal extent: window i spans ⌊i·n/m⌋ … ⌈(i+1)·n/m⌉."""
+
+    input: int
+    kind: Literal["max", "average"]
+    size: tuple[int, int]
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        channels, _, _ = _require_map(inputs[0], "adaptive pool")
+        return (channels, *self.size)
+
+    def __str__(self) -> str:
+        return f"adaptive {self.kind} pool to {self.size[0]}×{self.size[1]}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Reshape(Op):
+    """The same elements in row-major order under another shape."""
+
+    input: int
+    shape: tuple[int, ...]
+
+    def output_shape(self, *inputs: Shape) -> Shape:
+        require(
+            len(self.shape) in (1, 3) and math.prod(self.shape) == math.prod(inputs[0]),
+            f"reshape of {inputs[0]} to {self.shape}",
+        )
+        return self.shape
+
+    def __str__(self) -> str:
+        return f"reshape to {'×'.join(map(str, self.shape))}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -311,7 +514,7 @@ class Slice(Op):
         ranges = list(zip(shape, self.start, self.stop, self.step, strict=True))
         require(
             all(0 <= start < stop <= size and step >= 1 for size, start, stop, step in ranges),
-            f"slice {self.start}:{self.stop}:{self.step} does not lie in a value of shape {shape}",
+            f"slice {self.start}:{self.stop}:{self.step} is out of range for a value of shape {shape}",
         )
         return tuple(len(range(start, stop, step)) for _, start, stop, step in ranges)
 
@@ -322,21 +525,32 @@ class Slice(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pad(Op):
-    """Constant padding; ``before`` and ``after`` along (C, H, W), never negative."""
+    """Padding; ``before`` and ``after`` along (C, H, W), never negative. "reflect" leaves channels alone."""
 
     input: int
     before: tuple[int, int, int]
     after: tuple[int, int, int]
     value: float = 0.0
+    mode: Literal["constant", "reflect", "replicate"] = "constant"
 
     def output_shape(self, *inputs: Shape) -> Shape:
         shape = _require_map(inputs[0], "pad")
         require(min(*self.before, *self.after) >= 0, f"negative padding {self.before}, {self.after}")
+        require(
+            self.mode == "constant" or self.before[0] == self.after[0] == 0,
+            f"{self.mode} padding of channels",
+        )
+        require(
+            self.mode != "reflect"
+            or all(max(b, a) < n for b, a, n in zip(self.before, self.after, shape, strict=True)),
+            f"reflect padding {self.before}, {self.after} of shape {shape}; expected less than the size",
+        )
         return tuple(b + n + a for b, n, a in zip(self.before, shape, self.after, strict=True))
 
     def __str__(self) -> str:
         sides = zip(self.before, self.after, strict=True)
-        return f"pad with {self.value:g} " + " ".join(f"{before}+{after}" for before, after in sides)
+        fill = f"{self.value:g}" if self.mode == "constant" else self.mode
+        return f"pad with {fill} " + " ".join(f"{before}+{after}" for before, after in sides)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -348,9 +562,9 @@ class Concat(Op):
     operands = ("inputs",)
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        require(len(inputs) >= 1, "concat of nothing")
+        require(len(inputs) >= 1, "concat without inputs")
         rest = {shape[1:] for shape in inputs}
-        require(len(rest) == 1, f"concat reads shapes {inputs}; expected equal ones but for channels")
+        require(len(rest) == 1, f"concat reads shapes {inputs}; expected shapes that differ only in channels")
         return (sum(shape[0] for shape in inputs), *inputs[0][1:])
 
     def __str__(self) -> str:
@@ -368,3 +582,27 @@ class Flatten(Op):
 
     def __str__(self) -> str:
         return "flatten"
+
+
+CORE = (Activation, Add, Concat, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift, Slice)
+CORE_ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def beyond_core(op: Op, shapes: Sequence[Shape]) -> str | None:
+    """What an operation needs beyond the core set, for which every backend has kernels; None if nothing.
+
+    Args:
+        shapes: of all values of the stage.
+    """
+    activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", "none")
+    if not isinstance(op, CORE):
+        return f"no kernel for {op}"
+    if activation not in CORE_ACTIVATIONS:
+        return f"no kernel for {activation}"
+    if isinstance(op, Add) and shapes[op.input] != shapes[op.other]:
+        return f"broadcasts {shapes[op.input]} and {shapes[op.other]}"
+    if isinstance(op, Pad) and op.mode != "constant":
+        return f"no kernel for {op.mode} padding"
+    if isinstance(op, ScaleShift) and op.scale.ndim > 1:
+        return "its constants vary within a channel"
+    return None

@@ -1,11 +1,12 @@
-"""The plan: a cascade as plain data, which every backend lowers to a program of its own.
+"""The plan: a cascade as plain data, which every backend can lower to a program.
 
-A plan holds, per stage, a list of operations on numbered values, folded weights, the exit head, the
-selector's weights and the cost. It refers to no Python code of the model, so it can be printed, saved and
-run elsewhere. A stage that cannot be expressed as operations is *opaque*: it carries the torch module and
-the reason, runs through torch, and cannot be saved.
+For each stage, a plan holds a list of operations on numbered values with folded weights, the weights of the
+selector, and the cost. It needs no Python code of the model, so it can be printed, saved, and run elsewhere.
+A stage that
+operations cannot express is *opaque*: it holds the torch module and the reason, runs in torch, and cannot be
+    saved.
 
-All shapes are per instance (no batch axis): an image or feature map is (C, H, W), a vector (F,).
+All shapes are per instance, without a batch axis: an image or feature map is (C, H, W), a vector (F,).
 """
 
 from __future__ import annotations
@@ -36,19 +37,23 @@ __all__ = ["Plan", "SelectorPlan", "StagePlan"]
 
 
 SIZE_LIMIT = 2**20
-"""Largest kernel, stride, padding or axis of a plan, so that backends may compute offsets in 64 bits."""
+"""Largest kernel, stride, padding or axis in a plan. Offsets then fit in 64 bits."""
 
 ELEMENT_LIMIT = 2**31 - 1
-"""Most elements of one value per instance, or of one weight."""
+"""Most elements of a value per instance, or of a weight."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SelectorPlan:
-    """How one exit scores stopping.
+    """The selector of one exit.
 
-    ``kind`` "mlp": u = w2·relu(w1·((features − mean)/std) + b1) + b2, with ``features`` one of DESIGN's three
-    sets; "max_prob" | "margin" | "entropy": that score, no weights; "opaque": ``module`` is called as
-    ``module(k, log_probs, previous_label)``.
+    ``kind`` is one of
+
+    - "mlp": the score is w2·relu(w1·((features − mean)/std) + b1) + b2. ``features`` names its inputs, as in
+      :func:`fastcascade.kernels.reference.features`.
+    - "max_prob", "margin", "entropy": a confidence score without weights, as in
+      :func:`fastcascade.kernels.reference.threshold_score`.
+    - "opaque": the score is ``module(k, log_probs, previous_label)``.
     """
 
     kind: Literal["mlp", "max_prob", "margin", "entropy", "opaque"]
@@ -63,21 +68,21 @@ class SelectorPlan:
 
     @property
     def weights(self) -> MLPWeights | None:
-        """The weights as the kernels take them; None unless ``kind`` is "mlp"."""
+        """The weights in the form that kernels take; None unless ``kind`` is "mlp"."""
         if self.kind != "mlp":
             return None
         return MLPWeights(*(cast(Tensor, getattr(self, name)) for name in MLPWeights._fields))
 
     def check(self, num_classes: int) -> None:
-        """Raise InvalidArgument unless kind, features and weights fit together."""
+        """Raise InvalidArgument unless kind, features and weights are consistent."""
         require(
             (self.module is not None) == (self.kind == "opaque"),
-            f"selector of kind {self.kind} {'has a' if self.module else 'lacks its'} module",
+            f"selector of kind {self.kind} {'has a' if self.module else 'lacks a'} module",
         )
         if self.kind != "mlp":
             return
         width = num_classes if self.features == "probs" else 4
-        require(self.features is not None, "an mlp selector names no features")
+        require(self.features is not None, "an mlp selector must name its features")
         require(self.features != "topk" or num_classes >= 3, "features 'topk' need at least 3 classes")
         require(self.w1 is not None and self.w1.ndim == 2, "an mlp selector needs w1 of 2 axes")
         hidden = cast(Tensor, self.w1).shape[0]
@@ -95,10 +100,12 @@ class SelectorPlan:
 class StagePlan:
     """One stage: operations from its input to its features and logits, or an opaque module.
 
-    ``shapes[v]`` is value v's shape. ``features`` is the value that the next stage reads if its ``input`` is
-    "previous", ``logits`` the value (num_classes,) that the exit head reads. ``macs`` is the cost of this
-    stage alone, its exit included, its selector not. ``module``, for an opaque stage only, maps a batch to
-    (features, logits).
+    Attributes:
+        macs: cost of the stage with its exit, without its selector and the stages before it.
+        shapes: shape of each value.
+        features: number of the value that the next stage reads if its ``input`` is "previous".
+        logits: number of the value (num_classes,) that the exit head reads.
+        module: maps a batch to (features, logits); for an opaque stage only.
     """
 
     name: str
@@ -113,8 +120,16 @@ class StagePlan:
     opaque_reason: str | None = field(default=None, metadata=NOT_SAVED)
     module: nn.Module | None = field(default=None, metadata=NOT_SAVED)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the operations' weights, or of the opaque module's parameters and buffers."""
+        tensors = [tensor for op in self.ops for tensor in op.tensors.values()]
+        if self.module is not None:
+            tensors = [*self.module.parameters(), *self.module.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def last_reads(self) -> list[tuple[int, ...]]:
-        """Per operation, the values that nothing reads after it: their memory is free from there on.
+        """For each operation, the values that no later operation reads, so that their memory can be freed.
 
         Features and logits are never among them.
         """
@@ -126,12 +141,12 @@ class StagePlan:
         ]
 
     def check(self, num_classes: int) -> None:
-        """Raise InvalidArgument unless every value is defined before use and has the shape it must have."""
+        """Raise InvalidArgument unless every value is defined before use and has the right shape."""
         require(self.macs >= 0 and self.selector_macs >= 0, f"stage {self.name!r} has a negative cost")
         has_module = self.module is not None
         require(
             has_module >= bool(self.opaque_reason) and not (has_module and self.ops),
-            f"stage {self.name!r} must have either operations or a module; a reason needs a module",
+            f"stage {self.name!r} must have either operations or a module; only a module takes a reason",
         )
         require(all(len(shape) in (1, 3) for shape in self.shapes), f"stage {self.name!r}: bad value shape")
         if self.module is None:
@@ -141,7 +156,7 @@ class StagePlan:
         require(len(self.shapes) == len(self.ops) + 1, f"stage {self.name!r} needs one shape per value")
         defined = {0}
         for op in self.ops:
-            what = f"stage {self.name!r}, {type(op).__name__} v{op.output}"  # its repr needs valid fields
+            what = f"stage {self.name!r}, {type(op).__name__} v{op.output}"  # repr needs valid fields
             require(set(op.reads) <= defined, f"{what}: reads a value that is not defined before it")
             require(op.output not in defined and 0 < op.output < len(self.shapes), f"{what}: bad output")
             try:
@@ -159,7 +174,7 @@ class StagePlan:
         require({self.features, self.logits} <= defined, f"stage {self.name!r}: features or logits undefined")
         require(
             self.shapes[self.logits] == (num_classes,),
-            f"stage {self.name!r} answers {self.shapes[self.logits]}; expected ({num_classes},) logits",
+            f"stage {self.name!r} returns logits {self.shapes[self.logits]}; expected ({num_classes},)",
         )
 
     def __str__(self) -> str:
@@ -177,7 +192,7 @@ class StagePlan:
 class Plan:
     """A whole cascade as data; ``stages[-1].selector`` is None.
 
-    ``default_thresholds`` (K−1,) is None where the selector has none (confidence thresholds).
+    ``default_thresholds`` (K−1,) is None if the selector has no defaults, as for confidence thresholds.
     """
 
     stages: tuple[StagePlan, ...]
@@ -213,16 +228,16 @@ class Plan:
     def _check_stages(self) -> None:
         features: Shape = ()
         for k, stage in enumerate(self.stages):
-            require(k > 0 or stage.input == "image", "the first stage has nothing before it to read")
+            require(k > 0 or stage.input == "image", "the first stage must read the image")
             require(
                 (stage.selector is None) == (k == len(self.stages) - 1),
-                f"stage {k} of {len(self.stages)} {'has a' if stage.selector else 'lacks its'} selector; "
-                "all stages have one but the last",
+                f"stage {k} of {len(self.stages)} {'has a' if stage.selector else 'lacks a'} selector; "
+                "every stage but the last must have one",
             )
             source = self.input.shape if stage.input == "image" else features
             require(
                 stage.module is not None or stage.shapes[:1] == (source,),
-                f"stage {stage.name!r} reads {stage.shapes[:1]}; the value it is given has shape {source}",
+                f"stage {stage.name!r} reads shape {stage.shapes[:1]}, but its input has shape {source}",
             )
             stage.check(self.num_classes)
             if stage.selector is not None:
@@ -231,12 +246,12 @@ class Plan:
 
     @property
     def stage_weights(self) -> tuple[float | None, ...]:
-        """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
+        """(K,) weights of the stages in the combined probabilities; None for combine="last"."""
         return stage_weights(self.combine, len(self.stages))
 
     @property
     def exit_macs(self) -> Tensor:
-        """(K,) int64: the accumulated cost of stopping at each exit (stages 0…k, selectors 0…min(k, K−2))."""
+        """(K,) int64 cost of stopping at each exit: stages 0…k and selectors 0…min(k, K−2)."""
         stages = torch.tensor([stage.macs for stage in self.stages]).cumsum(0)
         selectors = torch.tensor([stage.selector_macs for stage in self.stages]).cumsum(0)
         return stages + selectors
@@ -253,7 +268,7 @@ class Plan:
         Raises:
             LoweringError: a stage or selector is opaque and cannot be saved without its Python code.
             InvalidArgument: the directory holds a plan and ``overwrite`` is False.
-            SaveError: the operating system refused; what was there before is intact.
+            SaveError: the operating system reported an error; the previous contents are intact.
         """
         from fastcascade.lowering.plan_file import save_plan
 

@@ -1,7 +1,7 @@
-"""Plans as files. The fields of the plan's dataclasses are the format: their types say what may stand there.
+"""Saving and loading of plans. The file format is the fields of the plan's dataclasses and their types.
 
-A loaded plan has passed the type of every field here, and then every check that a plan makes of itself:
-values defined before use, shapes recomputed, weights of the right size.
+Loading checks the type of every field. The plan then checks itself: every value is defined before use, shapes
+are recomputed, weights have the right size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError, InvalidArgument, LoweringError
 from fastcascade.lowering.plan import Plan
+from fastcascade.storage.bundle import BundleFormat, load_bundle, save_bundle
 from fastcascade.storage.codec import Reader, encode
-from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
 
 __all__ = ["FORMAT", "load_plan", "save_plan"]
 
@@ -31,7 +31,7 @@ def save_plan(plan: Plan, directory: str | Path, overwrite: bool = False) -> Non
             )
         if stage.selector is not None and stage.selector.module is not None:
             raise LoweringError(
-                f"the selector of stage {stage.name!r} cannot be saved: it is code of your own; "
+                f"the selector of stage {stage.name!r} cannot be saved: it is your own code; "
                 "save the cascade itself with cascade.save"
             )
     tensors: dict[str, Tensor] = {}
@@ -39,7 +39,7 @@ def save_plan(plan: Plan, directory: str | Path, overwrite: bool = False) -> Non
 
 
 def load_plan(directory: str | Path) -> Plan:
-    """Load a saved plan. No code of the model is needed, and none is run.
+    """Load a saved plan, without any of the model's code.
 
     Raises:
         FileFormatError: missing, damaged, not a valid plan, or written by a newer version.
@@ -59,9 +59,9 @@ def load_plan(directory: str | Path) -> Plan:
     try:
         plan = cast(Plan, reader.decode(Plan, content, "plan"))
     except InvalidArgument as error:
-        raise FileFormatError(f"{directory} does not hold a valid plan: {error}") from error
+        raise FileFormatError(f"{directory} does not contain a valid plan: {error}") from error
     if reader.unused:
         raise FileFormatError(
-            f"{directory} holds tensors that the plan does not name: {sorted(reader.unused)[:5]}"
+            f"{directory} contains tensors that the plan does not use: {sorted(reader.unused)[:5]}"
         )
     return plan

@@ -20,6 +20,7 @@ from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.model.cost import count_macs, eval_mode
 from fastcascade.model.selector import Selector
+from fastcascade.scale import ScaleCheck
 from fastcascade.types import (
     CascadeOutput,
     Combine,
@@ -74,8 +75,15 @@ class Stage(nn.Module):
         macs: int | None = None,
     ) -> None:
         super().__init__()
+        _require_module(module, "Stage module")
+        if exit is not None:
+            _require_module(exit, "Stage exit")
         if input not in ("image", "previous"):
             raise InvalidArgument(f"Stage input is {input!r}; expected 'image' or 'previous'")
+        if name is not None and not isinstance(name, str):
+            raise InvalidArgument(f"Stage name is {name!r}; expected a string")
+        if macs is not None and (not isinstance(macs, int) or macs < 0):
+            raise InvalidArgument(f"Stage macs is {macs!r}; expected an integer of at least 0")
         self.module = module
         self.exit = exit
         self.input = input
@@ -86,6 +94,18 @@ class Stage(nn.Module):
         """(n, …) → features (n, …) and logits (n, C); the same tensor if the stage has no exit."""
         features = self.module(x)
         return features, features if self.exit is None else self.exit(features)
+
+
+def _require_module(value: object, what: str) -> None:
+    """Refuse a class, a registry name, a function: anything that is no module with weights."""
+    if isinstance(value, nn.Module):
+        return
+    fix = "wrap a function in an nn.Module with a forward method" if callable(value) else "pass the network"
+    if isinstance(value, str):
+        fix = f"build the network first: fastcascade.model.registry.build_network({value!r}, num_classes)"
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        fix = f"create an instance: {value.__name__}(…)"
+    raise InvalidArgument(f"{what} is {value!r}; expected an nn.Module: {fix}")
 
 
 class Cascade(nn.Module):
@@ -109,6 +129,8 @@ class Cascade(nn.Module):
         single_macs: per stage, the cheapest way to give every instance that stage's own answer: its own
             cost, with the segments that it reads through but without their exits and selectors.
         dense_macs: ``single_macs`` of the last stage.
+        temperatures: (K,) buffer of the stages' temperatures T_k: p_k = softmax(z_k / T_k). 1 until
+            :func:`fastcascade.fit` finds them on held-out images (Guo et al. 2017, arXiv 1706.04599).
         operating_points: named thresholds stored by :func:`fastcascade.calibrate`.
         seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has seen.
 
@@ -124,6 +146,8 @@ class Cascade(nn.Module):
         torch.Size([4, 10])
     """
 
+    temperatures: Tensor
+
     def __init__(
         self,
         stages: Sequence[nn.Module],
@@ -135,14 +159,18 @@ class Cascade(nn.Module):
         classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(s if isinstance(s, Stage) else Stage(s) for s in stages)
-        self.selector = selector
+        self.stages = nn.ModuleList(_checked_stages(stages))
+        self.selector = _checked_selector(selector)
         self.num_classes = num_classes
-        self.input = InputSpec(cast(tuple[int, int, int], tuple(input_shape)), preprocess)
+        # Size and list are shapes, too; what is neither is left for the check.
+        shape = tuple(input_shape) if isinstance(input_shape, Sequence) else input_shape
+        self.input = InputSpec(cast(tuple[int, int, int], shape), preprocess)
         self.combine = checked_combine(combine, len(self.stages))
-        self.classes = None if classes is None else tuple(classes)
+        self.classes = _checked_classes(classes)
+        self.scale_check = ScaleCheck(self.input)
         self.operating_points: dict[str, OperatingPoint] = {}
         self.seen_images = np.empty(0, np.uint64)
+        self.register_buffer("temperatures", torch.ones(len(self.stages)))
         self._check_arguments()
         if isinstance(selector, Selector):
             selector.build(len(self.stages), num_classes)
@@ -154,8 +182,8 @@ class Cascade(nn.Module):
         if (self.selector is None) != (len(self.stages) == 1):
             expected = "no selector" if len(self.stages) == 1 else "a selector, for example fc.MLPSelector()"
             raise InvalidArgument(f"{len(self.stages)} stage(s) need {expected}, got {self.selector!r}")
-        if self.num_classes < 2:
-            raise InvalidArgument(f"num_classes is {self.num_classes}; expected at least 2")
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            raise InvalidArgument(f"num_classes is {self.num_classes!r}; expected an integer of at least 2")
         if self.stage(0).input != "image":
             raise InvalidArgument("the first stage has input='previous', but nothing comes before it")
         if self.classes is not None and len(self.classes) != self.num_classes:
@@ -167,15 +195,19 @@ class Cascade(nn.Module):
         counted, chains, backbone, features = [], [], 0, x
         for k in range(len(self.stages)):
             stage = self.stage(k)
-            source = x if stage.input == "image" else features
-            features, macs = count_macs(stage.module, source)
+            source, origin = (
+                (x, "an image") if stage.input == "image" else (features, f"the features of stage {k - 1}")
+            )
+            features, macs = self._probe(k, stage.module, source, origin)
             # A stage alone is its exit and the chain of segments that it reads through.
             backbone = macs + (backbone if stage.input == "previous" else 0)
-            logits, exit_macs = (features, 0) if stage.exit is None else count_macs(stage.exit, features)
+            logits, exit_macs = features, 0
+            if stage.exit is not None:
+                logits, exit_macs = self._probe(k, stage.exit, features, "its features")
             if logits.shape != (1, self.num_classes):
                 raise InvalidArgument(
-                    f"stage {k} answers shape {tuple(logits.shape)} for one {self.input.shape} image; "
-                    f"expected (1, {self.num_classes}) logits"
+                    f"stage {k} returns shape {tuple(logits.shape)} for one {self.input.shape} image; "
+                    f"expected (1, {self.num_classes}) logits. Change num_classes or the stage's last layer"
                 )
             counted.append(macs + exit_macs)
             chains.append(backbone + exit_macs)
@@ -190,6 +222,24 @@ class Cascade(nn.Module):
         self.single_macs = tuple(chain - own + macs for chain, own, macs in costs)
         self.dense_macs = self.single_macs[-1]
 
+    def _probe(self, k: int, module: nn.Module, x: Tensor, origin: str) -> tuple[Tensor, int]:
+        """Output and multiplies of a part of stage k for one instance."""
+        try:
+            out, macs = count_macs(module, x)
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            hint = self.input.channels_first_hint()
+            raise InvalidArgument(
+                f"stage {k} ({type(module).__name__}) fails on {origin} of shape {tuple(x.shape)}: "
+                f"{type(error).__name__}: {reason}{hint or f'. input_shape is {self.input.shape} (C, H, W)'}"
+            ) from error
+        if not isinstance(out, Tensor):
+            raise InvalidArgument(
+                f"stage {k} ({type(module).__name__}) returns {type(out).__name__}; expected a tensor. "
+                "Wrap it in a module that returns the logits alone"
+            )
+        return out, macs
+
     def stage(self, k: int) -> Stage:
         """Stage k, typed."""
         return cast(Stage, self.stages[k])
@@ -198,6 +248,11 @@ class Cascade(nn.Module):
     def stage_weights(self) -> tuple[float | None, ...]:
         """(K,) weights of the stages in the combined probabilities; None where a stage answers alone."""
         return stage_weights(self.combine, len(self.stages))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights saved before there were temperatures have none: 1."""
+        state_dict.setdefault(f"{prefix}temperatures", torch.ones_like(self.temperatures))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def device(self) -> torch.device:
@@ -261,10 +316,21 @@ class Cascade(nn.Module):
             logits.append(z)
         return torch.stack(logits)
 
+    def tempered(self, logits: Tensor, k: int | None = None) -> Tensor:
+        """z/T in float32, or float64 as the logits are: what every softmax is taken of.
+
+        Args:
+            logits: (K, N, C) of all stages, or (N, C) of stage ``k``.
+        """
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        temperatures = self.temperatures.to(wide)
+        return wide / (temperatures[:, None, None] if k is None else temperatures[k])
+
     def judge(self, logits: Tensor) -> ExitJudgement:
         """What every exit would say, from the logits (K, N, C) of every stage; differentiable."""
-        valid = logits.isfinite().all(2)
-        own = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(2)
+        tempered = self.tempered(logits)
+        valid = tempered.isfinite().all(2)
+        own = tempered.log_softmax(2)
         labels = own.argmax(2)
         log_probs = own
         if self.combine != "last":
@@ -314,7 +380,7 @@ class Cascade(nn.Module):
                 score = None if last else partial(self.score, k)
                 keep = exit_step(
                     tables,
-                    logits,
+                    self.tempered(logits, k),
                     active,
                     k,
                     stage_weight=self.stage_weights[k],
@@ -330,6 +396,8 @@ class Cascade(nn.Module):
         x = self.input.nchw(x)
         if x.device != self.device:
             raise InvalidArgument(f"images are on {x.device}, the cascade on {self.device}; move one of them")
+        if self.scale_check.open and not torch.compiler.is_compiling():
+            self.scale_check(x)
         return self.input.to_float(x).to(self.dtype)
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
@@ -337,3 +405,34 @@ class Cascade(nn.Module):
         from fastcascade.model.store import save_cascade
 
         save_cascade(self, directory, overwrite=overwrite)
+
+
+def _checked_stages(stages: Sequence[nn.Module]) -> list[Stage]:
+    if isinstance(stages, nn.Module) and not isinstance(stages, nn.ModuleList):
+        raise InvalidArgument(
+            f"stages is a {type(stages).__name__}; expected a list of modules, as in [module]"
+        )
+    if isinstance(stages, str) or not isinstance(stages, Sequence | nn.ModuleList):
+        raise InvalidArgument(f"stages is {stages!r}; expected a list of modules")
+    checked = []
+    for k, stage in enumerate(stages):
+        _require_module(stage, f"stages[{k}]")
+        checked.append(stage if isinstance(stage, Stage) else Stage(stage))
+    return checked
+
+
+def _checked_selector(selector: nn.Module | None) -> nn.Module | None:
+    if selector is None or (isinstance(selector, nn.Module) and hasattr(selector, "macs")):
+        return selector
+    raise InvalidArgument(
+        f"selector is {selector!r}; expected None, fc.MLPSelector(), fc.ThresholdSelector(score), or a "
+        "module with forward(k, log_probs, previous_label) and macs(k, num_classes)"
+    )
+
+
+def _checked_classes(classes: Sequence[str] | None) -> tuple[str, ...] | None:
+    if classes is None:
+        return None
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise InvalidArgument(f"classes is {classes!r}; expected a list of names")
+    return tuple(classes)

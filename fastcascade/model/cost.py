@@ -1,4 +1,4 @@
-"""Counting multiplies: a stage costs those of its convolutions, linear layers and matrix products."""
+"""Cost in MACs: the multiplies of convolutions, linear layers and matrix products per instance."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["count_macs", "eval_mode"]
 
-# Operators that multiply nothing, or (normalisation, interpolation, pooling) too little to matter beside
-# the matrix products. Pointwise operators, reductions and views carry tags or schemas of their own.
+# Operators that multiply nothing, or too little to matter beside the matrix products (normalisation,
+# interpolation, pooling). Pointwise operators and views are recognised by their tags and schemas instead.
 _FREE = frozenset(
     """
     _adaptive_avg_pool2d _local_scalar_dense _log_softmax _native_batch_norm_legit_no_training
-    _softmax _to_copy _unsafe_view adaptive_max_pool2d all amax amin any arange argmax avg_pool2d
-    bernoulli cat clone constant_pad_nd copy_ cudnn_batch_norm cumsum detach embedding empty
-    empty_like eye fill_ flip full full_like gather index index_put index_select lift_fresh linspace
-    logsumexp max max_pool2d_with_indices mean min native_batch_norm native_dropout
-    native_group_norm native_layer_norm new_empty new_zeros ones ones_like rand randn
-    reflection_pad2d repeat replication_pad2d roll scalar_tensor scatter slice_scatter sort stack
-    sum topk tril triu upsample_bilinear2d upsample_nearest2d zeros zeros_like
+    _prelu_kernel _softmax _to_copy _unsafe_view adaptive_max_pool2d all amax amin any arange argmax
+    avg_pool2d bernoulli cat channel_shuffle clone constant_pad_nd copy_ cudnn_batch_norm cumsum
+    detach embedding empty empty_like eye fill_ flip full full_like gather hardswish index index_put
+    index_select lift_fresh linalg_vector_norm linspace logsumexp max max_pool2d_with_indices mean
+    min native_batch_norm native_channel_shuffle native_dropout native_group_norm native_layer_norm
+    new_empty new_zeros ones ones_like rand randn reflection_pad2d repeat replication_pad2d roll
+    scalar_tensor scatter slice_scatter sort stack sum topk tril triu upsample_bilinear2d
+    upsample_nearest2d zeros zeros_like
     """.split()
 )
 
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Run a block with the modules in eval mode, then restore the mode of every submodule."""
+    """Set modules to eval mode for a block of code, then restore the mode of every submodule."""
     modes = [(m, m.training) for module in modules for m in module.modules()]
     try:
         for module in modules:
@@ -44,7 +45,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 class _MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # imports triton, where it is installed
+        from torch.utils.flop_counter import flop_registry  # imports triton if it is installed
 
         super().__init__()  # type: ignore[no-untyped-call]
         self.registry = flop_registry
@@ -71,14 +72,14 @@ class _MacCounter(TorchDispatchMode):
 
 
 def count_macs(module: nn.Module, x: Tensor) -> tuple[Any, int]:
-    """Run a module once in eval mode and count its multiplies.
+    """Run a module once in eval mode and count its multiplies per instance.
 
     Args:
         x: one instance, (1, …).
 
     Returns:
-        (the module's output, multiplies per instance). An operator that cannot be counted contributes
-        nothing and warns; give ``Stage(macs=…)`` in that case.
+        (the module's output, the count). An operator that cannot be counted adds nothing and triggers a
+        warning; pass ``Stage(macs=…)`` in that case.
 
     Example:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 4, 4))[1]

@@ -1,4 +1,4 @@
-"""Networks by name, as configs and saved cascades spell them."""
+"""Construction of networks from their registry names, as used in configs and saved cascades."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["build_module", "build_network"]
 
 
 def build_network(name: str, num_classes: int) -> ResNet:
-    """Build the network that a registry name describes; its weights are random.
+    """Build a network from its registry name, with random weights.
 
     Args:
         name: ``family:size`` with optional ``,key=value`` options.
 
     Raises:
-        InvalidArgument: unknown family, option or size.
+        InvalidArgument: the family, an option or the size is unknown.
 
     Example:
         >>> build_network("resnet_cifar:20,shortcut=B", num_classes=100).head.num_classes
@@ -41,14 +41,14 @@ def build_network(name: str, num_classes: int) -> ResNet:
             )
         keywords[key] = int(value) if _NUMBER.fullmatch(value) else value
     if not _NUMBER.fullmatch(size):
-        raise InvalidArgument(f"{name!r} has no size in 1 … 9999; write for example {family}:20")
+        raise InvalidArgument(f"{name!r} has no size in 1 … 9999; an example with a size is {family}:20")
     try:
         return function(int(size), num_classes=num_classes, **keywords)
     except TypeError as error:
         raise InvalidArgument(f"cannot build {name!r}: {error}") from error
 
 
-# Names also come from files: four digits bound the time that an absurd size can cost.
+# Names may come from untrusted files; four digits bound the size of the network.
 _NUMBER = re.compile(r"[1-9][0-9]{0,3}")
 
 
@@ -56,7 +56,7 @@ _SEGMENT = re.compile(r"(.+)\[([0-9]{1,4}):([0-9]{1,4})\]")
 
 
 def build_module(name: str, num_classes: int) -> nn.Module:
-    """Build a whole network, a segment of one, or an exit head from its registry name.
+    """Build a network, a segment of one, or an exit head from its registry name, with random weights.
 
     Args:
         name: as for :func:`build_network`, ``<network>[begin:end]`` or ``head:<channels>``.
@@ -75,7 +75,7 @@ def build_module(name: str, num_classes: int) -> nn.Module:
     if segment:
         network, begin, end = build_network(segment[1], num_classes), int(segment[2]), int(segment[3])
         if not begin < end <= len(network.blocks):
-            raise InvalidArgument(f"{name!r} is no part of the network's {len(network.blocks)} blocks")
+            raise InvalidArgument(f"{name!r} is out of range; the network has {len(network.blocks)} blocks")
         return cut_segment(network, begin, end)
     family, _, size = name.partition(":")
     if family == "head" and _NUMBER.fullmatch(size):

@@ -1,14 +1,15 @@
 """Residual networks for small and large images, whole or cut into segments with exits.
 
-Three families, each named in a registry so that a saved cascade can rebuild its networks from a string:
+There are three families. A name describes a network, so that a saved cascade can rebuild it:
 
 - ``resnet_cifar:D``: D = 6n+2 layers, widths 16/32/64, shortcut A (zero-padded) or B (1×1 convolution)
   (He et al. 2016, section 4.2).
-- ``resnet9:W``: eight 3×3 convolutions of widths W … 8W with max-pooling; trains fast (Page 2019).
+- ``resnet9:W``: eight 3×3 convolutions of widths W … 8W with max pooling; trains fast (Page 2019).
 - ``resnet_imagenet:D``: ResNet-18/34 of basic blocks, -50/101/152 of bottlenecks (He et al. 2016, table 1).
 
-Options follow the depth: ``resnet_cifar:20,width=32,shortcut=B``. ``[begin:end]`` after a network's name is
-its segment of these blocks (with the stem if it begins at 0), and ``head:C`` an exit head for C channels.
+Options follow the size: ``resnet_cifar:20,width=32,shortcut=B``. ``[begin:end]`` after a name is the segment
+    of these
+blocks, with the stem if it begins at 0. ``head:C`` is an exit head for C channels.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 
 
 class PadShortcut(nn.Module):
-    """Shortcut A: take every ``stride``-th pixel and pad the new channels with zeros on both sides."""
+    """Shortcut A: every ``stride``-th pixel, with the channels zero-padded on both sides."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class Head(nn.Sequential):
     """Global average pooling and a linear classifier; (N, C, H, W) → logits (N, classes).
 
     Attributes:
-        architecture: the registry name that rebuilds it.
+        architecture: the registry name of the head.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -168,7 +169,7 @@ FAMILIES: dict[str, Callable[..., ResNet]] = {}
 
 
 def _family(build: Callable[_P, ResNet]) -> Callable[_P, ResNet]:
-    """Enter a function into the registry; the networks it builds know the name that rebuilds them."""
+    """Register a family; the networks that it builds get their registry name as ``architecture``."""
     signature = inspect.signature(build)
 
     @wraps(build)
@@ -197,7 +198,7 @@ def _groups(
     width: int,
     shortcut: str,
 ) -> tuple[list[nn.Module], int]:
-    """Rows of residual blocks; every row after the first halves the image and doubles the width."""
+    """Groups of residual blocks; each group after the first halves the image and doubles the width."""
     blocks: list[nn.Module] = []
     for row, depth in enumerate(depths):
         channels = width * 2**row
@@ -214,11 +215,11 @@ def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16, shortcut: s
 
     Args:
         depth: 8, 14, 20, … (6n+2), at most 1202, the deepest published.
-        width: channels of the first row; the next two have twice and four times as many.
+        width: channels of the first group; the second and third have twice and four times as many.
         shortcut: "A" (strided, zero-padded; no weights) or "B" (1×1 convolution).
 
     Raises:
-        InvalidArgument: a depth that is not one of these, or an unknown shortcut.
+        InvalidArgument: the depth is not one of these, or the shortcut is unknown.
 
     Example:
         >>> import torch
@@ -237,14 +238,14 @@ def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16, shortcut: s
 
 @_family
 def resnet9(width: int, num_classes: int = 10, stem: int | None = None) -> ResNet:
-    """ResNet-9 for 32×32 images: eight 3×3 convolutions, three max-poolings, two residual pairs.
+    """ResNet-9 for 32×32 images: eight 3×3 convolutions, three max-pooling layers, two residual pairs.
 
-    Needs a quarter of the training time of a 6n+2 ResNet of equal cost (Page 2019, "How to train your
-    ResNet", whose network is ``width=64``).
+    Trains in a quarter of the time of a 6n+2 ResNet of equal cost (Page 2019, "How to train your ResNet",
+    where ``width`` is 64).
 
     Args:
-        width: channels before the first pooling; they double at each of the three poolings.
-        stem: channels of the first convolution, ``width`` if not given.
+        width: the base width; the convolutions after the first have 2·width to 8·width channels.
+        stem: channels of the first convolution; ``width`` by default.
 
     Example:
         >>> import torch
@@ -269,7 +270,7 @@ def resnet9(width: int, num_classes: int = 10, stem: int | None = None) -> ResNe
         residual_pair(8 * width),
     ]
     network = ResNet(_conv_bn_relu(3, stem), blocks, Head(8 * width, num_classes))
-    # A learning rate that suits ten epochs is too high for random logits on these wide features.
+    # Zero logits at the start allow the high learning rate of a ten-epoch schedule.
     nn.init.zeros_(cast(nn.Linear, network.head[-1]).weight)
     return network
 
@@ -288,7 +289,7 @@ def resnet_imagenet(depth: int, num_classes: int = 1000) -> ResNet:
     """ResNet-18, -34, -50, -101 or -152 for 224×224 images (He et al. 2016, table 1).
 
     Raises:
-        InvalidArgument: any other depth.
+        InvalidArgument: the depth is not one of these.
 
     Example:
         >>> import torch
@@ -306,20 +307,20 @@ def resnet_imagenet(depth: int, num_classes: int = 1000) -> ResNet:
 
 
 def cut_into_segments(network: ResNet, after: Sequence[int]) -> list[tuple[nn.Module, nn.Module]]:
-    """Cut a network into segments, each with an exit head of its own.
+    """Cut a network into segments, each with its own exit head.
 
-    Segment k + 1 reads the features of segment k. Every exit but the last is a new global pooling with a
-    linear layer; the last is the network's own head.
+    Segment k + 1 reads the features of segment k. Every exit but the last is a new :class:`Head`; the last
+    exit is the network's own head.
 
     Args:
-        network: a :class:`ResNet`; its modules are copied, not shared.
-        after: cut after this many blocks, increasing, each in 1 … len(blocks) − 1.
+        network: a :class:`ResNet`; its modules are copied.
+        after: the numbers of blocks before each cut, increasing, in 1 … len(blocks) − 1.
 
     Returns:
         (segment, exit) pairs: segment (N, C, H, W) → (N, C', H', W'), exit → logits (N, classes).
 
     Raises:
-        InvalidArgument: cuts out of range or out of order.
+        InvalidArgument: the cuts are out of range or not increasing.
 
     Example:
         >>> segments = cut_into_segments(resnet_cifar(20), after=[3, 6])
@@ -348,6 +349,6 @@ def cut_segment(network: ResNet, begin: int, end: int) -> Segment:
 
 
 def _channels_out(segment: Segment) -> int:
-    """Channels after the last convolution that sets them (1×1 shortcuts come after the main path's)."""
+    """Output channels of the last convolution."""
     convolutions = [m for m in segment.modules() if isinstance(m, nn.Conv2d)]
     return convolutions[-1].out_channels

@@ -20,11 +20,11 @@ from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgumen
 from fastcascade.model.cascade import Cascade, Stage
 from fastcascade.model.registry import build_module
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
+from fastcascade.storage.bundle import BundleFormat, bundle_exists, load_bundle, save_bundle
 from fastcascade.storage.codec import Reader, encode
-from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
 from fastcascade.types import Combine, InputSpec, OperatingPoint
 
-__all__ = ["load_cascade", "save_cascade"]
+__all__ = ["cascade_exists", "load_cascade", "save_cascade"]
 
 FORMAT = BundleFormat("cascade", 1)
 MAX_INPUT_VALUES = 2**24
@@ -89,6 +89,11 @@ class _Cascade:
     operating_points: Mapping[str, OperatingPoint]
     costs: _Costs
     seen_images: Tensor  # (n,) uint64, increasing
+
+
+def cascade_exists(directory: str | Path) -> bool:
+    """Whether a directory holds a completely saved cascade."""
+    return bundle_exists(directory, FORMAT)
 
 
 def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = False) -> None:
@@ -193,6 +198,7 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
     loader = _Loader({name: tensors[name] for name in reader.unused}, own, saved.num_classes)
     stages = [loader.stage(k, stage) for k, stage in enumerate(saved.stages)]
     selector = loader.selector(saved)
+    temperatures = _temperatures(loader.tensors.pop("temperatures", None), len(stages), directory)
     if loader.tensors:
         raise FileFormatError(f"{directory} holds tensors of no module: {sorted(loader.tensors)[:5]}")
     try:
@@ -207,9 +213,21 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
         )
     except (FastCascadeError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(f"{directory} holds parts that do not make a cascade: {error}") from error
+    cascade.temperatures.copy_(temperatures)
     cascade.operating_points = dict(saved.operating_points)
     cascade.seen_images = saved.seen_images.numpy()
     return cascade
+
+
+def _temperatures(saved: Tensor | None, stages: int, directory: str | Path) -> Tensor:
+    """(K,) temperatures of the stages; 1 in files from before there were any."""
+    if saved is None:
+        return torch.ones(stages)
+    if saved.shape != (stages,) or not saved.is_floating_point() or not bool(saved.isfinite().all()):
+        raise FileFormatError(f"{directory} holds temperatures {saved}; expected {stages} finite numbers")
+    if not bool((saved > 0).all()):
+        raise FileFormatError(f"{directory} holds temperatures {saved.tolist()}; expected positive ones")
+    return saved
 
 
 def _check_saved(saved: _Cascade) -> None:

@@ -1,8 +1,8 @@
-"""Help for tests: an oracle in float64, comparison outside a margin band, random networks.
+"""Assertions that a backend's outputs match the float64 oracle's.
 
-A backend's answers are right if, at forced exits, its log-probabilities are near the oracle's and, at free
-exits, it stops where the oracle does. A stop score within rounding of its threshold may fall on either side,
-so instances that close are left out, and their share is capped.
+A backend is correct if its log-probabilities match the oracle's at forced exits, and its exits match the
+oracle's at free ones. A stop score within rounding error of its threshold may fall on either side. Instances
+in this margin band are not compared, and their share is capped.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ import torch
 from torch import Tensor
 
 from fastcascade.model.cascade import Cascade
-from fastcascade.testing.oracle import Expected, balanced_thresholds, expected_answers
+from fastcascade.testing.oracle import ExpectedOutputs, balanced_thresholds, expected_outputs
 from fastcascade.types import CascadeOutput, forced_exit
 
 __all__ = [
-    "assert_answers",
     "assert_drop_in",
+    "assert_outputs",
 ]
 
 
-def assert_answers(
-    out: CascadeOutput, expected: Expected, tolerance: float = 1e-4, max_unsure: float = 0.05
+def assert_outputs(
+    out: CascadeOutput, expected: ExpectedOutputs, tolerance: float = 1e-4, max_in_band: float = 0.05
 ) -> None:
-    """Compare answers with the oracle's, outside the band.
+    """Compare outputs with the oracle's, outside the margin band.
 
     Args:
-        tolerance: largest difference of two probabilities' logarithms.
-        max_unsure: largest share of instances inside the band; above it the test proves nothing and fails.
+        tolerance: largest difference of two log-probabilities.
+        max_in_band: largest share of instances in the band; the assertion fails above it.
     """
-    share = 1 - expected.sure.double().mean().item()
-    assert share <= max_unsure, f"{share:.1%} of the instances lie in the margin band; choose other data"
-    sure = expected.sure
-    torch.testing.assert_close(out.exit_stage[sure], expected.exit_stage[sure])
-    torch.testing.assert_close(out.label[sure], expected.label[sure])
-    got, want = out.probs[sure].double(), expected.log_probs[sure].exp()
-    # Near probability 1 the logarithm keeps what rounding left; near 0 the probability does.
+    compared = expected.outside_band
+    in_band = 1 - compared.double().mean().item()
+    assert in_band <= max_in_band, f"{in_band:.1%} of the instances are in the margin band; use other images"
+    torch.testing.assert_close(out.exit_stage[compared], expected.exit_stage[compared])
+    torch.testing.assert_close(out.label[compared], expected.label[compared])
+    got, want = out.probs[compared].double(), expected.log_probs[compared].exp()
+    # A relative error of a probability is an absolute error of its logarithm.
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
 
 
@@ -47,18 +47,15 @@ def assert_drop_in(
     x: Tensor,
     tolerance: float = 1e-4,
     band: float = 1e-3,
-    max_unsure: float = 0.05,
+    max_in_band: float = 0.05,
 ) -> None:
-    """A compiled cascade answers as its cascade: at every forced exit, then at balanced free exits."""
+    """Assert that a compiled cascade matches its cascade, at every forced exit and at balanced free exits."""
     stages = len(cascade.stages)
     for j in range(stages):
         thresholds = forced_exit(j, stages)
-        expected = expected_answers(cascade, x, thresholds, band)
-        assert_answers(fast(x, thresholds), expected, tolerance, max_unsure)
+        expected = expected_outputs(cascade, x, thresholds, band)
+        assert_outputs(fast(x, thresholds), expected, tolerance, max_in_band)
     thresholds = balanced_thresholds(cascade, x)
     out = fast(x, thresholds)
-    assert_answers(out, expected_answers(cascade, x, thresholds, band), tolerance, max_unsure)
+    assert_outputs(out, expected_outputs(cascade, x, thresholds, band), tolerance, max_in_band)
     torch.testing.assert_close(out.cost_macs, cascade.exit_macs.to(x.device)[out.exit_stage])
-
-
-# ---- random networks ----

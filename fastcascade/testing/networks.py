@@ -1,4 +1,4 @@
-"""Random small networks of every layer that plans express."""
+"""Random small networks that together use every operation of a plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["random_network", "randomise_statistics"]
 
 
 def randomise_statistics(module: nn.Module) -> nn.Module:
-    """Give every batch norm statistics and weights as after training; fresh ones are all 0 and 1."""
+    """Randomise the statistics and weights of every batch norm, which are all 0 and 1 before training."""
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) and m.running_mean is not None:
             assert m.running_var is not None
@@ -60,7 +60,7 @@ class _Crop(nn.Module):
 def random_network(
     seed: int, num_classes: int = 5, input_shape: tuple[int, int, int] = (3, 9, 8)
 ) -> nn.Module:
-    """A small network of every layer that plans express, the same for the same seed.
+    """A small network of randomly chosen layers, the same for the same seed.
 
     Example:
         >>> random_network(1)(torch.zeros(2, 3, 9, 8)).shape

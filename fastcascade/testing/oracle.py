@@ -1,4 +1,4 @@
-"""What a cascade must return, computed in float64."""
+"""The oracle: what a cascade must return, computed in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastcascade.lowering.interpreter import move_stage, run_stage
 from fastcascade.lowering.plan import Plan
 from fastcascade.model.cascade import Cascade
 
-__all__ = ["Expected", "balanced_thresholds", "expected_answers", "reference_logits"]
+__all__ = ["ExpectedOutputs", "balanced_thresholds", "expected_outputs", "reference_logits"]
 
 
 @torch.no_grad()
@@ -36,24 +36,24 @@ def reference_logits(plan: Plan, x: Tensor, dtype: torch.dtype = torch.float64) 
 
 
 @dataclass(frozen=True)
-class Expected:
-    """The oracle's answers.
+class ExpectedOutputs:
+    """The oracle's outputs.
 
     Attributes:
         log_probs: (N, C) float64; NaN where invalid. label, exit_stage: (N,) int64.
-        sure: (N,) bool; no score on the way was within the band of its threshold, nor are the top two
-            log-probabilities within it of each other.
+        outside_band: (N,) bool; every stop score up to the exit is farther from its threshold than the band's
+            half-width, and the top two log-probabilities at the exit are farther apart than that.
     """
 
     log_probs: Tensor
     label: Tensor
     exit_stage: Tensor
-    sure: Tensor
+    outside_band: Tensor
 
 
 @torch.no_grad()
-def expected_answers(cascade: Cascade, x: Tensor, thresholds: Tensor, band: float = 1e-3) -> Expected:
-    """What a cascade must answer, from every exit's judgement in float64 and a look-up.
+def expected_outputs(cascade: Cascade, x: Tensor, thresholds: Tensor, band: float = 1e-3) -> ExpectedOutputs:
+    """What a cascade must return: every exit evaluated in float64, then the first one that stops.
 
     Args:
         thresholds: (K−1,).
@@ -69,16 +69,16 @@ def expected_answers(cascade: Cascade, x: Tensor, thresholds: Tensor, band: floa
     visited = torch.arange(len(scores), device=x.device)[:, None] <= exit_stage
     # An infinite threshold has no band: inf − score is inf.
     near = ((scores - limit).abs() <= band) & valid[:-1] & visited
-    answer = log_probs[exit_stage, everyone]
-    label = torch.where(valid[exit_stage, everyone], answer.argmax(1), -1)
-    top = answer.nan_to_num(-math.inf).topk(2, dim=1).values
+    at_exit = log_probs[exit_stage, everyone]
+    label = torch.where(valid[exit_stage, everyone], at_exit.argmax(1), -1)
+    top = at_exit.nan_to_num(-math.inf).topk(2, dim=1).values
     tie = valid[exit_stage, everyone] & (top[:, 0] - top[:, 1] <= band)
-    return Expected(answer, label, exit_stage, ~near.any(0) & ~tie)
+    return ExpectedOutputs(at_exit, label, exit_stage, ~near.any(0) & ~tie)
 
 
 @torch.no_grad()
 def balanced_thresholds(cascade: Cascade, x: Tensor) -> Tensor:
-    """(K−1,) thresholds under which every exit gets a share of the instances, between two scores each."""
+    """(K−1,) thresholds that give every exit a share of the instances, each halfway between two scores."""
     oracle = copy.deepcopy(cascade).double().eval()
     logits = oracle.all_logits(x)
     scores = oracle.judge(logits[:, logits.isfinite().all(2).all(0)]).scores

@@ -1,176 +1,333 @@
-"""A training run described by a TOML file: which networks, which images, how long, which operating points."""
+"""Training from a TOML file that names networks, data splits, schedule and operating points.
+
+The models below are the schema of the file; ``docs/config.md`` is generated from them. Whatever can be
+checked without training is checked before the first epoch.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor
 
 from fastcascade.data.batches import arrays
 from fastcascade.data.sources import load_data
-from fastcascade.errors import InvalidArgument
+from fastcascade.errors import DataError, InvalidArgument, SaveError
 from fastcascade.evaluation.calibration import calibrate
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.registry import build_network
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, Selector, ThresholdSelector
+from fastcascade.model.store import cascade_exists
 from fastcascade.training.distributed import process_group, rank
 from fastcascade.training.objective import Objective
 from fastcascade.training.trainer import Recipe, fit
-from fastcascade.types import Combine, Normalize
+from fastcascade.training.validation import STRICT, validated
+from fastcascade.types import Normalize, checked_combine
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["TrainingConfig", "read_config", "train_from_config"]
+__all__ = [
+    "CascadeTable",
+    "OperatingPointTable",
+    "SplitsTable",
+    "TrainTable",
+    "TrainingConfig",
+    "read_config",
+    "train_from_config",
+]
 
-_SPLITS = ("train", "validation", "calibration")
+
+def _network(name: str) -> str:
+    """Check a network's registry name; the meta device allocates no weights."""
+    with torch.device("meta"):
+        build_network(name, num_classes=2)
+    return name
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What the file says.
+def _ascending(span: tuple[int, int]) -> tuple[int, int]:
+    if not span[0] < span[1]:
+        raise ValueError("expected [first, end] with first < end")
+    return span
+
+
+Network = Annotated[str, AfterValidator(_network)]
+Positive = Annotated[float, Gt(0)]
+Size = Annotated[int, Ge(1)]
+Index = Annotated[int, Ge(0)]
+Span = Annotated[tuple[Index, Index], AfterValidator(_ascending)]
+OpenShare = Annotated[float, Gt(0), Lt(1)]
+
+
+class CascadeTable(BaseModel):
+    """The networks and the selector.
 
     Attributes:
-        stages: registry names, from small to large.
-        num_classes, input_shape, combine, mean, std: of the cascade.
-        features: of the MLP selector, or score: of a confidence threshold.
-        splits: [first, end) image numbers of "train", "validation" (selector) and "calibration".
-        objective, alpha: of :func:`fastcascade.fit`.
-        recipe: overrides of :class:`Recipe`'s defaults.
-        operating_points: name → target of :func:`fastcascade.calibrate`, where ``budget`` is
-            a share of the dense cost.
+        stages: registry names of the networks, from small to large, for example ``"resnet9:16"``.
+        num_classes: number of classes in the data.
+        input_shape: ``[channels, height, width]`` of an image.
+        mean: mean of each channel, for pixels scaled to 0–1.
+        std: standard deviation of each channel, for pixels scaled to 0–1.
+        combine: ``"last"`` uses the probabilities of the stage where an instance stops, ``"mean"`` their mean
+            over the stages visited; a list of one weight per stage makes it a weighted mean.
+        features: inputs of the learned selector.
+        score: stop on this confidence score instead of a learned selector; excludes ``features``.
     """
 
-    stages: tuple[str, ...]
-    num_classes: int
-    input_shape: tuple[int, int, int]
+    model_config = STRICT
+
+    stages: Annotated[tuple[Network, ...], MinLen(1)]
+    num_classes: Annotated[int, Ge(2)]
+    input_shape: tuple[Size, Size, Size]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    splits: Mapping[str, tuple[int, int]]
-    combine: Combine = "last"
+    std: tuple[Positive, ...]
+    combine: Literal["last", "mean"] | tuple[float, ...] = "last"
     features: FeatureKind = "stats"
     score: ScoreKind | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CascadeTable:
+        channels = self.input_shape[0]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} entries; "
+                f"expected {channels}, one per channel"
+            )
+        checked_combine(self.combine, len(self.stages))
+        if self.score is not None and "features" in self.model_fields_set:
+            raise ValueError("features and score exclude each other; remove one")
+        if self.score is None and self.features == "topk" and self.num_classes < 3:
+            raise ValueError("features = 'topk' needs at least 3 classes; use 'stats'")
+        return self
+
+
+class SplitsTable(BaseModel):
+    """Ranges ``[first, end)`` of the training images. They must not overlap.
+
+    Attributes:
+        train: trains the stages and the selector.
+        validation: measures each epoch and refits the selector.
+        calibration: chooses the thresholds of the operating points.
+    """
+
+    model_config = STRICT
+
+    train: Span
+    validation: Span
+    calibration: Span
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitsTable:
+        for (a, span_a), (b, span_b) in combinations(self.spans().items(), 2):
+            if max(span_a[0], span_b[0]) < min(span_a[1], span_b[1]):
+                raise ValueError(
+                    f"{a} {list(span_a)} and {b} {list(span_b)} overlap; "
+                    "expected disjoint ranges [first, end)"
+                )
+        return self
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Name → (first, end)."""
+        return {"train": self.train, "validation": self.validation, "calibration": self.calibration}
+
+
+class TrainTable(BaseModel):
+    """The training objective.
+
+    Attributes:
+        objective: how the selector's gradient is computed: in closed form, by REINFORCE (the paper), or by
+            imitating the best exit.
+        alpha: price of one dense cost, in nats of cross-entropy. Higher values stop earlier.
+    """
+
+    model_config = STRICT
+
     objective: Objective = "exact"
-    alpha: float = 0.3
-    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    operating_points: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    alpha: Annotated[float, Ge(0)] = 0.3
+
+
+class OperatingPointTable(BaseModel):
+    """The target of one operating point. Give exactly one.
+
+    Attributes:
+        budget: highest accuracy at this mean cost, as a share of the dense cost.
+        budget_macs: highest accuracy at this mean cost, in MACs per instance.
+        min_accuracy: lowest cost at this accuracy, 0 to 1.
+        max_risk: ``[eps, delta]``: with probability 1 − delta, the label differs from the last exit's on at
+            most a share eps of new instances.
+    """
+
+    model_config = STRICT
+
+    budget: Positive | None = None
+    budget_macs: Positive | None = None
+    min_accuracy: Annotated[float, Ge(0), Le(1)] | None = None
+    max_risk: tuple[OpenShare, OpenShare] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> OperatingPointTable:
+        given = [name for name in OperatingPointTable.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"got {' and '.join(given) or 'no target'}; expected exactly one of "
+                f"{', '.join(OperatingPointTable.model_fields)}"
+            )
+        return self
+
+    def target(self, dense_macs: int) -> dict[str, Any]:
+        """Arguments of :func:`fastcascade.calibrate`."""
+        if self.budget is not None:
+            return {"budget_macs": self.budget * dense_macs}
+        return self.model_dump(exclude_none=True)
+
+
+class TrainingConfig(BaseModel):
+    """A training run.
+
+    Attributes:
+        cascade: the networks and the selector.
+        splits: which training images are used for what.
+        train: the training objective.
+        recipe: overrides of the training schedule.
+        operating_points: name → target, calibrated after training.
+    """
+
+    model_config = STRICT
+
+    cascade: CascadeTable
+    splits: SplitsTable
+    train: TrainTable = TrainTable()
+    recipe: Recipe = Field(default_factory=Recipe)
+    operating_points: dict[Annotated[str, MinLen(1)], OperatingPointTable] = {}
 
     def build(self) -> Cascade:
-        """The untrained cascade, its weights drawn from the recipe's seed."""
-        torch.manual_seed(int(self.recipe.get("seed", 0)))
-        stages = [build_network(name, self.num_classes) for name in self.stages]
-        selector: Selector | None = MLPSelector(self.features)
-        if self.score is not None:
-            selector = ThresholdSelector(self.score)
+        """The untrained cascade; the recipe's seed determines its weights."""
+        torch.manual_seed(self.recipe.seed)
+        table = self.cascade
+        stages = [build_network(name, table.num_classes) for name in table.stages]
+        selector: Selector | None = MLPSelector(table.features)
+        if table.score is not None:
+            selector = ThresholdSelector(table.score)
         return Cascade(
             stages,
             selector if len(stages) > 1 else None,
-            self.num_classes,
-            self.input_shape,
-            self.combine,
-            Normalize(self.mean, self.std),
+            table.num_classes,
+            table.input_shape,
+            table.combine,
+            Normalize(table.mean, table.std),
         )
 
 
 def read_config(path: str | Path) -> TrainingConfig:
-    """Read a TOML file with the tables [cascade], [splits], [train], [recipe] and [operating_points.NAME].
+    """Read and validate a TOML file.
 
     Raises:
-        InvalidArgument: unreadable, not TOML, or with keys that are missing or unknown.
+        InvalidArgument: unreadable, not TOML, or invalid; names every wrong key and its value.
     """
     try:
         document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"cannot read the config {path}: {error}") from error
-    tables = {"cascade", "splits", "train", "recipe", "operating_points"}
-    if unknown := sorted(set(document) - tables):
-        raise InvalidArgument(f"{path} has unknown tables {unknown}; expected {sorted(tables)}")
-    flat = {**document.get("cascade", {}), **document.get("train", {})}
-    splits = document.get("splits", {})
-    if set(splits) != set(_SPLITS):
-        raise InvalidArgument(f"{path}: [splits] has {sorted(splits)}; expected {list(_SPLITS)}")
-    fields = {f.name for f in dataclasses.fields(TrainingConfig)}
-    recipe_fields = {f.name for f in dataclasses.fields(Recipe)}
-    recipe = document.get("recipe", {})
-    if unknown := sorted((set(flat) - fields) | (set(recipe) - recipe_fields)):
-        raise InvalidArgument(f"{path} has unknown keys {unknown}; see fastcascade.Recipe and TrainingConfig")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
-    try:
-        return TrainingConfig(
-            **values,
-            splits={name: (int(first), int(end)) for name, (first, end) in splits.items()},
-            recipe=recipe,
-            operating_points=document.get("operating_points", {}),
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"{path} is incomplete: {error}") from error
+        raise InvalidArgument(f"cannot read {path}: {error}") from error
+    return validated(TrainingConfig, document, str(path))
 
 
 def train_from_config(
     config: str | Path, source: str, directory: str | Path, overwrite: bool = False, progress: bool = True
 ) -> Cascade:
-    """Train, calibrate and save as a config says; a run that was stopped goes on where it was.
+    """Train, calibrate and save a cascade; an interrupted run resumes from its checkpoint.
 
-    Under torchrun every process calls this with the same arguments, and the first one writes.
+    Under torchrun, every process calls this with the same arguments, and the first one writes.
 
     Args:
-        source: images for :func:`fastcascade.data.sources.load_data`; its training part is used.
-        directory: receives ``checkpoint/`` while training and ``model/`` at the end.
+        source: images for :func:`fastcascade.load_data`; the training part is used.
+        directory: receives ``checkpoint/`` during training and ``model/`` at the end.
         overwrite: replace an existing ``model/``.
 
     Returns:
         the trained cascade with its operating points.
 
     Raises:
-        InvalidArgument: a bad config, or a model that exists already.
+        InvalidArgument: an invalid config, or ``model/`` exists and ``overwrite`` is False.
+        DataError: the images have no labels, or do not fit the config.
+        SaveError: ``directory`` cannot be written.
     """
     directory = Path(directory)
-    plan = read_config(config)
-    if (directory / "model").exists() and not overwrite:
+    settings = read_config(config)
+    if cascade_exists(directory / "model") and not overwrite:
         raise InvalidArgument(f"{directory / 'model'} exists; choose another directory or pass --overwrite")
-    data = load_data(source, "train", shape=plan.input_shape)
-    images, labels = arrays(data, plan.num_classes)
-    if labels is None:
-        raise InvalidArgument(f"{source} has no labels; training needs them")
-    cascade = plan.build()
-    cascade.classes = data.classes
-    parts = {name: _part(images, labels, name, span) for name, span in plan.splits.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the directory {directory}: {error.strerror}") from error
+    try:
+        cascade = settings.build()
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{config}: [cascade]: {error}") from error
+    _check_budgets(settings.operating_points, cascade, config)
+    images, labels, cascade.classes = _read_training_images(source, settings.cascade)
+    parts = {
+        name: _part(images, labels, f"{config}: splits.{name}", span)
+        for name, span in settings.splits.spans().items()
+    }
     with process_group():
         fit(
             cascade,
             parts["train"],
             parts["validation"],
-            objective=plan.objective,
-            alpha=plan.alpha,
+            objective=settings.train.objective,
+            alpha=settings.train.alpha,
             checkpoint_dir=directory / "checkpoint",
-            recipe=Recipe(**plan.recipe),
+            recipe=settings.recipe,
             progress=progress and rank() == 0,
         )
-        for name, target in plan.operating_points.items():
-            calibrate(cascade, parts["calibration"], name=name, **_absolute(target, cascade))
+        for name, point in settings.operating_points.items():
+            calibrate(cascade, parts["calibration"], name=name, **point.target(cascade.dense_macs))
         if rank() == 0:
             cascade.save(directory / "model", overwrite=overwrite)
     return cascade
 
 
-def _part(images: Tensor, labels: Tensor, name: str, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _check_budgets(points: Mapping[str, OperatingPointTable], cascade: Cascade, config: str | Path) -> None:
+    """Refuse budgets below the cost of the first exit: calibration could only fail, after training."""
+    least = int(cascade.exit_macs[0])
+    for name, point in points.items():
+        for key, unit, minimum in (
+            ("budget", "of the dense cost", least / cascade.dense_macs),
+            ("budget_macs", "MACs", least),
+        ):
+            value = getattr(point, key)
+            if value is not None and value < minimum:
+                raise InvalidArgument(
+                    f"{config}: operating_points.{name}.{key} is {value}; expected at least "
+                    f"{minimum:.4g} {unit}, the cost of stopping every instance at the first exit"
+                )
+
+
+def _read_training_images(source: str, table: CascadeTable) -> tuple[Tensor, Tensor, tuple[str, ...] | None]:
+    """(N, …) images, (N,) labels and the class names."""
+    data = load_data(source, "train", shape=table.input_shape)
+    if data.classes is not None and len(data.classes) != table.num_classes:
+        raise DataError(f"{source} has {len(data.classes)} classes; num_classes is {table.num_classes}")
+    images, labels = arrays(data, table.num_classes)
+    if labels is None:
+        raise DataError(f"{source} has no labels; training needs them")
+    return images, labels, data.classes
+
+
+def _part(images: Tensor, labels: Tensor, key: str, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
     first, end = span
-    if not 0 <= first < end <= len(images):
-        raise InvalidArgument(f"split {name} is {first} … {end}; the data have images 0 … {len(images)}")
+    if end > len(images):
+        raise InvalidArgument(
+            f"{key} is [{first}, {end}]; expected an end of at most {len(images)}: there are {len(images)} "
+            "training images"
+        )
     return images[first:end], labels[first:end]
-
-
-def _absolute(target: Mapping[str, Any], cascade: Cascade) -> dict[str, Any]:
-    """Targets as :func:`calibrate` takes them: ``budget`` is a share of the dense cost."""
-    result = dict(target)
-    if "budget" in result:
-        result["budget_macs"] = float(result.pop("budget")) * cascade.dense_macs
-    return result

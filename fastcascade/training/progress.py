@@ -1,9 +1,9 @@
-"""A progress bar on standard error and metrics as JSON lines; both only in the first process."""
+"""A progress bar on standard error, and the metrics of a run as JSON lines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,17 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastcascade.storage.files import write_atomically
 from fastcascade.training.distributed import rank
 
-__all__ = ["EpochProgress", "append_json_line"]
+__all__ = ["EpochProgress", "write_metrics"]
 
 
 class EpochProgress:
-    """The bar of one epoch, with a running note beside it.
+    """The progress bar of one epoch, with the latest metrics beside it; the first process alone draws it.
 
     Args:
-        title: shown at the left.
-        enabled: draw nothing if False.
+        title: text on the left.
+        enabled: False draws nothing.
 
     Example:
         >>> with EpochProgress("epoch 1/1", enabled=False) as progress:
@@ -50,14 +51,14 @@ class EpochProgress:
         self.bar.stop()
 
     def steps(self, steps: range) -> Iterator[int]:
-        """Iterate over ``steps`` and advance the bar."""
+        """Iterate over ``steps``, advancing the bar."""
         self.bar.update(self.task, total=len(steps))
         for step in steps:
             yield step
             self.bar.advance(self.task)
 
     def note(self, **numbers: float | Iterable[float]) -> None:
-        """Show numbers beside the bar."""
+        """Show these numbers beside the bar."""
         self.bar.update(self.task, note="  ".join(f"{k} {_short(v)}" for k, v in numbers.items()))
 
 
@@ -67,7 +68,6 @@ def _short(value: float | Iterable[float]) -> str:
     return f"{value:.4g}"
 
 
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Add one JSON object as a line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a file of metrics: one JSON object per epoch and line."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in history).encode())

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from fastcascade.data.batches import Data, arrays, image_hashes
@@ -25,7 +26,7 @@ from fastcascade.training.checkpoint import (
     OptimizerState,
     Position,
     load_checkpoint,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
 )
 from fastcascade.training.distributed import (
@@ -45,7 +46,7 @@ from fastcascade.training.objective import (
     objective_loss,
     rewards,
 )
-from fastcascade.training.progress import EpochProgress, append_json_line
+from fastcascade.training.progress import EpochProgress, write_metrics
 from fastcascade.training.refit import collect_logits, fit_selector, standardise_features
 
 __all__ = ["Recipe", "fit"]
@@ -75,27 +76,35 @@ class Recipe:
         selector_steps: full-batch Adam steps of the refit.
         autocast: bfloat16 arithmetic; None means where the device is faster with it.
         seed: of every random choice.
+
+    Raises:
+        InvalidArgument: a field of the wrong type or out of range.
     """
 
-    pretrain_epochs: int = 20
-    joint_epochs: int = 4
-    batch_size: int = 512
-    accumulate: int = 1
-    learning_rate: float = 0.4
-    joint_learning_rate: float = 0.02
-    selector_learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.1
-    distillation: float = 0.0
-    distillation_epochs: int | None = None
-    auxiliary: float = 1.0
-    crop_padding: int = 4
+    pretrain_epochs: Annotated[int, Ge(0)] = 20
+    joint_epochs: Annotated[int, Ge(0)] = 4
+    batch_size: Annotated[int, Ge(1)] = 512
+    accumulate: Annotated[int, Ge(1)] = 1
+    learning_rate: Annotated[float, Gt(0)] = 0.4
+    joint_learning_rate: Annotated[float, Ge(0)] = 0.02
+    selector_learning_rate: Annotated[float, Gt(0)] = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    distillation: Annotated[float, Ge(0), Le(1)] = 0.0
+    distillation_epochs: Annotated[int, Ge(0)] | None = None
+    auxiliary: Annotated[float, Ge(0)] = 1.0
+    crop_padding: Annotated[int, Ge(0)] = 4
     baseline: Baseline = "moving_average"
     detach_probs: bool = False
-    selector_steps: int = 500
+    selector_steps: Annotated[int, Ge(0)] = 500
     autocast: bool | None = None
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        from fastcascade.training.validation import check_fields
+
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -166,13 +175,14 @@ class _Trainer:
             position, stored = load_checkpoint(checkpoint_dir, settings, self.cascade)
         self.average_reward = position.average_reward
         history = list(position.history)
+        if checkpoint_dir is not None and history and rank() == 0:
+            write_metrics(checkpoint_dir / "metrics.jsonl", history)  # the run may have ended before it did
         for number in range(position.phase, len(phases)):
             phase = phases[number]
             optimizers = self._optimizers(phase)
             first = position.epoch if number == position.phase else 0
             if first:
-                for optimizer, state in zip(optimizers, stored, strict=True):
-                    restore_optimizer(optimizer, state)
+                restore_optimizers(optimizers, stored)
             elif phase.joint and phase.epochs:
                 standardise_features(self.cascade, collect_logits(self.cascade, self.val[0]))
             before = sum(p.epochs for p in phases[:number])
@@ -184,7 +194,7 @@ class _Trainer:
                 if checkpoint_dir is not None and rank() == 0:
                     done = Position(number, epoch + 1, self.average_reward, tuple(history))
                     save_checkpoint(checkpoint_dir, done, settings, self.cascade, optimizers)
-                    append_json_line(checkpoint_dir / "metrics.jsonl", record)
+                    write_metrics(checkpoint_dir / "metrics.jsonl", history)
         return history
 
     def _optimizers(self, phase: _Phase) -> list[torch.optim.Optimizer]:

@@ -1,1 +1,1 @@
-"""CUDA C++ kernels: NVIDIA GPUs through NVRTC, and the CPU through the host threads of tests/gpu/host."""
+"""CUDA C++ kernels for NVIDIA GPUs, compiled with NVRTC; tests run the same sources on CPU threads."""

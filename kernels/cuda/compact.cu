@@ -1,4 +1,4 @@
-// Entry points of compaction. Rows move as 16-byte words where they divide and align, as bytes otherwise.
+// Entry points of compaction. Rows move as 16-byte words if size and alignment allow, as bytes otherwise.
 #include "compact.cuh"
 
 using namespace fastcascade;
@@ -19,18 +19,17 @@ extern "C" __global__ void __launch_bounds__(kRows)
   plan_holes(context, count, keep, block_counts, holes, tail, moves, out_count, shared);
 }
 
-#define ROWS(suffix, Word)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256)                                                          \
-      move_rows_##suffix(Word* rows, int* index, const int* holes, const int* tail, const int* moves,        \
-                         long long words) {                                                                  \
-    DeviceContext context;                                                                                   \
-    move_rows(context, rows, index, holes, tail, moves, words);                                              \
-  }                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256)                                                          \
-      gather_rows_##suffix(const Word* source, const int* index, const int* count, const int* chunk,         \
-                           Word* bucket, int* bucket_index, int* bucket_count, int size, long long words) {  \
-    DeviceContext context;                                                                                   \
-    gather_rows(context, source, index, count, chunk, bucket, bucket_index, bucket_count, size, words);      \
+#define ROWS(suffix, Word)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256) move_rows_##suffix(                                            \
+      Word* rows, int* index, const int* holes, const int* tail, const int* moves, long long words) {              \
+    DeviceContext context;                                                                                         \
+    move_rows(context, rows, index, holes, tail, moves, words);                                                    \
+  }                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256)                                                                \
+      gather_rows_##suffix(const Word* source, const int* index, const int* count, const int* chunk, Word* bucket, \
+                           int* bucket_index, int* bucket_count, int size, long long words) {                      \
+    DeviceContext context;                                                                                         \
+    gather_rows(context, source, index, count, chunk, bucket, bucket_index, bucket_count, size, words);            \
   }
 
 ROWS(quad, Quad)

@@ -1,13 +1,13 @@
-// Compaction of the active set: an index list in order, feature rows in place, a gather into a bucket.
-// Every block sums the counts of the blocks before its own; no atomics, so the order is the same in every run.
-// Semantics: kernels/reference.py, compact_index and fill_holes.
+// Compaction of the active set: an index list, feature rows in place, or a gather into a bucket.
+// Each block sums the counts of the blocks before its own. There are no atomics, so the result is deterministic.
+// Definition: compact_index and fill_holes in kernels/reference.py.
 #pragma once
 
 #include "context.cuh"
 
 namespace fastcascade {
 
-// Sum of block_counts[0 … end), by the whole block; `partial` is shared memory, one number per thread.
+// Sum of block_counts[0 … end), computed by the whole block. `partial` is shared memory, one int per thread.
 template <class Context>
 FC_FUNCTION int survivors_before(Context& context, const int* block_counts, int end, int* partial) {
   int sum = 0;
@@ -20,8 +20,8 @@ FC_FUNCTION int survivors_before(Context& context, const int* block_counts, int 
   return total;
 }
 
-// For each row of the block, how many survivors of the block come before it. kRows threads. The flags are still
-// being read when a thread returns.
+// The number of survivors before the thread's row within its block, of kRows threads. Other threads may still read
+// `flags` when one returns.
 template <class Context>
 FC_FUNCTION int rank_in_block(Context& context, int stays, int* flags) {
   flags[context.thread()] = stays;
@@ -33,7 +33,7 @@ FC_FUNCTION int rank_in_block(Context& context, int stays, int* flags) {
 
 FC_FUNCTION int blocks_of(int n) { return (n + kRows - 1) / kRows; }
 
-// kRows threads a block; `shared` holds kRows numbers.
+// Blocks of kRows threads; `shared` holds kRows ints.
 template <class Context>
 FC_FUNCTION void compact_index(Context& context, const int* index, const int* count, const signed char* keep,
                                const int* block_counts, int* out_index, int* out_count, int* shared) {
@@ -50,7 +50,8 @@ FC_FUNCTION void compact_index(Context& context, const int* index, const int* co
   if (stays) out_index[base + rank] = index[row];
 }
 
-// List the stopped rows below m and the survivors from m on, both in order. kRows threads a block.
+// List the stopped rows below m (holes) and the survivors from m on (tail), both in order, where m rows survive.
+// Blocks of kRows threads.
 template <class Context>
 FC_FUNCTION void plan_holes(Context& context, const int* count, const signed char* keep, const int* block_counts,
                             int* holes, int* tail, int* moves, int* out_count, int* shared) {
@@ -58,12 +59,12 @@ FC_FUNCTION void plan_holes(Context& context, const int* count, const signed cha
   if (context.block() > 0 && context.block() * kRows >= n) return;
   const int row = context.block() * kRows + context.thread();
   const int m = survivors_before(context, block_counts, blocks_of(n), shared);
-  const int cut = m / kRows;  // the block that row m is in
+  const int cut = m / kRows;  // the block of row m
   const int cut_row = cut * kRows + context.thread();
   const int in_cut = cut_row < m ? keep[cut_row] : 0;
   shared[context.thread()] = in_cut;
   context.sync();
-  int below = 0;  // survivors that need not move
+  int below = 0;  // survivors that stay in place
   for (int i = 0; i < kRows; i++) below += shared[i];
   context.sync();
   below += survivors_before(context, block_counts, cut, shared);
@@ -79,7 +80,7 @@ FC_FUNCTION void plan_holes(Context& context, const int* count, const signed cha
   }
 }
 
-// rows[holes[i]] = rows[tail[i]]; sources and destinations are disjoint, so blocks need no order.
+// rows[holes[i]] = rows[tail[i]], in any order: sources and destinations are disjoint.
 template <class Context, class Word>
 FC_FUNCTION void move_rows(Context& context, Word* rows, int* index, const int* holes, const int* tail,
                            const int* moves, long long words) {
@@ -91,11 +92,10 @@ FC_FUNCTION void move_rows(Context& context, Word* rows, int* index, const int* 
   }
 }
 
-// bucket[i] = source[index[chunk·size + i]], zeros beyond the active rows.
+// bucket[i] = source[index[chunk·size + i]]; zeros beyond the active rows.
 template <class Context, class Word>
-FC_FUNCTION void gather_rows(Context& context, const Word* source, const int* index, const int* count,
-                             const int* chunk, Word* bucket, int* bucket_index, int* bucket_count, int size,
-                             long long words) {
+FC_FUNCTION void gather_rows(Context& context, const Word* source, const int* index, const int* count, const int* chunk,
+                             Word* bucket, int* bucket_index, int* bucket_count, int size, long long words) {
   const int first = chunk[0] * size;
   const int left = count[0] - first;
   const int n = left < 0 ? 0 : left < size ? left : size;

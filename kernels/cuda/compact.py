@@ -1,8 +1,8 @@
-"""The CUDA C++ compaction of the active set; the kernels are in ``compact.cuh``.
+"""Launchers of the CUDA C++ compaction of the active set; the kernels are in ``compact.cuh``.
 
-Three ways: an index list (stages that read the image: pixels never move), rows in place (features of a
-multi-exit backbone), and a gather into a bucket (stages that run through torch). Row counts never leave the
-device.
+``compact_index`` compacts an index list, for stages that read the image: pixels never move. ``fill_holes``
+compacts rows in place, for the features of a multi-exit backbone. ``gather_rows`` gathers rows into a bucket,
+for stages that run in torch. Row counts stay on the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastcascade.kernels.arguments import Keep, check_bucket, check_in_place, check_index
+from fastcascade.kernels.argument_checks import Keep, check_bucket, check_in_place, check_index
 from fastcascade.kernels.cuda.exit_head import BLOCK_ROWS
 from fastcascade.kernels.cuda.launch import Launch
 
@@ -22,7 +22,7 @@ __all__ = ["compact_index", "fill_holes", "gather_rows"]
 QUAD_BYTES = 16
 MOVE_THREADS = 256
 MOVE_BLOCKS = 1024
-"""At most: eight for each of about a hundred multiprocessors; a block takes several rows beyond that."""
+"""Most blocks per launch: eight for each of about 128 multiprocessors. More rows are looped over."""
 
 
 def compact_index(
@@ -31,12 +31,12 @@ def compact_index(
     """out_index[:m] = the survivors of index[:count], in order; out_count = m.
 
     Args:
-        launch: for the device that all tensors are on.
+        launch: launches on the device of all the tensors.
         index: (capacity,) int32; count: (1,) int32; keep: from the exit head on these rows.
-        out_index, out_count: like the inputs, other memory.
+        out_index, out_count: like the inputs, in other memory.
 
     Raises:
-        ValueError: input and output share memory, or a tensor has another dtype or is on another device.
+        ValueError: input and output share memory, or a tensor has the wrong dtype or device.
 
     Example:
         compact_index(launch, active, count, keep, next_active, next_count)
@@ -59,17 +59,18 @@ def compact_index(
 def fill_holes(
     launch: Launch, rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count: Tensor
 ) -> None:
-    """Compact feature rows in place by moving the last survivors into the holes; the index moves along.
+    """Compact feature rows in place: the last survivors move into the holes, with their index entries.
 
     Moves at most min(m, n − m) rows. Afterwards rows[:m] and index[:m] are the survivors, out_count = m.
 
     Args:
-        launch: for the device that all tensors are on.
+        launch: launches on the device of all the tensors.
         rows: (capacity, …) contiguous; index: (capacity,) int32; both are changed.
-        count: (1,) int32; keep: from the exit head; out_count: (1,) int32, other memory than count.
+        count: (1,) int32; keep: from the exit head; out_count: (1,) int32, in other memory than count.
 
     Raises:
-        ValueError: rows that are not contiguous, a shared count, another dtype or another device.
+        ValueError: rows are not contiguous, the counts share memory, or a tensor has the wrong dtype or
+            device.
 
     Example:
         fill_holes(launch, features, active, count, keep, next_count)
@@ -107,17 +108,17 @@ def gather_rows(
     bucket_index: Tensor,
     bucket_count: Tensor,
 ) -> None:
-    """Fill a bucket with the active rows of one chunk; the rest of it is zeros.
+    """Fill a bucket with the active rows of one chunk; the rest is zeros.
 
     Args:
-        launch: for the device that all tensors are on.
+        launch: launches on the device of all the tensors.
         source: (N, …) contiguous; index: (capacity,) int32 rows of it, ``count`` (1,) of them active.
-        chunk: (1,) int32, which chunk of B rows of ``index`` to take.
+        chunk: (1,) int32, the number of the chunk of B rows of ``index`` to take.
         bucket: (B, …) contiguous, of source's dtype; bucket_index: (B,) int32, the gathered entries of
-            ``index`` (0 beyond); bucket_count: (1,) int32, how many rows are real.
+            ``index``, then zeros; bucket_count: (1,) int32, the number of gathered rows.
 
     Raises:
-        ValueError: shapes, dtypes, strides or devices that do not match.
+        ValueError: shapes, dtypes, strides or devices do not match.
 
     Example:
         gather_rows(launch, images, active, count, chunk, bucket, bucket_index, bucket_count)
@@ -141,7 +142,7 @@ def gather_rows(
 
 
 def _words(*tensors: Tensor) -> tuple[str, ctypes.c_longlong]:
-    """Which entry point moves rows of these tensors, and a row's length in its words."""
+    """The suffix of the entry point for rows of these tensors, and the row length in its words."""
     row_bytes = math.prod(tensors[0].shape[1:]) * tensors[0].element_size()
     if row_bytes % QUAD_BYTES == 0 and all(t.data_ptr() % QUAD_BYTES == 0 for t in tensors):
         return "quad", ctypes.c_longlong(row_bytes // QUAD_BYTES)

@@ -1,4 +1,4 @@
-"""The CUDA C++ exit head; the kernel is in ``exit_head.cuh``."""
+"""Launcher of the CUDA C++ exit head; the kernel is in ``exit_head.cuh``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastcascade.kernels.arguments import Keep, check_exit_head
+from fastcascade.kernels.argument_checks import Keep, check_exit_head
 from fastcascade.kernels.cuda.launch import Launch
 from fastcascade.kernels.reference import ExitTables, MLPWeights
 
 __all__ = ["BLOCK_ROWS", "exit_head", "new_keep"]
 
 BLOCK_ROWS = 64
-"""kRows in ``context.cuh``."""
+"""Rows per block: kRows in ``context.cuh``."""
 
 THREADS = 256
 
 SELECTORS = (None, "max_prob", "margin", "entropy", "stats", "topk", "probs")
-"""In the order of the enumeration in ``exit_head.cuh``."""
+"""In the order of the enum Selector in ``exit_head.cuh``."""
 
 KERNELS = {
     torch.float32: "exit_head_f32",
@@ -44,7 +44,7 @@ class ExitArguments(ctypes.Structure):
 
 
 def new_keep(capacity: int, num_classes: int, device: torch.device | str) -> Keep:
-    """Uninitialised flags and counts for up to ``capacity`` active rows."""
+    """An uninitialised :class:`Keep` for up to ``capacity`` active rows."""
     return Keep(
         torch.empty(capacity, dtype=torch.int8, device=device),
         torch.empty(-(-capacity // BLOCK_ROWS), dtype=torch.int32, device=device),
@@ -66,20 +66,21 @@ def exit_head(
     weights: MLPWeights | None = None,
     threshold: Tensor | None = None,
 ) -> None:
-    """The twin's exit head with the number of active rows on the device; nothing synchronises.
+    """The exit head on the first ``count`` active rows, without synchronising with the host.
 
     Args:
-        launch: for the device that all tensors are on.
-        tables: as in the twin, float32; ``log_sum`` and ``weight_sum`` are used with a ``stage_weight`` only.
+        launch: launches on the device of all the tensors.
+        tables: as in the twin, float32; without a ``stage_weight``, ``log_sum`` and ``weight_sum`` are
+            unused.
         logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
         index: (capacity,) int32 positions in the batch; count: (1,) int32.
-        keep: written; see :class:`~fastcascade.kernels.arguments.Keep`.
+        keep: written; see :class:`~fastcascade.kernels.argument_checks.Keep`.
         stage_weight, selector, weights: as in the twin; the weights are contiguous float32.
         threshold: (1,) float32; None at the last exit.
 
     Raises:
-        ValueError: shapes, dtypes, strides or devices that the kernel would misread.
-        RuntimeError: the device refused the launch.
+        ValueError: a tensor has the wrong shape, dtype, strides or device.
+        RuntimeError: the launch failed.
 
     Example:
         keep = new_keep(len(logits), 10, logits.device)

@@ -1,8 +1,8 @@
-"""How the kernels of this folder get onto a device.
+"""Compilation and launch of the CUDA C++ kernels.
 
-A :class:`Launch` takes a kernel's name and arguments. :class:`DeviceLaunch` compiles with NVRTC through CuPy,
-at the first launch, and needs neither nvcc nor the CUDA toolkit's headers. Tests have another that runs the
-same entry points on host threads.
+A :class:`Launch` takes the name and arguments of a kernel. :class:`DeviceLaunch` compiles with NVRTC through
+CuPy at the first launch. It needs neither nvcc nor the headers of the CUDA toolkit. The tests have another
+Launch, which runs the same entry points on CPU threads.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ FILES = {
     ),
     "conditional.cu": ("begin_chunks", "next_chunk"),
 }
-"""Every file that is compiled, with its kernels."""
+"""The compiled files, each with its kernels."""
 
 COMPILE_OPTIONS = ("-std=c++17",)
-"""Of NVRTC. No fast mathematics: log-probabilities are compared with torch's to 3e-5."""
+"""NVRTC options. No fast math: log-probabilities must agree with torch's to 3e-5."""
 
 
 def source(file: str) -> str:
-    """The text of one of :data:`FILES` with the headers beside it pasted in.
+    """The text of one of :data:`FILES` with its headers inlined.
 
-    One text without includes, so that caches of compiled kernels, which know the text alone, see a change in
-    any of them.
+    CuPy caches compiled kernels by source text. Inlining makes a change in a header change that text.
 
     Example:
         >>> '#include "' in source("exit_head.cu")
@@ -60,10 +59,10 @@ def source(file: str) -> str:
 
 
 class Launch(ABC):
-    """Starts kernels on one device.
+    """Launches kernels on one device.
 
     Attributes:
-        device: where every tensor that is passed to a kernel must be.
+        device: the device of every tensor that is passed to a kernel.
     """
 
     device: torch.device
@@ -72,34 +71,34 @@ class Launch(ABC):
         """The address of a tensor's first element.
 
         Raises:
-            ValueError: a tensor elsewhere, which the kernel would misread.
+            ValueError: the tensor is on another device.
         """
         if tensor.device != self.device:
             raise ValueError(f"got a tensor on {tensor.device}; expected all of them on {self.device}")
         return tensor.data_ptr()
 
     def __call__(self, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
-        """Start a kernel.
+        """Launch a kernel.
 
         Args:
             kernel: a name in :data:`FILES`.
-            blocks: of the grid, from 1; threads: of each block, a multiple of 32.
-            arguments: in the kernel's order; a ctypes value each; a tensor stands for the address of
-                its first element.
+            blocks: blocks of the grid, at least 1; threads: threads per block, a multiple of 32.
+            arguments: in the kernel's order, ctypes values, or tensors to pass a pointer to their first
+                element.
 
         Raises:
-            RuntimeError: the device refused; the message names the kernel.
+            RuntimeError: the launch failed; names the kernel.
         """
         values = [ctypes.c_void_p(self.address(a)) if isinstance(a, Tensor) else a for a in arguments]
         self.start(kernel, blocks, threads, values)
 
     @abstractmethod
     def start(self, kernel: str, blocks: int, threads: int, values: list[Any]) -> None:
-        """Start a kernel with ctypes values as arguments."""
+        """Launch a kernel with ctypes values as arguments."""
 
 
 class _CurrentStream:
-    """Torch's current stream as CuPy takes it from other libraries."""
+    """Torch's current stream, in the protocol by which CuPy accepts foreign streams."""
 
     def __init__(self, device: torch.device) -> None:
         self.handle = torch.cuda.current_stream(device).cuda_stream
@@ -109,14 +108,14 @@ class _CurrentStream:
 
 
 class DeviceLaunch(Launch):
-    """Launches on torch's current stream of an NVIDIA GPU; nothing synchronises."""
+    """Launches on torch's current stream of an NVIDIA GPU, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = torch.empty(0, device=device).device  # with its index, as tensors have it
+        self.device = torch.empty(0, device=device).device  # with its index, as on tensors
 
     @cached_property
     def _functions(self) -> dict[str, Any]:
-        """Kernel name → CuPy function; CuPy keeps the compiled code in its cache on disk."""
+        """CuPy functions by kernel name; CuPy caches the compiled code on disk."""
         import cupy
 
         modules = {
@@ -130,7 +129,7 @@ class DeviceLaunch(Launch):
         import cupy
         import numpy as np
 
-        # CuPy passes an array of one element by value: one way for pointers, numbers and structs.
+        # CuPy passes one-element arrays by value, which works for pointers, numbers and structs alike.
         by_value = tuple(np.ndarray((1,), f"V{ctypes.sizeof(value)}", value) for value in values)
         stream = cupy.cuda.Stream.from_external(_CurrentStream(self.device))
         try:
@@ -138,5 +137,5 @@ class DeviceLaunch(Launch):
                 self._functions[kernel]((blocks,), (threads,), by_value)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the CUDA kernel {kernel}, or one that was started before it, failed: {error}"
+                f"the CUDA kernel {kernel}, or one launched before it, failed: {error}"
             ) from error

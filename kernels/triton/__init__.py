@@ -1,1 +1,1 @@
-"""Triton kernels: NVIDIA and AMD GPUs, and the CPU through Triton's interpreter."""
+"""Triton kernels for NVIDIA and AMD GPUs, and for the CPU through Triton's interpreter."""

@@ -1,11 +1,12 @@
-"""Compaction of the active set, with row counts that never leave the device.
+"""Compaction of the active set, with row counts that stay on the device.
 
-The exit head leaves a flag per row and a count per block of rows. Every program here sums the counts before
-its own block to find where its survivors go: no atomics and no look-back, so the order is the input's and
-the same in every run.
+The exit head writes a flag per row and a count per block of rows. Each program sums the counts of the blocks
+before its own to find the positions of its survivors. This needs neither atomics nor look-back, and it is
+deterministic: survivors stay in order.
 
-Three ways to compact: an index list (stages that read the image: pixels never move), rows in place (features
-of a multi-exit backbone), and a gather into a bucket (stages that run through torch).
+There are three kinds of compaction. ``compact_index`` compacts an index list, for stages that read the image:
+pixels never move. ``fill_holes`` compacts rows in place, for the features of a multi-exit backbone.
+``gather_rows`` gathers rows into a bucket, for stages that run in torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcascade.kernels.arguments import Keep, check_bucket, check_in_place, check_index
+from fastcascade.kernels.argument_checks import Keep, check_bucket, check_in_place, check_index
 from fastcascade.kernels.triton.launch import launch
 
 __all__ = ["compact_index", "fill_holes", "gather_rows"]
@@ -53,7 +54,7 @@ def compact_index_kernel(index, count, flags, block_counts, out_index, out_count
 
 @triton.jit
 def plan_holes_kernel(count, flags, block_counts, holes, tail, moves, out_count, BLOCK_ROWS: tl.constexpr):
-    """List the stopped rows below m (holes) and the survivors from m on (tail), both in order."""
+    """List the stopped rows below m (holes) and the survivors from m on (tail), both in order; m survive."""
     block = tl.program_id(0)
     n = tl.load(count)
     if block * BLOCK_ROWS >= n:
@@ -63,10 +64,10 @@ def plan_holes_kernel(count, flags, block_counts, holes, tail, moves, out_count,
         return
     m = _survivors(block_counts, 0, tl.cdiv(n, BLOCK_ROWS))
     lane = tl.arange(0, BLOCK_ROWS)
-    cut = m // BLOCK_ROWS  # the block that row m is in
+    cut = m // BLOCK_ROWS  # the block of row m
     cut_row = cut * BLOCK_ROWS + lane
     in_cut = tl.load(flags + cut_row, mask=cut_row < m, other=0).to(tl.int32)
-    below = _survivors(block_counts, 0, cut) + tl.sum(in_cut, 0)  # survivors that need not move
+    below = _survivors(block_counts, 0, cut) + tl.sum(in_cut, 0)  # survivors that stay in place
 
     row = block * BLOCK_ROWS + lane
     stays = tl.load(flags + row, mask=row < n, other=0).to(tl.int32)
@@ -80,7 +81,7 @@ def plan_holes_kernel(count, flags, block_counts, holes, tail, moves, out_count,
 
 @triton.jit
 def move_rows_kernel(rows, index, holes, tail, moves, ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """rows[holes[i]] = rows[tail[i]]: sources and destinations are disjoint, so programs need no order."""
+    """rows[holes[i]] = rows[tail[i]], in any order: sources and destinations are disjoint."""
     total = tl.load(moves)
     lane = tl.arange(0, BLOCK)
     for i in tl.range(tl.program_id(0), total, tl.num_programs(0)):
@@ -98,13 +99,13 @@ def gather_rows_kernel(
     source, index, count, chunk, bucket, bucket_index, bucket_count,
     BUCKET: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """bucket[i] = source[index[chunk·BUCKET + i]], zeros beyond the active rows."""
+    """bucket[i] = source[index[chunk·BUCKET + i]]; zeros beyond the active rows."""
     i = tl.program_id(0)
     start = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(chunk) * BUCKET
     total = tl.load(count)
     n = tl.minimum(tl.maximum(total - first, 0), BUCKET)
-    # A dead row reads the last live one's index and none of its words.
+    # Rows beyond the active ones read a valid index entry, but no data.
     origin = tl.load(index + tl.maximum(tl.minimum(first + i, total - 1), 0))
     words = tl.where(i < n, ROW, 0)
     values = tl.load(source + origin.to(tl.int64) * ROW + start, mask=start < words, other=0)
@@ -120,10 +121,10 @@ def compact_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, o
 
     Args:
         index: (capacity,) int32; count: (1,) int32; keep: from the exit head on these rows.
-        out_index, out_count: like the inputs, other memory.
+        out_index, out_count: like the inputs, in other memory.
 
     Raises:
-        ValueError: input and output share memory, or a tensor has another dtype or is on another device.
+        ValueError: input and output share memory, or a tensor has the wrong dtype or device.
 
     Example:
         compact_index(active, count, keep, next_active, next_count)
@@ -137,16 +138,17 @@ def compact_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, o
 
 
 def fill_holes(rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count: Tensor) -> None:
-    """Compact feature rows in place by moving the last survivors into the holes; the index moves along.
+    """Compact feature rows in place: the last survivors move into the holes, with their index entries.
 
     Moves at most min(m, n − m) rows. Afterwards rows[:m] and index[:m] are the survivors, out_count = m.
 
     Args:
         rows: (capacity, …) contiguous; index: (capacity,) int32; both are changed.
-        count: (1,) int32; keep: from the exit head; out_count: (1,) int32, other memory than count.
+        count: (1,) int32; keep: from the exit head; out_count: (1,) int32, in other memory than count.
 
     Raises:
-        ValueError: rows that are not contiguous, a shared count, another dtype or another device.
+        ValueError: rows are not contiguous, the counts share memory, or a tensor has the wrong dtype or
+            device.
 
     Example:
         fill_holes(features, active, count, keep, next_count)
@@ -178,16 +180,16 @@ def gather_rows(
     bucket_index: Tensor,
     bucket_count: Tensor,
 ) -> None:
-    """Fill a bucket with the active rows of one chunk; the rest of it is zeros.
+    """Fill a bucket with the active rows of one chunk; the rest is zeros.
 
     Args:
         source: (N, …) contiguous; index: (capacity,) int32 rows of it, ``count`` (1,) of them active.
-        chunk: (1,) int32, which chunk of B rows of ``index`` to take.
+        chunk: (1,) int32, the number of the chunk of B rows of ``index`` to take.
         bucket: (B, …) contiguous, of source's dtype; bucket_index: (B,) int32, the gathered entries of
-            ``index`` (0 beyond); bucket_count: (1,) int32, how many rows are real.
+            ``index``, then zeros; bucket_count: (1,) int32, the number of gathered rows.
 
     Raises:
-        ValueError: shapes, dtypes, strides or devices that do not match.
+        ValueError: shapes, dtypes, strides or devices do not match.
 
     Example:
         gather_rows(images, active, count, chunk, bucket, bucket_index, bucket_count)
@@ -205,7 +207,7 @@ def gather_rows(
 
 
 def _word_type(*tensors: Tensor) -> torch.dtype:
-    """The widest integer that divides the rows and the addresses of all the tensors."""
+    """The widest integer type whose size divides the row sizes and addresses of all tensors."""
     for dtype in (torch.int64, torch.int32, torch.int16):
         if all(
             math.prod(t.shape[1:]) * t.element_size() % dtype.itemsize == 0
@@ -217,5 +219,5 @@ def _word_type(*tensors: Tensor) -> torch.dtype:
 
 
 def _as_words(word: torch.dtype, rows: Tensor) -> Tensor:
-    """Contiguous rows (n, …) as (n, words)."""
+    """A view of contiguous rows (n, …) as (n, words)."""
     return rows.view(len(rows), math.prod(rows.shape[1:])).view(word)

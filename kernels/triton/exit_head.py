@@ -1,8 +1,10 @@
 """The exit head in one launch: log-softmax, combination, features, selector, decision, retirement.
 
-Each program owns BLOCK_ROWS active rows and walks their classes in tiles of BLOCK_CLASSES, so any class
-count fits: once for the log-sum-exp, once for the selector, once to write. The second and third walks find
-the logits in L1 or L2. How many rows are active is read from device memory: programs beyond it return.
+Each program handles BLOCK_ROWS active rows. It passes over their classes in tiles of BLOCK_CLASSES, so any
+class
+count fits: once for the log-sum-exp, once for the selector, once to write. The second and third pass hit L1
+    or L2.
+The number of active rows is read from device memory; programs beyond it return.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcascade.kernels.arguments import Keep, check_exit_head
+from fastcascade.kernels.argument_checks import Keep, check_exit_head
 from fastcascade.kernels.reference import LOG_ODDS_LIMIT, ExitTables, MLPWeights
 from fastcascade.kernels.triton.launch import launch
 
@@ -24,16 +26,16 @@ LIMIT = tl.constexpr(LOG_ODDS_LIMIT)
 
 
 class ExitTile(NamedTuple):
-    """Constants that specialise the exit head for a class count."""
+    """Tile sizes of the exit head."""
 
     rows: int
     classes: int
 
 
 def exit_tile(num_classes: int) -> ExitTile:
-    """Tile sizes that keep a program in its registers: about 2,048 scores.
+    """Tile sizes for a class count: about 2,048 scores, which fit in registers.
 
-    Half as many where rows are long and do not start on 16 bytes: every score then has an address of its own.
+    Half as many for long rows that are not 16-byte aligned, because each score then needs its own address.
 
     Example:
         >>> exit_tile(10), exit_tile(1000), exit_tile(1001)
@@ -45,7 +47,7 @@ def exit_tile(num_classes: int) -> ExitTile:
 
 
 def new_keep(capacity: int, num_classes: int, device: torch.device | str) -> Keep:
-    """Uninitialised flags and counts for up to ``capacity`` active rows."""
+    """An uninitialised :class:`Keep` for up to ``capacity`` active rows."""
     rows = exit_tile(num_classes).rows
     return Keep(
         torch.empty(capacity, dtype=torch.int8, device=device),
@@ -56,7 +58,7 @@ def new_keep(capacity: int, num_classes: int, device: torch.device | str) -> Kee
 
 @triton.jit
 def _load_scores(logits, row_offset, live, column, CLASSES: tl.constexpr):
-    """(BLOCK_ROWS, BLOCK_CLASSES) f32 logits; −inf outside the live rows and real classes."""
+    """(BLOCK_ROWS, BLOCK_CLASSES) f32 logits; −inf beyond the active rows and the classes."""
     mask = live[:, None] & (column < CLASSES)[None, :]
     return tl.load(logits + row_offset[:, None] + column[None, :], mask=mask, other=float("-inf")).to(
         tl.float32
@@ -65,7 +67,7 @@ def _load_scores(logits, row_offset, live, column, CLASSES: tl.constexpr):
 
 @triton.jit
 def _normaliser(logits, row_offset, live, BLOCK_CLASSES: tl.constexpr, CLASSES: tl.constexpr):
-    """Per row: the largest logit, the log of the sum of exp(logit − largest), and whether all are finite."""
+    """Per row: the largest logit, log Σ exp(logit − largest), and whether all logits are finite."""
     largest = tl.full(row_offset.shape, float("-inf"), tl.float32)
     total = tl.zeros(row_offset.shape, tl.float32)
     bad = tl.zeros(row_offset.shape, tl.int32)
@@ -94,7 +96,7 @@ def _combined(
     MEAN: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """(log q, the new log Σ w p): own is log p of this stage; without MEAN both are own."""
+    """(log q, the new log Σ w p), where ``own`` is log p of this stage; without MEAN, both are ``own``."""
     if MEAN:
         mask = valid[:, None] & (column < CLASSES)[None, :]
         old = tl.load(log_sum + origin[:, None] * CLASSES + column[None, :], mask=mask, other=float("-inf"))
@@ -109,7 +111,7 @@ def _combined(
 
 @triton.jit
 def _insert(top1, top2, top3, value):
-    """Insert into a falling triple; returns the triple and what fell out."""
+    """Insert a value into a descending triple; returns the triple and the value that it drops."""
     first = tl.maximum(top1, value)
     value = tl.minimum(top1, value)
     second = tl.maximum(top2, value)
@@ -120,21 +122,21 @@ def _insert(top1, top2, top3, value):
 
 @triton.jit
 def _exp_relative(value, base):
-    """exp(value − base) where value is above −inf, else 0 (also where both are −inf)."""
+    """exp(value − base); 0 if value is −inf, even if base is too."""
     return tl.where(value > float("-inf"), tl.exp(value - base), 0.0)
 
 
 @triton.jit
 def _merge_tile(top1, top2, top3, rest, label, scores, column, TOP: tl.constexpr):
-    """Take one tile of log-probabilities into the running top three, the sum of the others, and the label.
+    """Merge one tile of log-probabilities into the running top three, the sum of the others, and the label.
 
-    ``rest`` is Σ exp(log q − top1) over all but the top TOP classes: it never contains what is compared with
-    it, so log-odds need no subtraction.
+    ``rest`` is Σ exp(log q − top1) over all but the top TOP classes. It never contains the class whose
+    log-odds are computed from it, so nothing has to be subtracted.
     """
     low = float("-inf")
     best1 = tl.max(scores, 1)
     at = tl.argmax(scores, 1)
-    label = tl.where(best1 > top1, tl.min(column) + at, label)  # a later tile wins only if strictly greater
+    label = tl.where(best1 > top1, tl.min(column) + at, label)  # ties: the lowest class
     scores = tl.where(column[None, :] == (tl.min(column) + at)[:, None], low, scores)
     best2 = tl.full(best1.shape, low, tl.float32)
     best3 = tl.full(best1.shape, low, tl.float32)
@@ -153,7 +155,7 @@ def _merge_tile(top1, top2, top3, rest, label, scores, column, TOP: tl.constexpr
         rest += _exp_relative(tl.minimum(top1, best1), base)
         return base, best2, best3, rest, label
     elif TOP == 2:
-        # With two kept, the third place holds what fell out of the second.
+        # Only two are kept; the third place is the value that the pair drops.
         top1, top2, out, _ = _insert(top1, top2, best3, best1)
         rest += _exp_relative(out, base)
         top1, top2, out, _ = _insert(top1, top2, best3, best2)
@@ -171,14 +173,14 @@ def _merge_tile(top1, top2, top3, rest, label, scores, column, TOP: tl.constexpr
 
 @triton.jit
 def _log_odds(lead, others):
-    """lead − log others, clamped; others = 0 gives the upper limit."""
+    """lead − log(others), clamped; others = 0 gives the upper limit."""
     odds = lead - tl.log(others)
     return tl.minimum(tl.maximum(odds, -LIMIT), LIMIT)
 
 
 @triton.jit
 def _hidden_input(value, f, mean, std, w1, unit, HIDDEN: tl.constexpr, FEATURES: tl.constexpr):
-    """What feature f (BLOCK_ROWS,) adds to the hidden units (BLOCK_ROWS, BLOCK_HIDDEN)."""
+    """The contribution of feature f (BLOCK_ROWS,) to the hidden units (BLOCK_ROWS, BLOCK_HIDDEN)."""
     weight = tl.load(w1 + unit * FEATURES + f, mask=unit < HIDDEN, other=0.0)
     return ((value - tl.load(mean + f)) / tl.load(std + f))[:, None] * weight[None, :]
 
@@ -195,11 +197,11 @@ def exit_rows(
 
     Args:
         logits, row_offset (rows,): row r's logits start at logits + row_offset[r].
-        live (rows,): rows that exist; origin (rows,) int64: their positions in the batch.
+        live (rows,): which rows are active; origin (rows,) int64: their positions in the batch.
         log_sum … out_stage: the ExitTables.
-        threshold, mean … b2: device memory; the weights are not read for a confidence score.
-        stage_weight: of this stage in the mean, not read without MEAN.
-        SELECTOR: a built-in selector's name, or "last" where everything stops.
+        threshold, mean … b2: device memory; a confidence score reads no weights.
+        stage_weight: weight of this stage in the mean; unused without MEAN.
+        SELECTOR: the name of a built-in selector, or "last" at the last exit.
     """
     TOP: tl.constexpr = 3 if SELECTOR == "topk" else (2 if SELECTOR == "stats" or SELECTOR == "margin" else 1)
     largest, log_total, valid = _normaliser(logits, row_offset, live, BLOCK_CLASSES, CLASSES)
@@ -209,7 +211,7 @@ def exit_rows(
         log_weight_sum = tl.log(total)
         tl.store(weight_sum + origin, total, mask=live)
 
-    # Selector: one walk over the classes.
+    # Selector: one pass over the classes.
     low = tl.full(largest.shape, float("-inf"), tl.float32)
     top1, top2, top3 = low, low, low
     own1, own2, own3 = low, low, low
@@ -225,7 +227,7 @@ def exit_rows(
         own = (_load_scores(logits, row_offset, live, column, CLASSES) - largest[:, None]) - log_total[
             :, None
         ]
-        # A row that is invalid or beyond the active ones gets scores that nobody uses, but no NaN.
+        # The scores of other rows are unused; zeros keep NaN out of them.
         own = tl.where(valid[:, None], own, 0.0)
         scores, _ = _combined(
             own, log_sum, origin, valid, stage_weight, log_weight_sum, column, MEAN, CLASSES
@@ -238,7 +240,7 @@ def exit_rows(
         if SELECTOR == "entropy" or SELECTOR == "stats":
             entropy -= tl.sum(tl.where(scores > float("-inf"), tl.exp(scores) * scores, 0.0), 1)
         if SELECTOR == "probs":
-            # Transposed so that the classes are the tile's first axis, as the product needs them.
+            # Transposed: tl.dot needs the classes as the first axis of the weights.
             real = column < CLASSES
             centre = tl.load(mean + column, mask=real, other=0.0)
             scale = tl.load(std + column, mask=real, other=1.0)
@@ -284,7 +286,7 @@ def exit_rows(
             score = tl.sum(tl.maximum(hidden, 0.0) * out_weight[None, :], 1) + tl.load(b2)
         stop = valid & (score >= tl.load(threshold))
 
-    # Results of the rows that stop, state of all.
+    # Write the results of the rows that stop, and the state of all rows.
     tl.store(previous_label + origin, tl.where(valid, own_label, -1), mask=live)
     tl.store(out_label + origin, tl.where(valid, label, -1).to(tl.int64), mask=stop)
     tl.store(out_stage + origin, tl.zeros(origin.shape, tl.int64) + stage, mask=stop)
@@ -333,7 +335,7 @@ def exit_head_kernel(
 
 
 class SelectorArguments(NamedTuple):
-    """The seven weight pointers and three constants that the kernels take for a selector."""
+    """The weight pointers and constants of a selector, as the kernel takes them."""
 
     pointers: tuple[Tensor, ...]
     features: int
@@ -342,7 +344,7 @@ class SelectorArguments(NamedTuple):
 
 
 def selector_arguments(weights: MLPWeights | None, placeholder: Tensor) -> SelectorArguments:
-    """Kernel arguments of a selector; a selector without weights gets a placeholder that is never read."""
+    """Kernel arguments of a selector; without weights, the pointers are a placeholder that is never read."""
     if weights is None:
         return SelectorArguments((placeholder,) * 6, features=4, hidden=1, block_hidden=16)
     hidden, num_features = weights.w1.shape
@@ -362,19 +364,20 @@ def exit_head(
     weights: MLPWeights | None = None,
     threshold: Tensor | None = None,
 ) -> None:
-    """The twin's exit head with the number of active rows on the device; nothing synchronises.
+    """The exit head on the first ``count`` active rows, without synchronising with the host.
 
     Args:
-        tables: as in the twin, float32; ``log_sum`` and ``weight_sum`` are used with a ``stage_weight`` only.
+        tables: as in the twin, float32; without a ``stage_weight``, ``log_sum`` and ``weight_sum`` are
+            unused.
         logits: (capacity, C) contiguous, fp16, bf16 or fp32; rows from ``count`` on are not read.
         index: (capacity,) int32 positions in the batch; count: (1,) int32.
-        keep: written; see :class:`~fastcascade.kernels.arguments.Keep`.
+        keep: written; see :class:`~fastcascade.kernels.argument_checks.Keep`.
         stage_weight, selector, weights: as in the twin; the weights are float32 on the device.
         threshold: (1,) float32 on the device; None at the last exit.
 
     Raises:
-        ValueError: shapes, dtypes, strides or devices that the kernel would misread.
-        RuntimeError: the device cannot run the kernel.
+        ValueError: a tensor has the wrong shape, dtype, strides or device.
+        RuntimeError: the kernel does not compile or launch.
 
     Example:
         keep = new_keep(len(logits), 10, logits.device)

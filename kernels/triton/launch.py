@@ -1,4 +1,4 @@
-"""How the Triton kernels are started."""
+"""Launch of a Triton kernel, with errors that name the kernel."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["launch"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Compile a kernel for these arguments if that has not happened yet, and start it.
+    """Launch a kernel, compiled for these arguments on the first use.
 
     Raises:
-        RuntimeError: it cannot be compiled, or needs more than the device has; the message names the kernel.
+        RuntimeError: the kernel does not compile, or needs more than the device has; names the kernel.
 
     Example:
         launch(pool_kernel, (programs,), x, out, count, KIND=constants, num_warps=4)
@@ -23,7 +23,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     except OutOfResources as error:
         raise RuntimeError(
             f"the Triton kernel {kernel.fn.__name__} needs {error.required} of {error.name} and this device "
-            f"has {error.limit}; precision='fp16' needs less, and another backend does without this kernel"
+            f"has {error.limit}; try precision='fp16' or another backend"
         ) from error
     except TritonError as error:
         raise RuntimeError(f"the Triton kernel {kernel.fn.__name__} failed: {error}") from error

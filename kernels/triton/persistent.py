@@ -1,12 +1,13 @@
-"""A whole stage in one launch: a program takes an image from a queue and runs every layer of the stage on it.
+"""A whole stage in one launch: each program takes an image from a queue and runs every layer on it.
 
-Between layers the activations stay in the program's own scratch, small enough for L1 and L2, so that an image
-costs the memory one read and a row of logits (and of features, where the next stage reads them). The stage is
-a table of layers in device memory; each entry names one of the stage's few different kinds of layer, and only
-the kinds are compiled: a network of any depth is one kernel of its width's size.
+Activations stay in the program's own scratch memory, which fits in L1 and L2. Device memory sees one read of
+the image and one write of its logits, plus the features if the next stage reads them.
 
-The logits go to memory for the exit head's own launch: 4 bytes a class, while the compaction needs the counts
-that the exit head makes for blocks of rows, in an order that no queue could give.
+The layers are a table in device memory. Each entry names one of the distinct kinds of layer in the stage, and
+only the kinds are compiled, so a deep network needs no more code than a shallow one of the same widths.
+
+The exit head runs in its own launch. It costs 4 bytes of logits per class and image. In return the exit head
+can count survivors per block of rows, in row order; the queue has no such order.
 """
 
 from __future__ import annotations
@@ -21,29 +22,72 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcascade.kernels.layers import Conv, Layer, Pooling, Work
-from fastcascade.kernels.triton.conv import Kind, conv_layer, elementwise_layer, kind, pool_layer
+from fastcascade.kernels.triton.conv import ConvKind, conv_layer
+from fastcascade.kernels.triton.elementwise import elementwise_layer
 from fastcascade.kernels.triton.launch import launch
+from fastcascade.kernels.triton.layer_launch import Kind, kind
+from fastcascade.kernels.triton.pool import pool_layer
 
 __all__ = ["LayerTable", "layer_table", "persistent"]
 
-PROGRAMS_PER_UNIT = 1
-"""Programs per multiprocessor: one of 256 threads, which need up to 255 registers (AMD: 512), fills it."""
+PROGRAMS_PER_MULTIPROCESSOR = 1
+"""A program of 256 threads with up to 255 registers each (AMD: 512) fills a multiprocessor."""
 
 THREADS = 256
 NUM_STAGES = 2
 
-# Where a value lies: row of the stage's input, the program's scratch, row of the features, row of the logits.
+# Spaces: where a value is stored.
 ROWS, SCRATCH, FEATURES, LOGITS = (tl.constexpr(i) for i in range(4))
+
+# Operations.
 CONV, POOL, ELEMENTWISE = (tl.constexpr(i) for i in range(3))
-FIELDS = tl.constexpr(6)
-"""Of an entry: its kind, and where source, other, output, weight and vectors begin, in units."""
+
+READS_IMAGES = tl.constexpr(ConvKind._fields.index("image"))
+
+
+class Entry(NamedTuple):
+    """One layer in the table; all offsets are in units of UNIT elements.
+
+    Attributes:
+        kind: number of the layer's kind.
+        source, other, output: offsets of the values in scratch memory; 0 for a value in another space.
+        weight, vectors: offsets in the stage's weights and vectors.
+    """
+
+    kind: int
+    source: int
+    other: int
+    output: int
+    weight: int
+    vectors: int
+
+
+ENTRY_KIND, ENTRY_SOURCE, ENTRY_OTHER, ENTRY_OUTPUT, ENTRY_WEIGHT, ENTRY_VECTORS = (
+    tl.constexpr(i) for i in range(len(Entry._fields))
+)
+ENTRY_SIZE = tl.constexpr(len(Entry._fields))
+
+
+class Placement(NamedTuple):
+    """What a kind of layer does, and the spaces of the values that it reads and writes."""
+
+    operation: int
+    source: int
+    other: int
+    output: int
+
+
+PLACED_OPERATION, PLACED_SOURCE, PLACED_OTHER, PLACED_OUTPUT = (
+    tl.constexpr(i) for i in range(len(Placement._fields))
+)
+
 UNIT = tl.constexpr(16)
-"""Elements: positions are multiples of it, which the compiler must see to load 16 bytes at a time."""
+"""Alignment of every offset, in elements. The compiler must see it to emit 16-byte loads."""
 
 
 @triton.jit
 def place(SPACE: tl.constexpr, offset, rows, scratch, features, logits):
-    """Where a value of the program's image begins."""
+    """Pointer to a value of the current image."""
     if SPACE == ROWS:
         return rows
     elif SPACE == LOGITS:
@@ -55,30 +99,26 @@ def place(SPACE: tl.constexpr, offset, rows, scratch, features, logits):
 
 
 @triton.jit
-def run_layer(
-    KIND: tl.constexpr, PLACES: tl.constexpr,
-    entry, images, index, pixels, rows, scratch, features, logits, weights, vectors,
+def run_table_entry(
+    KIND: tl.constexpr, PLACEMENT: tl.constexpr,
+    entry, images, index, pixel_table, rows, scratch, features, logits, weights, vectors,
     x_image, x_row, x_column, x_channel,
 ):  # fmt: skip
-    """All tiles of one layer on one image. PLACES: the operation, then where source, other, output lie."""
-    OPERATION: tl.constexpr = PLACES[0]
-    SOURCE: tl.constexpr = PLACES[1]
-    OTHER: tl.constexpr = PLACES[2]
-    OUT: tl.constexpr = PLACES[3]
-    x = place(SOURCE, tl.load(entry + 1), rows, scratch, features, logits)
-    other = place(OTHER, tl.load(entry + 2), rows, scratch, features, logits)
-    out = place(OUT, tl.load(entry + 3), rows, scratch, features, logits)
-    vector = vectors + tl.load(entry + 5) * UNIT
-    if OPERATION == CONV:
-        weight = weights + tl.load(entry + 4) * UNIT
-        if KIND[15]:  # reads images
+    """Run all tiles of one layer on one image."""
+    x = place(PLACEMENT[PLACED_SOURCE], tl.load(entry + ENTRY_SOURCE), rows, scratch, features, logits)
+    other = place(PLACEMENT[PLACED_OTHER], tl.load(entry + ENTRY_OTHER), rows, scratch, features, logits)
+    out = place(PLACEMENT[PLACED_OUTPUT], tl.load(entry + ENTRY_OUTPUT), rows, scratch, features, logits)
+    vector = vectors + tl.load(entry + ENTRY_VECTORS) * UNIT
+    if PLACEMENT[PLACED_OPERATION] == CONV:
+        weight = weights + tl.load(entry + ENTRY_WEIGHT) * UNIT
+        if KIND[READS_IMAGES]:
             conv_layer(
-                KIND, images, weight, vector, other, index, pixels, out,
+                KIND, images, weight, vector, other, index, pixel_table, out,
                 x_image, x_row, x_column, x_channel, 1, 0, 1,
             )  # fmt: skip
         else:
-            conv_layer(KIND, x, weight, vector, other, index, pixels, out, 0, 0, 0, 1, 1, 0, 1)
-    elif OPERATION == POOL:
+            conv_layer(KIND, x, weight, vector, other, index, pixel_table, out, 0, 0, 0, 1, 1, 0, 1)
+    elif PLACEMENT[PLACED_OPERATION] == POOL:
         pool_layer(KIND, x, out, 1, 0, 1)
     else:
         elementwise_layer(KIND, x, other, vector, out, 1, 0, 1)
@@ -86,9 +126,9 @@ def run_layer(
 
 @triton.jit
 def persistent_kernel(
-    images, index, count, pixels, rows, features, logits, entries, weights, vectors, scratch, queue,
+    images, index, count, pixel_table, rows, features, logits, entries, weights, vectors, scratch, queue,
     x_image, x_row, x_column, x_channel,
-    LAYERS: tl.constexpr, KINDS: tl.constexpr, PLACES: tl.constexpr, SCRATCH_SIZE: tl.constexpr,
+    LAYERS: tl.constexpr, KINDS: tl.constexpr, PLACEMENTS: tl.constexpr, SCRATCH_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr, FEATURES_SIZE: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     n = tl.load(count)
@@ -97,35 +137,37 @@ def persistent_kernel(
     while row < n:
         at = row.to(tl.int64)
         for layer in tl.range(0, LAYERS, num_stages=1):
-            entry = entries + layer * FIELDS
-            number = tl.load(entry)
+            entry = entries + layer * ENTRY_SIZE
+            kind_number = tl.load(entry + ENTRY_KIND)
             for i in tl.static_range(len(KINDS)):
-                if number == i:
-                    run_layer(
-                        tl.constexpr(KINDS[i]), tl.constexpr(PLACES[i]), entry, images, index + at, pixels,
+                if kind_number == i:
+                    run_table_entry(
+                        tl.constexpr(KINDS[i]), tl.constexpr(PLACEMENTS[i]),
+                        entry, images, index + at, pixel_table,
                         rows + at * INPUT_SIZE, own, features + at * FEATURES_SIZE, logits + at * CLASSES,
                         weights, vectors, x_image, x_row, x_column, x_channel,
                     )  # fmt: skip
-            # The next layer reads what other threads wrote; after the last, the next image overwrites it.
+            # The next layer reads what other threads of this program wrote, and the next image overwrites it.
             tl.debug_barrier()
         row = tl.atomic_add(queue, 1)
 
 
 class LayerTable(NamedTuple):
-    """A stage as the persistent kernel takes it.
+    """A stage in the form that the persistent kernel reads.
 
     Attributes:
-        entries: (layers, 6) int32.
-        kinds: the sizes of the different kinds of layer, for float images and for bytes.
-        places: of each kind, the operation and the spaces of source, other and output.
-        weights, vectors: all layers', one after the other.
-        scratch_size, input_size, features_size: elements per program and per row; 0 where there are none.
+        entries: (layers, 6) int32, one :class:`Entry` per layer.
+        kinds: the constants of every kind of layer, for float images and for uint8 images.
+        placements: one per kind.
+        weights, vectors: those of all layers, concatenated.
+        scratch_size: elements of scratch memory per program.
+        input_size, features_size: elements per row of the stage's input and features; 0 without rows.
         num_classes: C.
     """
 
     entries: Tensor
     kinds: tuple[tuple[Kind, ...], tuple[Kind, ...]]
-    places: tuple[tuple[int, ...], ...]
+    placements: tuple[Placement, ...]
     weights: Tensor
     vectors: Tensor
     scratch_size: int
@@ -135,10 +177,10 @@ class LayerTable(NamedTuple):
 
 
 def layer_table(layers: Sequence[Layer], kept: int | None) -> LayerTable:
-    """Lay out a stage: its values in scratch memory, its weights in a row, its layers in a table.
+    """Assign scratch memory to a stage's values, concatenate its weights and build the table of its layers.
 
     Args:
-        layers: in order; the last value that is marked as logits is the answer.
+        layers: in order; one convolution writes the logits.
         kept: the value that the next stage reads, or None.
     """
     scratch, scratch_size = _scratch_offsets(layers, kept)
@@ -148,20 +190,28 @@ def layer_table(layers: Sequence[Layer], kept: int | None) -> LayerTable:
     logits = next(layer for layer in layers if isinstance(layer.work, Conv) and layer.work.logits)
     spaces[logits.output] = LOGITS.value
 
-    numbers: dict[tuple[Work, tuple[int, ...]], int] = {}
+    numbers: dict[tuple[Work, Placement], int] = {}
     entries = []
     weights, vectors = [la.weight for la in layers], [la.vectors for la in layers]
     for layer, weight, vector in zip(layers, _starts(weights), _starts(vectors), strict=True):
-        values = (layer.source, layer.source if layer.other is None else layer.other, layer.output)
-        places = (_operation(layer.work), *(spaces[value] for value in values))
-        number = numbers.setdefault((layer.work, places), len(numbers))
-        begins = [*(scratch.get(value, 0) for value in values), weight, vector]
-        entries.append([number, *(begin // UNIT.value for begin in begins)])
+        other = layer.source if layer.other is None else layer.other
+        placement = Placement(
+            _operation(layer.work), spaces[layer.source], spaces[other], spaces[layer.output]
+        )
+        entry = Entry(
+            kind=numbers.setdefault((layer.work, placement), len(numbers)),
+            source=scratch.get(layer.source, 0) // UNIT.value,
+            other=scratch.get(other, 0) // UNIT.value,
+            output=scratch.get(layer.output, 0) // UNIT.value,
+            weight=weight // UNIT.value,
+            vectors=vector // UNIT.value,
+        )
+        entries.append(entry)
     weight_row = torch.cat([w.flatten() for w in weights if w is not None])
     return LayerTable(
         entries=torch.tensor(entries, dtype=torch.int32, device=weight_row.device),
-        kinds=(_sizes(numbers, False), _sizes(numbers, True)),
-        places=tuple(places for _, places in numbers),
+        kinds=(_constants(numbers, False), _constants(numbers, True)),
+        placements=tuple(placement for _, placement in numbers),
         weights=weight_row,
         vectors=torch.cat([v.flatten() for v in vectors if v is not None]),
         scratch_size=scratch_size,
@@ -176,16 +226,16 @@ def _operation(work: Work) -> int:
     return int(code.value)
 
 
-def _sizes(kinds: Iterable[tuple[Work, tuple[int, ...]]], byte_images: bool) -> tuple[Kind, ...]:
-    """Of every kind; a tile is no larger than the image."""
+def _constants(kinds: Iterable[tuple[Work, Placement]], byte_images: bool) -> tuple[Kind, ...]:
+    """The constants of every kind, with tiles no larger than the image."""
     return tuple(
-        kind(work, byte_images, limit=max(triton.next_power_of_2(work.out[0] * work.out[1]), 16))
+        kind(work, byte_images, max_pixels=max(triton.next_power_of_2(work.out[0] * work.out[1]), 16))
         for work, _ in kinds
     )
 
 
 def _input_size(layers: Sequence[Layer]) -> int:
-    """Elements of a row of value 0; 0 where it is images."""
+    """Elements per row of the stage's input; 0 if it reads images."""
     work = next((layer.work for layer in layers if layer.source == 0), None)
     if isinstance(work, Conv):
         shape = work.shape
@@ -196,7 +246,7 @@ def _input_size(layers: Sequence[Layer]) -> int:
 
 
 def _starts(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where each tensor begins when all are put in a row; sizes are multiples of 16."""
+    """Offsets of the tensors once concatenated; every size is a multiple of 16."""
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
@@ -205,14 +255,14 @@ def _starts(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def _scratch_offsets(layers: Sequence[Layer], kept: int | None) -> tuple[dict[int, int], int]:
-    """First fit: a value takes the lowest place that no value alive at the same time has.
+    """First fit: each value takes the lowest offset that does not overlap a value alive at the same time.
 
     Returns:
-        where each value of the scratch begins, and how large it is, in elements.
+        the offset of each value in scratch memory, and the size of that memory, in elements.
     """
     last = {value: i for i, layer in enumerate(layers) for value in (layer.output, *layer.reads)}
     offsets: dict[int, int] = {}
-    taken: list[tuple[int, int, int]] = []  # (begin, end, last layer that needs it)
+    taken: list[tuple[int, int, int]] = []  # (begin, end, last layer that reads or writes it)
     size = 0
     for i, layer in enumerate(layers):
         if layer.output == kept or (isinstance(layer.work, Conv) and layer.work.logits):
@@ -235,48 +285,50 @@ def persistent(
     features: Tensor | None,
     logits: Tensor,
     *,
-    pixels: Tensor | None = None,
+    pixel_table: Tensor | None = None,
 ) -> None:
-    """Run a stage on the first ``count`` active rows; nothing synchronises.
+    """Run a stage on the first ``count`` active rows, without synchronising with the host.
 
     Args:
         table: from :func:`layer_table`, on the device.
         source: images (N, C, H, W), any strides, uint8 or float32, or padded rows (capacity, H, W, C) of the
             table's dtype where the stage reads the previous one's features.
-        index: (capacity,) int32, which image each row reads; count: (1,) int32.
-        features: (capacity, H, W, C) of the table's dtype, written; None where no stage reads them.
+        index: (capacity,) int32, the image that each row reads; count: (1,) int32.
+        features: (capacity, H, W, C) of the table's dtype, written; None if no stage reads them.
         logits: (capacity, classes) float32, written.
-        pixels: (C, 256) float32, what each byte of an image means.
+        pixel_table: (C, 256) float32, the value of each byte; for uint8 images only.
 
     Raises:
-        ValueError: tensors that the kernel would misread.
+        ValueError: a tensor has another shape, dtype, layout or device than stated.
 
     Example:
         persistent(layer_table(layers, None), images, active, count, None, logits)
     """
-    _check(table, source, index, count, features, logits, pixels)
+    _check(table, source, index, count, features, logits, pixel_table)
     capacity = len(logits)
     if capacity == 0:
         return
     device = source.device
-    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    programs = min(capacity, units * PROGRAMS_PER_UNIT)
+    multiprocessors = 1
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = min(capacity, multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
     scratch = torch.empty(programs * table.scratch_size, dtype=table.weights.dtype, device=device)
     queue = torch.zeros(1, dtype=torch.int32, device=device)
     images = table.input_size == 0
     strides = (source.stride(0), source.stride(2), source.stride(3), source.stride(1)) if images else (0,) * 4
     launch(
         persistent_kernel, (programs,),
-        source, index, count, queue if pixels is None else pixels, scratch if images else source,
+        source, index, count, queue if pixel_table is None else pixel_table, scratch if images else source,
         scratch if features is None else features, logits, table.entries, table.weights, table.vectors,
         scratch, queue, *strides,
-        **constants(table, pixels is not None),
+        **constants(table, pixel_table is not None),
         num_warps=num_warps(hip=torch.version.hip is not None), num_stages=NUM_STAGES,
     )  # fmt: skip
 
 
 def num_warps(hip: bool) -> int:
-    """Of a program; AMD's have 64 threads.
+    """Warps per program; a warp has 64 threads on AMD and 32 on NVIDIA.
 
     Example:
         >>> num_warps(hip=False), num_warps(hip=True)
@@ -286,11 +338,11 @@ def num_warps(hip: bool) -> int:
 
 
 def constants(table: LayerTable, byte_images: bool) -> dict[str, object]:
-    """What specialises the kernel for a stage."""
+    """The constexpr arguments that specialise the kernel for a stage."""
     return {
         "LAYERS": len(table.entries),
         "KINDS": table.kinds[int(byte_images)],
-        "PLACES": table.places,
+        "PLACEMENTS": table.placements,
         "SCRATCH_SIZE": table.scratch_size,
         "INPUT_SIZE": table.input_size,
         "FEATURES_SIZE": table.features_size,
@@ -305,7 +357,7 @@ def _check(
     count: Tensor,
     features: Tensor | None,
     logits: Tensor,
-    pixels: Tensor | None,
+    pixel_table: Tensor | None,
 ) -> None:
     capacity = len(logits)
     if (
@@ -323,12 +375,14 @@ def _check(
             f"expected int32 and at least {capacity} entries"
         )
     if table.input_size == 0:
-        if (source.dtype == torch.uint8) != (pixels is not None):
-            raise ValueError(f"images are {source.dtype} and a table of pixels is {pixels is not None}")
+        if (source.dtype == torch.uint8) != (pixel_table is not None):
+            given = "no pixel table" if pixel_table is None else "a pixel table"
+            raise ValueError(f"got {source.dtype} images and {given}; only uint8 images take one")
     else:
         _check_rows("source", source, table.input_size, capacity, table.weights.dtype)
     if (features is not None) != (table.features_size > 0):
-        raise ValueError(f"the stage leaves {table.features_size} features a row; features is {features}")
+        given = "none" if features is None else f"a tensor of shape {tuple(features.shape)}"
+        raise ValueError(f"the stage writes {table.features_size} features per row; got {given}")
     if features is not None:
         _check_rows("features", features, table.features_size, capacity, table.weights.dtype)
     devices = {t.device for t in (source, index, count, logits, table.weights)}

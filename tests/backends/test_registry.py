@@ -1,4 +1,4 @@
-"""Backends: which one runs, what is said when none can, and that each answers as the cascade does."""
+"""The choice of a backend, the reasons against one, and that each matches the reference forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade import backends
+from fastcascade.backends import registry
 from fastcascade.backends.registry import NAMES, choose_backend, load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.lowering.interpreter import run_op
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def independent(selector: nn.Module, combine: Any = "last") -> fc.Cascade:
-    """Three networks that all read the image; the middle one cannot become operations."""
+    """Three networks that all read the image; the middle one is opaque."""
     networks = [random_network(11, input_shape=SHAPE), own_code(), random_network(12, input_shape=SHAPE)]
     for network in networks:
         sharpen(network, torch.randn(200, *SHAPE))
@@ -41,7 +41,7 @@ def own_code() -> nn.Module:
 
 
 def segments(selector: nn.Module, combine: Any = "last") -> fc.Cascade:
-    """One backbone in three parts, the middle one opaque, each reading the features before it."""
+    """One backbone in three segments, of which the middle one is opaque."""
 
     def head(channels: int) -> nn.Module:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
@@ -66,7 +66,7 @@ def segments(selector: nn.Module, combine: Any = "last") -> fc.Cascade:
 
 @torch.no_grad()
 def sharpen(network: nn.Module, x: Tensor) -> None:
-    """Centre and scale the last layer, so that labels and confidence differ from image to image."""
+    """Centre and scale the last layer, so that labels and confidence vary between images."""
     linear = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
     logits = network.eval()(x)
     scale = 3 / logits.std(0)
@@ -76,7 +76,7 @@ def sharpen(network: nn.Module, x: Tensor) -> None:
 
 @pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that can run on this machine's CPU; the others skip with their reason."""
+    """Every backend that can run on the CPU here; the others skip with their reason."""
     name = str(request.param)
     reason = load_backend(name).unavailable_reason()
     if reason is None:
@@ -99,7 +99,7 @@ SELECTORS = {
 
 
 class Own(nn.Module):
-    """A selector of the user's: confident where the label did not change."""
+    """A custom selector that is confident if the label did not change."""
 
     def forward(self, k: int, log_probs: Tensor, previous_label: Tensor) -> Tensor:
         return log_probs.amax(1).exp() + (log_probs.argmax(1) == previous_label) + 0.1 * k
@@ -108,7 +108,7 @@ class Own(nn.Module):
         return 0
 
 
-# Every selector, and both shapes of cascade with every way to combine; each costs an export per stage.
+# Every selector and combination, and both shapes of cascade. Each case costs one export per stage.
 @pytest.mark.parametrize(
     ("selector", "shape", "combine"),
     [
@@ -130,7 +130,7 @@ def test_every_backend_is_a_drop_in(backend: str, selector: str, shape: Any, com
     x = torch.randn(101, *SHAPE)
     assert_drop_in(fast, cascade, x)
     out = fast(x, balanced_thresholds(cascade, x))
-    assert out.exit_stage.bincount(minlength=3).min() > 10  # every exit is really used
+    assert out.exit_stage.bincount(minlength=3).min() > 10  # every exit is used
     assert len(out.label.unique()) >= 2
 
 
@@ -154,7 +154,7 @@ def test_invalid_rows_go_on_and_leave_their_neighbours_alone(backend: str, shape
 
 def test_a_row_that_is_invalid_at_one_exit_stops_later(backend: str) -> None:
     class Fragile(nn.Module):
-        """Not finite for images whose first pixel is large."""
+        """A stage with non-finite logits for images whose first pixel is large."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -190,7 +190,7 @@ def test_uint8_images_and_any_strides(backend: str) -> None:
 
 
 def test_the_input_is_never_changed(backend: str) -> None:
-    """Not even by a stage that works in place, or by compaction of features that are the image."""
+    """Neither an in-place stage nor compaction of features that alias the image changes the input."""
     cascade = fc.Cascade(
         [
             fc.Stage(nn.ReLU(inplace=True), nn.Sequential(nn.Flatten(), nn.Linear(216, 5))),
@@ -234,7 +234,7 @@ def plan() -> Plan:
 
 
 class Fake:
-    """A backend with given reasons."""
+    """A stand-in for a backend, with given reasons."""
 
     def __init__(self, name: str, unavailable: str | None = None, unsupported: str | None = None) -> None:
         self.name, self.unavailable, self.unsupported = name, unavailable, unsupported
@@ -249,11 +249,12 @@ class Fake:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four backends: no device, wrong plan, works, works too."""
+    """Four backends: the first has no device, the second cannot run the plan, the others can."""
     fakes = [Fake("a", "no device"), Fake("b", None, "too deep"), Fake("c"), Fake("d")]
-    monkeypatch.setattr(backends, "NAMES", tuple(fake.name for fake in fakes))
+    modules = {fake.name: f"fastcascade.backends.{fake.name}" for fake in fakes}
+    monkeypatch.setattr(registry, "MODULES", modules)
     for fake in fakes:
-        module = ModuleType(f"fastcascade.backends.{fake.name}")
+        module = ModuleType(modules[fake.name])
         module.BACKEND = fake  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -295,7 +296,7 @@ def test_unknown_names_are_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) 
 def test_a_broken_import_is_not_taken_for_an_absent_device(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "NAMES", ("missing", "reference"))
+    monkeypatch.setattr(registry, "MODULES", {"missing": "fastcascade.backends.missing"})
     with pytest.raises(ModuleNotFoundError):
         choose_backend("auto", plan, precision="fp32", device=CPU)
 
@@ -310,7 +311,7 @@ def test_the_reference_says_what_it_cannot_do(plan: Plan) -> None:
         fc.compile(plan, backend="reference", threads=2)
 
 
-# ---- the reference's own arithmetic, where torch's operators cannot say it in one call ----
+# ---- operations that the interpreter composes from several torch operators ----
 
 
 def test_asymmetric_convolution_padding() -> None:

@@ -417,9 +417,9 @@ def test_hostile_stages_are_refused() -> None:
         _C.Cascade([_valid(), _valid()], [7, None], 5)  # type: ignore[list-item]
 
 
-def test_groups_that_would_fill_the_memory_are_refused() -> None:
-    """A prime number of groups cannot be joined into vectors but all together: 512 KB would become 34 GB."""
-    groups = 65521
+@pytest.mark.parametrize("groups", [8191, 32749, 65521])
+def test_groups_that_would_fill_the_memory_are_refused(groups: int) -> None:
+    """A prime number of groups can only be merged all together: 64 KB become 512 MB, 512 KB become 34 GB."""
     conv = _conv(weight=np.ones((2 * groups, 1, 1, 1), np.float32), bias=np.ones(2 * groups, np.float32))
     stage = {
         **_valid(),
@@ -428,7 +428,7 @@ def test_groups_that_would_fill_the_memory_are_refused() -> None:
         "features": 0,
         "logits": 1,
     }
-    with pytest.raises(ValueError, match="65521 groups"):
+    with pytest.raises(ValueError, match=f"{groups} groups"):
         _build(stage, classes=2 * groups)
 
 

@@ -254,7 +254,7 @@ def test_sources_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     (tmp_path / "both.bin").write_bytes(bytes(3073 * 3074))
     (tmp_path / "text.txt").write_text("hello")
     for name in ("both.bin", "text.txt"):
-        with pytest.raises(DataError, match="write cifar10:, cifar100:, npz: or folder:"):
+        with pytest.raises(DataError, match=r"cannot infer the kind of .*; write cifar10:"):
             load_data(tmp_path / name)
     with pytest.raises(DataError, match="does not exist"):
         load_data(tmp_path / "nothing")
@@ -333,13 +333,13 @@ def test_a_damaged_npz_loads_identically_or_is_refused(tmp_path: Path, data: st.
         loaded = load_data(path)
     except DataError:
         return
-    assert (loaded.images == random_images(2, (4, 4, 3))).all()  # type: ignore[union-attr]
+    assert (np.asarray(loaded.images) == random_images(2, (4, 4, 3))).all()
     assert loaded.labels is not None
     assert loaded.labels.tolist() == [1, 0]
 
 
 @fuzzed
-@given(data=st.data(), extension=st.sampled_from([".png", ".jpg", ".bmp", ".ppm", ".webp"]))
+@given(data=st.data(), extension=st.sampled_from([".png", ".jpg", ".bmp", ".ppm", ".webp", ".gif", ".tif"]))
 def test_a_damaged_image_file_is_an_image_or_an_error_row(
     tmp_path: Path, data: st.DataObject, extension: str
 ) -> None:
@@ -405,7 +405,7 @@ def test_one_bad_image_is_one_error_row_and_stops_nothing(tmp_path: Path) -> Non
     assert [error is None for error in errors] == [True, True, False, False, False, True, True]
     assert errors[4] == "is 9 × 32 pixels; expected 32 × 32 (allow resizing to scale it)"
     assert torch.equal(torch.cat([row.images for row in rows]), tensors[0][[0, 1, 5, 6]])
-    with pytest.warns(UserWarning, match="left out unreadable images: .*cannot be decoded"):
+    with pytest.warns(UserWarning, match="left out unreadable images: .*is damaged"):
         parts = list(batches(data, 3))
     assert [len(images) for images, _ in parts] == [2, 1, 1]
 
@@ -439,7 +439,7 @@ def test_images_become_rgb_or_grey_and_16_bits_are_refused(tmp_path: Path) -> No
     assert (colour[0] == IMAGES[0, :, :, :1]).all()
     assert (colour[1] == IMAGES[1]).all()
     assert errors[2] is not None
-    assert "expected 8 bits a channel" in errors[2]
+    assert "expected 8 bits per channel" in errors[2]
     grey = next(load_data(tmp_path, shape=(1, 32, 32)).rows(1)).images
     assert (grey.numpy()[0, :, :, 0] == IMAGES[0, :, :, 0]).all()
     with pytest.raises(InvalidArgument, match="1 or 3 channels"):
@@ -471,24 +471,25 @@ def test_what_is_not_an_image_file_is_told_or_refused(tmp_path: Path) -> None:
     (tmp_path / "cat" / "notes.txt").write_text("hello")
     (tmp_path / ".hidden").mkdir()
     with pytest.warns(
-        UserWarning, match=r"passed over 1 files that are not images, for example 'cat/notes\.txt'"
+        UserWarning, match=r"skipped 1 files that are not images, for example 'cat/notes\.txt'"
     ):
         assert load_data(tmp_path).classes == ("cat",)
     pillow.fromarray(IMAGES[0]).save(tmp_path / "loose.png")
     with (
-        pytest.warns(UserWarning, match="passed over"),
+        pytest.warns(UserWarning, match="skipped"),
         pytest.raises(DataError, match=r"both directly \('loose\.png'\) and in sub-folders"),
     ):
         load_data(tmp_path)
 
 
-def test_gif_bytes_under_an_allowed_suffix_are_an_error_row(tmp_path: Path) -> None:
-    pillow.fromarray(IMAGES[0]).save(tmp_path / "a.png")
-    pillow.fromarray(IMAGES[0]).save(tmp_path / "b.gif")
-    (tmp_path / "b.gif").rename(tmp_path / "b.png")
+def test_the_content_decides_about_the_format(tmp_path: Path) -> None:
+    pillow.fromarray(IMAGES[0]).save(tmp_path / "a.bmp")
+    pillow.fromarray(IMAGES[0]).save(tmp_path / "b.tga")
+    (tmp_path / "a.bmp").rename(tmp_path / "a.png")
+    (tmp_path / "b.tga").rename(tmp_path / "b.png")
     _, errors = load_data(tmp_path).images.read([0, 1])  # type: ignore[union-attr]
     assert errors[0] is None
-    assert "UnidentifiedImageError" in str(errors[1])
+    assert errors[1] == "is damaged, or its format is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
 
 
 def test_names_that_are_not_utf8_become_printable_ids(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the CUDA C++ kernels run in tests: on host threads everywhere, and on a GPU where one is."""
+"""Launchers for the tests of the CUDA C++ kernels: CPU threads, and a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels compiled for host threads."""
+    """The kernels, compiled for CPU threads."""
     reason = missing_compiler()
     if reason is not None:
         pytest.skip(reason)
@@ -24,14 +24,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block costs the start of its threads: fewer blocks, which take several rows each."""
+    """Use few blocks and threads, because every thread of every block is an OS thread."""
     monkeypatch.setattr(compact, "MOVE_BLOCKS", 3)
     monkeypatch.setattr(compact, "MOVE_THREADS", 32)
 
 
 @pytest.fixture(params=["host threads", "device"])
 def launch(request: pytest.FixtureRequest) -> Launch:
-    """Both ways to run a kernel; the device skips with the backend's reason."""
+    """Every launcher; the device skips with the backend's reason."""
     if request.param == "host threads":
         request.getfixturevalue("few_threads")
         return HostLaunch(request.getfixturevalue("library"))

@@ -69,8 +69,8 @@ struct DeviceContext {
 
 }  // namespace fastcascade
 
-#include "exit_head.cu"
 #include "compact.cu"
+#include "exit_head.cu"
 
 // The handle of a conditional node is here the address of its value.
 extern "C" void cudaGraphSetConditional(unsigned long long handle, unsigned int value) {
@@ -86,9 +86,7 @@ namespace {
 // Run a kernel as cuLaunchKernel does: `arguments` points to one pointer per argument.
 template <class... Types>
 void run(void (*kernel)(Types...), void** arguments, int blocks, int threads, bool descending, int left_out) {
-  const auto call = [&]<std::size_t... I>(std::index_sequence<I...>) {
-    kernel(*static_cast<Types*>(arguments[I])...);
-  };
+  const auto call = [&]<std::size_t... I>(std::index_sequence<I...>) { kernel(*static_cast<Types*>(arguments[I])...); };
   for (int i = 0; i < blocks; i++) {
     fastcascade::Block block(descending ? blocks - 1 - i : i, blocks, threads, left_out);
     std::vector<std::thread> running;

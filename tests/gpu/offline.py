@@ -1,4 +1,4 @@
-"""Compile GPU kernels without a GPU and read what the compiler made of them.
+"""Compile the Triton kernels without a GPU, and check registers, spills and instructions.
 
 Run as a program (triton must not be in interpreter mode) it compiles the shipped configurations for one
 architecture or all, prints a table, and fails on a gate: local-memory traffic beyond the stated allowance,
@@ -51,7 +51,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel uses. ``spills`` counts local-memory instructions or spilled registers."""
+    """Resources of a compiled kernel; ``spills`` counts local-memory instructions or spilled registers."""
 
     name: str
     target: str
@@ -133,7 +133,7 @@ def read_cubin(name: str, target: str, cubin: bytes, tools: Path, shared_bytes: 
 
 
 def failures(configuration: Configuration, report: Report) -> list[str]:
-    """Which gates a report fails, in words."""
+    """The gates that a report fails, in words."""
     allowed = configuration.spills.get(report.target, 0)
     found = []
     if report.spills > allowed:
@@ -146,7 +146,7 @@ def failures(configuration: Configuration, report: Report) -> list[str]:
 
 
 def configurations() -> list[Configuration]:
-    """Everything that the triton backend ships."""
+    """All configurations that the triton backend launches."""
     return [
         *exit_head_configurations(),
         *compact_configurations(),
@@ -170,7 +170,7 @@ TABLE_TYPES = {
 
 
 def exit_constants(selector: str, num_classes: int, combine: str) -> dict[str, Any]:
-    """The selector's share of a kernel's constants."""
+    """The constants of an exit head that depend on the selector."""
     return {
         "SELECTOR": selector,
         "MEAN": combine == "mean",
@@ -208,7 +208,7 @@ def exit_head_configurations() -> list[Configuration]:
             },
             default=(selector, classes) == ("stats", 1000),
             spills={"sm_80": 8} if (selector, classes) == ("probs", 1000) else {},
-            # A row of fp16 logits starts on 16 bytes only if the class count is a multiple of 8.
+            # Rows of fp16 logits are 16-byte aligned only if the class count is a multiple of 8.
             wide_loads=classes == 1000,
         )
         for selector, classes, combine, dtype in cases
@@ -244,26 +244,29 @@ def compact_configurations() -> list[Configuration]:
 
 
 def conv_configurations() -> list[Configuration]:
-    """The convolutions of CIFAR ResNets of width 16 and 64, pooling and elementwise work between them."""
+    """Convolutions of CIFAR ResNets of width 16 and 64, pooling, and an elementwise layer."""
     from fastcascade.kernels import layers as la
-    from fastcascade.kernels.triton import conv as c
+    from fastcascade.kernels.triton.conv import conv_kernel, conv_tile
+    from fastcascade.kernels.triton.elementwise import elementwise_kernel
+    from fastcascade.kernels.triton.layer_launch import kind
+    from fastcascade.kernels.triton.pool import pool_kernel
 
     def conv(name: str, work: la.Conv, dtype: str, **changes: Any) -> Configuration:
         shape = work.shape
-        tile = c.conv_tile(shape.channels, la.padded(shape.out_channels), work.image)
+        tile = conv_tile(shape.channels, la.padded(shape.out_channels), work.image)
         types = {
             **dict.fromkeys(("weight", "residual"), f"*{dtype}"),
             "x": "*u8" if work.image else f"*{dtype}",
             "out": "*fp32" if work.logits else f"*{dtype}",
-            **dict.fromkeys(("bias", "table"), "*fp32"),
+            **dict.fromkeys(("bias", "pixel_table"), "*fp32"),
             **dict.fromkeys(("index", "count"), "*i32"),
             **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
         }
         return Configuration(
             f"conv {name} {dtype}",
-            c.conv_kernel,
+            conv_kernel,
             types,
-            {"KIND": c.kind(work, byte_images=True)},
+            {"KIND": kind(work, byte_images=True)},
             tile.num_warps,
             tile.num_warps,
             tile.num_stages,
@@ -297,27 +300,27 @@ def conv_configurations() -> list[Configuration]:
         conv("32→32 on 16, residual", block(16, 32, 32, view=whole), "fp32"),
         *(
             Configuration(
-                f"pool {kind}",
-                c.pool_kernel,
-                {k: v for k, v in rows.items() if k in c.pool_kernel.arg_names},
-                {"KIND": c.kind(la.Pooling(*maps, kind, *window))},
-                default=kind == "max",
+                f"pool {reduction}",
+                pool_kernel,
+                {k: v for k, v in rows.items() if k in pool_kernel.arg_names},
+                {"KIND": kind(la.Pooling(*maps, reduction, *window))},
+                default=reduction == "max",
                 wide_loads=True,
             )
-            for kind in ("max", "average")
+            for reduction in ("max", "average")
         ),
         Configuration(
-            "elementwise", c.elementwise_kernel, rows, {"KIND": c.kind(add)}, default=True, wide_loads=True
+            "elementwise", elementwise_kernel, rows, {"KIND": kind(add)}, default=True, wide_loads=True
         ),
     ]
 
 
 def persistent_configurations() -> list[Configuration]:
-    """Whole CIFAR networks, and the shortest stage that has an image, a residual, a pool and logits."""
+    """Whole CIFAR networks, and the shortest stage with an image, a residual, a pool and logits."""
     import torch
 
     import fastcascade as fc
-    from fastcascade.backends.gpu.layers import stage_layers
+    from fastcascade.backends.gpu.layer_lowering import stage_layers
     from fastcascade.kernels.triton import persistent as p
     from fastcascade.lowering.export import plan
     from fastcascade.model.resnet import BasicBlock, Head, ResNet, resnet_cifar
@@ -328,7 +331,7 @@ def persistent_configurations() -> list[Configuration]:
         table = p.layer_table(stage_layers(stage, stored, torch.device("cpu")), None)
         types = {
             **dict.fromkeys(("rows", "features", "weights", "scratch"), f"*{dtype}"),
-            **dict.fromkeys(("pixels", "logits", "vectors"), "*fp32"),
+            **dict.fromkeys(("pixel_table", "logits", "vectors"), "*fp32"),
             **dict.fromkeys(("index", "count", "entries", "queue"), "*i32"),
             **dict.fromkeys(("x_image", "x_row", "x_column", "x_channel"), "i32"),
             "images": "*u8",

@@ -1,4 +1,4 @@
-"""Compile the CUDA C++ kernels without a GPU and read what the compiler made of them.
+"""Compile the CUDA C++ kernels without a GPU, and check registers, spills and instructions.
 
 NVRTC and its Python bindings come from PyPI (nvidia-cuda-nvrtc, cuda-bindings) and need no driver. The gates
 are those of ``offline.py``, on what the compiler itself says and on the PTX: no disassembler is needed. Run
@@ -21,7 +21,7 @@ TARGETS = ("sm_80", "sm_90")
 
 
 def configurations() -> dict[str, Configuration]:
-    """Kernel → what is expected of it: rows of 16-byte words move as such, and no kernel spills."""
+    """The gates of each kernel: no spills, and 16-byte loads where rows are 16-byte words."""
     return {
         name: Configuration(name, None, {}, {}, wide_loads=name.endswith("_quad"))
         for names in FILES.values()

@@ -1,4 +1,4 @@
-"""Run the CUDA kernels on host threads under ThreadSanitizer and say which launches raced.
+"""Run the CUDA kernels on CPU threads under ThreadSanitizer, and report the launches with data races.
 
 Started by ``test_cuda_races.py`` in a process of its own, because the sanitizer's run-time library must be
 loaded before Python. Prints one line of JSON: for each launch the kernel, the barrier that was left out (−1
@@ -19,16 +19,16 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from host_threads import HostLaunch
 
 from fastcascade.kernels import reference
-from fastcascade.kernels.arguments import Keep
+from fastcascade.kernels.argument_checks import Keep
 from fastcascade.kernels.cuda import compact, exit_head
 from fastcascade.kernels.cuda.launch import Launch
 
-N = 70  # one full block of rows and a part of another
+N = 70  # one full block of rows and a partial one
 MARGIN = 1 << 14
 
 
 def roomy(values: torch.Tensor) -> torch.Tensor:
-    """A copy in the middle of much memory: a kernel without a barrier computes wild positions."""
+    """A copy amid padding, because a kernel without a barrier computes wrong addresses."""
     room = torch.zeros(len(values) + 2 * MARGIN, dtype=values.dtype)
     room[MARGIN:-MARGIN] = values
     return room[MARGIN:-MARGIN]
@@ -81,11 +81,11 @@ RUNS: dict[str, tuple[Callable[[Launch], None], int]] = {
     "fill_holes": (run_fill_holes, 0),
     "gather_rows": (run_gather_rows, 0),
 }
-"""Name → what launches it, and how many barriers its first block comes to: each is left out in turn."""
+"""By kernel, a launch and the number of barriers in its first block, each of which is left out in turn."""
 
 
 def main(library: Path, log: Path, most: int) -> None:
-    """Leave out up to ``most`` barriers of each kernel, one after the other.
+    """Leave out up to ``most`` barriers of each kernel, one at a time.
 
     ``log`` is TSAN_OPTIONS' log_path, to which the sanitizer appends the process's number.
     """

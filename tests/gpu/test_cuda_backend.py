@@ -1,4 +1,4 @@
-"""Cascades through the cuda backend's program give what the reference backend gives.
+"""The cuda backend's program agrees with the reference backend on whole cascades.
 
 The kernels run on host threads with the stages on the CPU, and on a GPU where one is.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.backends.gpu.cuda import lower_with
-from fastcascade.backends.gpu.while_loops import Choice
+from fastcascade.backends.gpu.while_loops import LoopChoice
 from fastcascade.backends.interface import ExitResults
 from fastcascade.backends.registry import load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
@@ -34,13 +34,13 @@ from fastcascade.testing.networks import random_network
 from fastcascade.types import forced_exit
 
 SHAPE = (3, 9, 8)
-READBACK = Choice(None, "a test")
+READBACK = LoopChoice(None, "a test")
 TOLERANCE = 2e-4
 BAND = 2e-4
 
 
 def with_spread(network: nn.Module) -> nn.Module:
-    """Logits that differ from image to image, or every row would lie near every threshold."""
+    """Spread the logits, because otherwise every score is near every threshold."""
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     linear.weight.data *= 8
     return network
@@ -53,7 +53,7 @@ def independent(selector: nn.Module, combine: Any) -> fc.Cascade:
 
 
 def segments(selector: nn.Module, combine: Any) -> fc.Cascade:
-    """One backbone in three parts; rows of its features are 16-byte words, then odd."""
+    """One backbone in three segments; the first has feature rows of 16-byte words, the second has not."""
     stages = []
     for k, (before, after) in enumerate([(3, 4), (4, 7), (7, 8)]):
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(after, 5))
@@ -63,9 +63,9 @@ def segments(selector: nn.Module, combine: Any) -> fc.Cascade:
 
 
 class Comparison:
-    """One cascade on the reference backend and with the CUDA kernels."""
+    """One cascade, on the reference backend and with the CUDA kernels."""
 
-    def __init__(self, launch: Launch, cascade: fc.Cascade, choice: Choice = READBACK) -> None:
+    def __init__(self, launch: Launch, cascade: fc.Cascade, choice: LoopChoice = READBACK) -> None:
         self.plan: Plan = fc.plan(cascade)
         cpu = torch.device("cpu")
         self.reference = load_backend("reference").lower(
@@ -74,12 +74,12 @@ class Comparison:
         self.program = lower_with(launch, self.plan, "fp32", choice)
 
     def run(self, x: Tensor, thresholds: Tensor) -> tuple[ExitResults, ExitResults]:
-        """What the two answer."""
+        """The outputs of both."""
         got = self.program.run(x.to(self.program.device), thresholds)
         return ExitResults(*(column.cpu() for column in got)), self.reference.run(x, thresholds)
 
     def forced(self, x: Tensor) -> None:
-        """Every exit forced in turn; log-probabilities and labels agree."""
+        """Assert equal log-probabilities and labels at every forced exit."""
         for k in range(len(self.plan.stages)):
             got, want = self.run(x, forced_exit(k, len(self.plan.stages)))
             assert torch.equal(got.exit_stage, want.exit_stage)
@@ -90,20 +90,20 @@ class Comparison:
             assert_labels_agree(got, want, TOLERANCE)
 
     def free(self, cascade: fc.Cascade, x: Tensor) -> None:
-        """Rows stop where they like, each clear of the thresholds; they stop at the same exits."""
+        """Assert equal exits under thresholds that no score is near."""
         with torch.no_grad():
             scores = cascade.eval().all_exits(x)[1]
         thresholds = in_widest_gaps(scores)
         assert (scores - thresholds[:, None]).abs().min() > BAND
         got, want = self.run(x, thresholds)
-        assert len(want.exit_stage.unique()) > 1  # some stop and some go on
+        assert len(want.exit_stage.unique()) > 1  # some rows stop and some go on
         assert torch.equal(got.exit_stage, want.exit_stage)
         torch.testing.assert_close(got.log_probs, want.log_probs, atol=TOLERANCE, rtol=TOLERANCE)
         assert_labels_agree(got, want, TOLERANCE)
 
 
 def in_widest_gaps(scores: Tensor) -> Tensor:
-    """(K−1, N) stop scores → thresholds (K−1,) in the middle of the widest gap of each one's middle half."""
+    """(K−1, N) stop scores → thresholds (K−1,), each in the widest gap of the middle half of its scores."""
     quarter = scores.shape[1] // 4
     middle = scores.sort(1).values[:, quarter:-quarter]
     at = middle.diff(dim=1).argmax(1, keepdim=True)
@@ -126,7 +126,7 @@ def test_it_answers_as_the_reference_does(
     chosen = fc.ThresholdSelector("entropy") if selector == "entropy" else fc.MLPSelector(selector)
     cascade = shape(chosen, combine)
     if selector == "probs":
-        cascade.selector.w2.data *= 10  # untrained, it scores all rows almost alike
+        cascade.selector.w2.data *= 10  # an untrained selector scores all rows almost alike
     comparison = Comparison(launch, cascade)
     x = torch.randn(40, *SHAPE) * 2
     comparison.free(cascade, x)
@@ -146,7 +146,7 @@ def test_it_answers_as_the_reference_does(
 
 def test_a_selector_of_ones_own_runs_through_torch(launch: Launch) -> None:
     class Own(nn.Module):
-        """Confident where the best class is far ahead."""
+        """A selector that is confident if the best class is far ahead."""
 
         def forward(self, k: int, log_probs: Tensor, previous_label: Tensor) -> Tensor:
             return log_probs.amax(1)
@@ -159,7 +159,7 @@ def test_a_selector_of_ones_own_runs_through_torch(launch: Launch) -> None:
 
 
 class Watching(nn.Module):
-    """A stage that no graph expresses, and that keeps what torch computes its convolutions with."""
+    """An opaque stage that records the precision of torch's convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_torch_does_not_round_a_stage_to_tf32(launch: Launch) -> None:
     assert torch.backends.cudnn.conv.fp32_precision == before
 
 
-# ---- where it cannot run ----
+# ---- reasons against the backend ----
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -225,11 +225,11 @@ def test_what_it_does_not_support() -> None:
         backend.lower(plan, precision="fp32", device=gpu, threads=2)
 
 
-# ---- launching through CuPy, which here hands the kernels to the host threads ----
+# ---- launching through a stand-in for CuPy, which runs the kernels on CPU threads ----
 
 
 class FakeCupy(ModuleType):
-    """As much of CuPy as a launch uses; keeps which stream each kernel was started on."""
+    """A stand-in for the part of CuPy that a launch uses; records the stream of each kernel."""
 
     def __init__(self, library: Path) -> None:
         super().__init__("cupy")
@@ -252,7 +252,7 @@ class FakeCupy(ModuleType):
     def run(self, name: str, grid: tuple[int], block: tuple[int], values: tuple) -> None:
         if self.failure is not None:
             raise self.failure
-        assert all(value.size == 1 for value in values)  # what CuPy passes by value
+        assert all(value.size == 1 for value in values)  # CuPy passes one-element arrays by value
         self.started.append((name, self.stream))
         buffers = [(ctypes.c_char * value.nbytes).from_buffer(value) for value in values]
         self.host.start(name, *grid, *block, buffers)

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels give what their twins give: on host threads, and on a GPU where one is."""
+"""The CUDA C++ kernels agree with their twins, on CPU threads and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from exit_rows import CLASS_COUNTS, INVALID, outliers, places, rotations
 from host_threads import HostLaunch
 from torch import Tensor
 
 from fastcascade.kernels import reference
-from fastcascade.kernels.arguments import Keep
+from fastcascade.kernels.argument_checks import Keep
 from fastcascade.kernels.cuda import compact, exit_head
 from fastcascade.kernels.cuda.launch import Launch
 from fastcascade.kernels.reference import ExitTables, MLPWeights
@@ -21,8 +22,8 @@ from fastcascade.kernels.reference import ExitTables, MLPWeights
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 300)
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 SELECTORS = ("stats", "topk", "probs", "max_prob", "margin", "entropy")
-TOLERANCE = 3e-5  # float32 through exp and log of two libraries
-GAP = 1e-3  # between the scores next to a threshold: no rounding flips a decision
+TOLERANCE = 3e-5  # float32 through two implementations of exp and log
+GAP = 1e-3  # between a threshold and the nearest score, so that rounding flips no decision
 
 
 def int32(device: torch.device, *values: int) -> Tensor:
@@ -47,7 +48,7 @@ def weights_for(selector: str | None, num_classes: int, hidden: int = 16) -> MLP
 
 
 def visited_tables(n: int, num_classes: int) -> ExitTables:
-    """Tables after one stage that nobody stopped at, and where one row was invalid."""
+    """Tables after one stage at which no row stopped and one row was invalid."""
     tables = reference.exit_tables(n, num_classes)
     logits = torch.randn(n, num_classes) * 2
     logits[n // 2, 0] = math.nan
@@ -64,7 +65,7 @@ def stop_scores(
     selector: str,
     weights: MLPWeights | None,
 ) -> Tensor:
-    """The twin's stop scores of the valid rows, in rising order."""
+    """The twin's stop scores of the valid rows, ascending."""
     seen = []
 
     def score(log_probs: Tensor, previous: Tensor, own: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def stop_scores(
 
 
 def middle_of_widest_gap(scores: Tensor) -> float:
-    """A threshold that no score of the middle half is near."""
+    """A threshold in the middle half of the scores, with none near it."""
     quarter = len(scores) // 4
     middle = scores[quarter : len(scores) - quarter]
     if len(middle) < 2:
@@ -104,14 +105,14 @@ def check_exit_head(
     scale: float = 3.0,
     hidden: int = 16,
 ) -> tuple[ExitTables, Keep]:
-    """Run the kernel and its twin on n active rows of a larger batch, compare all that they write.
+    """Run the kernel and its twin on n active rows of a larger batch, and compare everything they write.
 
     The threshold lies between two of the twin's own scores unless it is given.
     """
     torch.manual_seed(n * 31 + num_classes)
     capacity, batch = n + 5, n + 9
     logits = (torch.randn(capacity, num_classes) * scale).to(dtype)
-    logits[n:] = math.nan  # rubbish that must not be read
+    logits[n:] = math.nan  # must not be read
     rows = torch.randperm(n)[:invalid]
     logits[rows[::2], 0] = math.inf
     logits[rows[1::2], num_classes - 1] = math.nan
@@ -197,6 +198,66 @@ def test_last_exit_retires_everything_and_marks_invalid_rows(
     assert int(((got.exit_stage == 3) & (got.label == -1)).sum()) == 5
 
 
+def run_rows(
+    launch: Launch,
+    logits: Tensor,
+    selector: str | None,
+    threshold: float = 0.0,
+    weights: MLPWeights | None = None,
+) -> tuple[ExitTables, Tensor]:
+    """The kernel's tables and keep flags after one exit over these rows."""
+    n, num_classes = logits.shape
+    device = launch.device
+    tables = ExitTables(*(t.to(device) for t in reference.exit_tables(n, num_classes)))
+    keep = exit_head.new_keep(n, num_classes, device)
+    exit_head.exit_head(
+        launch,
+        tables,
+        logits.to(device),
+        int32(device, *range(n)),
+        int32(device, n),
+        0,
+        keep,
+        stage_weight=0.7,
+        selector=selector,
+        weights=None if weights is None else MLPWeights(*(w.to(device) for w in weights)),
+        threshold=None if selector is None else torch.tensor([threshold], device=device),
+    )
+    return tables, keep.flags.cpu()
+
+
+@pytest.mark.parametrize("num_classes", CLASS_COUNTS)
+def test_maximum_and_mass_in_every_place(launch: Launch, num_classes: int) -> None:
+    logits = torch.cat([outliers(num_classes, value) for value in (1.0, 4.0, 12.0)])
+    tables, _ = run_rows(launch, logits, None)
+    assert tables.label.tolist() == places(num_classes) * 3
+    torch.testing.assert_close(tables.log_probs.cpu(), logits.log_softmax(1), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_classes", CLASS_COUNTS)
+def test_invalid_logits_in_every_place(launch: Launch, num_classes: int) -> None:
+    tables, _ = run_rows(launch, torch.cat([outliers(num_classes, value) for value in INVALID]), None)
+    assert (tables.label == -1).all()
+    assert tables.log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("num_classes", [3, 9, 17, 100])
+def test_scores_read_every_class(launch: Launch, num_classes: int, selector: str) -> None:
+    logits = rotations(num_classes)
+    log_probs, weights = logits.double().log_softmax(1), None
+    if selector in ("stats", "topk", "probs"):  # the score is the sum of the features
+        ones, one = torch.ones(num_classes if selector == "probs" else 4), torch.ones(1)
+        weights = MLPWeights(0 * ones, ones, ones[None], 10 * one, one, 0 * one[0])
+        seen = reference.features(selector, log_probs, torch.zeros(len(logits), dtype=torch.float64))
+        score = float(reference.mlp_score(seen, weights)[0])
+    else:
+        score = float(reference.threshold_score(selector, log_probs)[0])
+    for step, stays in ((-3e-5, 0), (3e-5, 1)):
+        threshold = score + step * max(abs(score), 1)
+        assert (run_rows(launch, logits, selector, threshold, weights)[1] == stays).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_classes", [10, 1000])
 def test_logit_types(launch: Launch, dtype: torch.dtype, num_classes: int) -> None:
@@ -204,7 +265,7 @@ def test_logit_types(launch: Launch, dtype: torch.dtype, num_classes: int) -> No
 
 
 def test_subnormal_and_extreme_half_logits(launch: Launch) -> None:
-    """Half precision is decoded by hand on the host and by an instruction on the device."""
+    """The CPU decodes half precision in C++, the device with an instruction."""
     check_exit_head(launch, 17, dtype=torch.float16, scale=1e-6, selector="max_prob", threshold=-2.19)
     check_exit_head(launch, 17, dtype=torch.float16, scale=2e4, selector=None, invalid=4)
 
@@ -294,7 +355,7 @@ def test_exit_arguments_that_would_be_misread_are_refused(launch: Launch) -> Non
 
 
 def keep_of(flags: Tensor, capacity: int, device: torch.device) -> Keep:
-    """What the exit head leaves for these flags; beyond them, rubbish."""
+    """The exit head's output for these flags, with garbage beyond them."""
     keep = exit_head.new_keep(capacity, 10, device)
     keep.flags.fill_(77)
     keep.flags[: len(flags)] = flags.to(torch.int8)
@@ -343,7 +404,7 @@ def test_hole_filling_matches_the_twin(launch: Launch, share: float, shape: tupl
 
 @pytest.mark.slow
 def test_more_counts_than_threads(launch: Launch) -> None:
-    """The base of a block is the sum of more counts than the block has threads."""
+    """A block sums more counts than it has threads."""
     n, device = 64 * 64 + 33, launch.device
     index, flags = torch.arange(n, dtype=torch.int32), torch.rand(n) < 0.4
     out, count = torch.full_like(index, -5).to(device), int32(device, -1)
@@ -355,7 +416,7 @@ def test_more_counts_than_threads(launch: Launch) -> None:
 
 @pytest.mark.parametrize(("shape", "offset"), [((3, 4, 4), 0), ((5,), 0), ((2, 20, 20), 1)])
 def test_gather_fills_chunks_and_zeros_the_rest(launch: Launch, shape: tuple[int, ...], offset: int) -> None:
-    """Rows of 16-byte words, odd rows, and rows that an offset has moved off 16 bytes."""
+    """Rows of 16-byte words, rows of odd size, and rows at an offset that is not 16-byte aligned."""
     device = launch.device
     source = torch.randn(30 * math.prod(shape) + offset)[offset:].view(30, *shape)
     index, n, size = torch.randperm(30).int(), 21, 8
@@ -403,7 +464,7 @@ def test_compaction_arguments_that_would_be_misread_are_refused(launch: Launch) 
 
 @pytest.mark.usefixtures("few_threads")
 def test_blocks_may_run_in_any_order(library: Path) -> None:
-    """The last block first gives the same bits as the first block first."""
+    """Blocks in descending order give the same bits as in ascending order."""
     n, device = 150, torch.device("cpu")
     flags = torch.rand(n) < 0.5
     answers = []

@@ -31,7 +31,7 @@ def offline() -> Iterator[ModuleType]:
 
 
 def check(offline: ModuleType, file: str, text: str, target: str) -> list[str]:
-    """Compile and return which gates fail."""
+    """Compile, and return the failed gates."""
     wanted = offline.configurations()
     reports = {report.name: report for report in offline.compile_cuda(text, target)}
     assert set(reports) == set(FILES[file]), "every kernel of the file is there and named"
@@ -46,7 +46,7 @@ def test_every_kernel_passes_the_gates(offline: ModuleType, file: str, target: s
 
 
 def test_narrow_loads_and_local_memory_fail(offline: ModuleType) -> None:
-    """Words that are only aligned to 4 bytes, and an array that is indexed at run time."""
+    """Plant two faults: words aligned to 4 bytes only, and an array indexed at run time."""
     text = source("compact.cu")
     narrow = text.replace("struct alignas(16) Quad", "struct Quad")
     assert narrow != text

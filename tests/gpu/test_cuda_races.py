@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels under ThreadSanitizer, on host threads: no data race, and every barrier is needed."""
+"""The CUDA C++ kernels have no data race under ThreadSanitizer, and every barrier is necessary."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def sanitizer_runtime() -> str:
 
 
 def launches(tmp_path: Path, left_out: int) -> list[tuple[str, int, bool]]:
-    """Kernel, the barrier it ran without (−1 for none), whether that raced; up to ``left_out`` of each."""
+    """(kernel, barrier left out or −1, whether it raced), for up to ``left_out`` barriers of each kernel."""
     reason = missing_compiler()
     if reason is not None:
         pytest.skip(reason)
     runtime = sanitizer_runtime()
     library = build(tmp_path / "kernels.so", "-fsanitize=thread")
     log = tmp_path / "races"
-    # The same race is reported at every launch, not once in a process.
+    # Report a race at every launch, not only once per process.
     options = f"log_path={log}:exitcode=0:suppress_equal_stacks=0:suppress_equal_addresses=0"
     program = Path(__file__).with_name("race_check.py")
     done = subprocess.run(
@@ -53,7 +53,7 @@ def test_no_race_and_a_missing_barrier_is_caught(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_barrier_is_needed(tmp_path: Path) -> None:
-    """Whichever barrier of whichever kernel is left out, that launch races."""
+    """Without any one barrier of any kernel, its launch has a data race."""
     found = launches(tmp_path, left_out=100)
     assert [launch for launch in found if launch[2] != (launch[1] >= 0)] == []
     assert len(found) == 5 + 2 + 5 + 9

@@ -1,7 +1,7 @@
-"""Runs the device tests under Triton's interpreter, where there is no GPU.
+"""Runs the device tests under Triton's interpreter if there is no GPU.
 
-The interpreter acts when kernels are decorated, so every file gets a process of its own with
-TRITON_INTERPRET=1; in this process triton is never imported.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so every file runs in its own process. This process
+never imports triton.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def interpret(file: Path, report: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run one file of device tests in an interpreting process, which writes a JUnit report."""
+    """Run one file of device tests in a process with the interpreter, which writes a JUnit report."""
     return subprocess.run(
         [
             sys.executable,
@@ -38,7 +38,7 @@ def interpret(file: Path, report: Path, *options: str) -> subprocess.CompletedPr
             *options,
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=file.parent,  # the interpreter imports from its folder first: never the uninstalled package
+        cwd=file.parent,  # Python imports from this folder first, which has no copy of the package
         capture_output=True,
         text=True,
     )

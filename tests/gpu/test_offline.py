@@ -40,7 +40,7 @@ def test_gates_fail_on_what_they_guard_against() -> None:
     assert spec is not None
     assert spec.loader is not None
     offline = importlib.util.module_from_spec(spec)
-    sys.modules["offline"] = offline  # dataclasses look their module up
+    sys.modules["offline"] = offline  # dataclasses look up their module
     try:
         spec.loader.exec_module(offline)
         wanted = offline.Configuration("k", None, {}, {}, wide_loads=True, tensor_cores=True)

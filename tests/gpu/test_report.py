@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: it says so, its code runs under the interpreter, and its gate refuses."""
+"""bench/gpu.py without a GPU: it reports that, runs under the interpreter, and rejects wrong results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcascade.backends.gpu import while_loops as while_node
+from fastcascade.backends.gpu import while_loops
 from fastcascade.backends.gpu.while_loops import unavailable_reason
 
 PROGRAM = Path(__file__).parents[2] / "bench" / "gpu.py"
@@ -39,7 +39,7 @@ def gpu() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_gpu"] = module  # dataclasses look their module up
+    sys.modules["bench_gpu"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -92,7 +92,7 @@ def test_labels_that_differ_are_refused_unless_two_classes_tie(gpu: ModuleType) 
 
 
 class Repeating:
-    """In place of WHILE nodes: repeats on the host, once too often if told so."""
+    """A stand-in for WHILE nodes that loops on the host, optionally once too often."""
 
     def __init__(self, extra: int = 0) -> None:
         self.extra = extra
@@ -105,9 +105,9 @@ class Repeating:
 def test_a_while_node_that_miscounts_gets_no_figure(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, extra: int
 ) -> None:
-    monkeypatch.setattr(while_node, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(while_node, "WhileNodes", lambda device: Repeating(extra))
-    spans = iter([[0.011, 0.011], [0.001, 0.001]])  # a thousand and one repetitions, and one
+    monkeypatch.setattr(while_loops, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(while_loops, "WhileNodes", lambda device: Repeating(extra))
+    spans = iter([[0.011, 0.011], [0.001, 0.001]])  # 1,001 repetitions, then one
     monkeypatch.setattr(gpu.Run, "seconds", lambda self, work: next(spans))
     entry = gpu.while_entry(gpu.Run(torch.device("cpu")))
     if extra:

@@ -1,6 +1,6 @@
-"""The CUDA kernels on the CPU: ``gpu/host_threads.cpp`` compiled and loaded, as a launcher of its kernels.
+"""A launcher that runs the CUDA kernels on CPU threads, and a host-side stand-in for WHILE nodes.
 
-Also the WHILE node of a CUDA graph: its loop on the host, around the kernels that decide how long it goes on.
+The kernels are compiled from ``gpu/host_threads.cpp``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def missing_compiler() -> str | None:
 
 
 def build(library: Path, *flags: str) -> Path:
-    """Compile the library, with the kernels that the installed package holds."""
+    """Compile the library from the kernels of the installed package."""
     kernels = Path(launch.__file__).parent
     options = "-std=c++20 -O1 -g -shared -fPIC -pthread -Wall -Wextra -Werror".split()
     command = [COMPILER, *options, *flags, f"-I{kernels}", str(SOURCE), "-o", str(library)]
@@ -39,7 +39,7 @@ def build(library: Path, *flags: str) -> Path:
 
 
 class HostLaunch(launch.Launch):
-    """Runs kernels on host threads, one for each CUDA thread of a block, one block after the other.
+    """Runs kernels on CPU threads, one per CUDA thread of a block, and one block after another.
 
     Args:
         library: from :func:`build`.
@@ -61,7 +61,7 @@ class HostLaunch(launch.Launch):
 
 
 class HostLoops:
-    """What a WHILE node does, on the host: begin_chunks, then work and next_chunk as long as they say.
+    """The loop of a WHILE node on the host: begin_chunks, then work and next_chunk while they ask for more.
 
     Attributes:
         recordings: how many loops were recorded; repetitions: of work, per run of a loop.
@@ -73,11 +73,11 @@ class HostLoops:
         self.repetitions: list[int] = []
 
     def stream(self) -> int:
-        """There is one."""
+        """A constant: there is only one stream."""
         return 0
 
     def record(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> Callable[[], None]:
-        """As :meth:`fastcascade.backends.gpu.while_loops.Loops.record`; the work runs once here, too."""
+        """See :meth:`fastcascade.backends.gpu.while_loops.Loops.record`."""
         work()
         self.recordings += 1
         value = ctypes.c_uint()

@@ -1,4 +1,4 @@
-"""Building the engine's torch-free drivers for tests, as it is or with a planted fault."""
+"""Builds of the engine's torch-free drivers for tests, with or without a planted fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPILER = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake planted in one file of a copy of the engine: ``old`` becomes ``new``."""
+    """A fault planted in one file of a copy of the engine: ``old`` becomes ``new``."""
 
     name: str
     file: str
@@ -26,7 +26,7 @@ class Fault:
     new: str
 
     def plant(self, objects: Sequence[Path], folder: Path) -> list[Path]:
-        """The engine's objects with the spoilt file among them; compiled in ``folder``."""
+        """The engine's objects, with the faulty file compiled into ``folder``."""
         source = folder / "csrc"
         shutil.copytree(driver.SOURCE, source)
         spoilt = source / self.file
@@ -39,43 +39,61 @@ class Fault:
 
 MISSING_TILE = Fault(
     "the last tile is missing",
-    "network.cpp",
-    "step.work = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);",
-    "step.work = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4) - 1;",
+    "step_builder.cpp",
+    "step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);",
+    "step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4) - 1;",
 )
 MISSING_PIXELS = Fault(
-    "pixels that do not fill the registers are missing",
-    "steps.cpp",
-    "mine = {0, positions};",
-    "mine = {0, positions / kernels.tile_rows * kernels.tile_rows};",
+    "pixels that do not fill a register tile are missing",
+    "run_step.cpp",
+    "mine{{0, positions}, {0, step.blocks}};",
+    "mine{{0, positions / kernels.mr * kernels.mr}, {0, step.blocks}};",
 )
 WASTED_FIFTH = Fault(
     "a fifth of every tile runs twice",
-    "executor.cpp",
-    "mine.size(), {}, nullptr);",
-    "mine.size(), {}, nullptr);\n"
-    "run_network(net, source(stage, mine.rows.data(), mine.slots.data()), self.arena.data(),"
-    " self.scratch.data(), (mine.size() + 4) / 5, {}, nullptr);",
+    "depth_first_schedule.cpp",
+    "buffers.scratch.data(), tile.size(), {}, [](size_t) {});",
+    "buffers.scratch.data(), tile.size(), {}, [](size_t) {});\n"
+    "run_steps(network(stage), run_.source(stage, tile.instances.data(), tile.slots.data()),"
+    " buffers.arena.data(), buffers.scratch.data(), (tile.size() + 4) / 5, {}, [](size_t) {});",
 )
 EXTRA_PASS = Fault(
     "one more pass over the input",
-    "steps.cpp",
-    "load(out, source, source.rows[first + n], y + n * out.floats, part(step.work, 1, share));",
+    "run_step.cpp",
+    "load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, 1, share));",
     "for (int pass = 0; pass < 2; ++pass)"
-    " load(out, source, source.rows[first + n], y + n * out.floats, part(step.work, 1, share));",
+    " load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, 1, share));",
 )
 BF16_LAYER = Fault(
     "one layer multiplies in bf16",
     "pack.cpp",
-    "kernels.transform_weights_f32(packed.plain.data(), plane / lanes, packed.transformed.data(), plane);",
-    "kernels.transform_weights_f32(packed.plain.data(), plane / lanes, packed.transformed.data(), plane);"
-    " for (int64_t j = 0; d.in == 16 && j < packed.transformed.size(); ++j) {"
+    "packed.transformed.data(), plane);",
+    "packed.transformed.data(), plane);"
+    " for (int64_t j = 0; m.in == 16 && j < packed.transformed.size(); ++j) {"
     " uint32_t bits; __builtin_memcpy(&bits, packed.transformed.data() + j, 4);"
     " bits = (bits + 0x8000) & 0xffff0000u; __builtin_memcpy(packed.transformed.data() + j, &bits, 4); }",
+)
+UNCHECKED_CLASS = Fault(
+    "the finite check skips the last class",
+    "exit_head.cpp",
+    "for (int64_t i = 0; i < n; ++i)\n    if (!std::isfinite(x[i])) return false;",
+    "for (int64_t i = 0; i < n - 1; ++i)\n    if (!std::isfinite(x[i])) return false;",
+)
+LOST_CLASS = Fault(
+    "log-sum-exp loses the last class where n % 8 == 1",
+    "exit_head.cpp",
+    "if (i != skip) sum += std::exp(x[i] - top);",
+    "if (i != skip && !(n % 8 == 1 && i == n - 1)) sum += std::exp(x[i] - top);",
+)
+UNLIMITED_PIXELS = Fault(
+    "pixels have no limit",
+    "layout_steps.cpp",
+    "return std::fabs(x) <= kMaxPixel ? x : nan;",
+    "return std::isnan(x) ? nan : x;",
 )
 
 
 def run(command: Sequence[str | Path]) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
+    """The exit status and the output."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr

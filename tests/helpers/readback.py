@@ -1,4 +1,4 @@
-"""A guard against work whose answer the host waits for."""
+"""A guard against operations that make the host wait for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["NoReadback"]
 
 
 class NoReadback(TorchDispatchMode):
-    """Refuses every torch operation whose answer the host must wait for."""
+    """Raises an error on every torch operation that makes the host wait for a result."""
 
     WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
 

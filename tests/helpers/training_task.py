@@ -1,4 +1,4 @@
-"""A small task that training solves in a second; shared by the tests and the processes they start."""
+"""A small classification task that training solves in a second, for tests and the processes they start."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def net(width: int) -> nn.Module:
 
 
 def data(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise with a square in the middle that is darker, equal or brighter."""
+    """Noise images whose central square is darker, equal or brighter."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (n,), generator=generator)
     images = torch.randn(n, 1, 8, 8, generator=generator)

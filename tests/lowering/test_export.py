@@ -1,4 +1,4 @@
-"""Lowering: operations compute what the module does, the rest says why not, and the module never changes."""
+"""Export: operations match the module, opaque stages give a reason, and the cascade never changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPE = (3, 9, 8)
 
 
 class Call(nn.Module):
-    """A network from a function of (this module, images), with layers to call and a head for ``channels``."""
+    """A network whose forward pass is a given function, with layers to call and a head for ``channels``."""
 
     def __init__(
         self, forward: Callable[[Call, Tensor], Tensor], channels: int | None = 4, **layers: nn.Module
@@ -58,7 +58,7 @@ def lower(network: nn.Module, shape: tuple[int, int, int] = SHAPE, classes: int 
 
 
 def check(network: nn.Module, shape: tuple[int, int, int] = SHAPE, classes: int = 5) -> StagePlan:
-    """Lower, require operations throughout, compare with eager in float64; the stage for further looks."""
+    """Lower, require operations throughout, and compare with eager mode in float64; returns the stage."""
     plan = lower(network, shape, classes)
     assert plan.stages[0].opaque_reason is None
     compare(plan, network, shape)
@@ -101,7 +101,7 @@ def test_residual_networks(
     network: Callable[[], nn.Module], shape: tuple[int, int, int], classes: int
 ) -> None:
     module = network()
-    for parameter in module.parameters():  # ResNet-9 starts with a head of zeros
+    for parameter in module.parameters():  # the head of ResNet-9 starts as zeros
         if parameter.abs().max() == 0:
             nn.init.normal_(parameter)
     stage = check(module, shape, classes)
@@ -140,7 +140,7 @@ def in_place(self: Call, x: Tensor) -> Tensor:
     y = self.conv(x)
     y.add_(0.5).relu_()
     same = y.view(y.size(0), y.shape[1], -1).view_as(y)
-    same *= 2  # through the view, y too
+    same *= 2  # changes y through the view
     return y
 
 
@@ -224,7 +224,7 @@ def test_shared_modules_and_dead_values() -> None:
 
 
 def test_a_stage_that_is_read_before_its_last_activation_keeps_its_features() -> None:
-    """The exit's in-place ReLU changes the features that the next stage reads, as it does in eager mode."""
+    """The exit's in-place ReLU changes the features of the next stage, as in eager mode."""
     first = fc.Stage(
         nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(168, 5))
     )
@@ -240,7 +240,7 @@ def batch_branch(self: Call, x: Tensor) -> Tensor:
 
 
 class Counting(nn.Module):
-    """Counts its calls in a buffer."""
+    """A network that counts its calls in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,15 +255,14 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda self, x: self.conv(x).sigmoid(), "aten.sigmoid"),
-        (lambda self, x: F.gelu(self.conv(x)), "aten.gelu"),
-        (lambda self, x: self.conv(x) * self.conv(x), "aten.mul.Tensor: it multiplies two values"),
+        (lambda self, x: self.conv(x).sin(), "aten.sin"),
+        (lambda self, x: self.conv(x).softmax(-1), "aten.softmax.int: over pixels"),
         (lambda self, x: self.conv(x.flip(0)), "aten.flip"),
         (lambda self, x: self.conv(x) - self.conv(x).mean(0, keepdim=True), "aten.mean.dim"),
-        (lambda self, x: F.pad(self.conv(x), (1, 1, 1, 1), mode="reflect"), "mode 'reflect'"),
-        (lambda self, x: F.adaptive_avg_pool2d(self.conv(x), 2), "windows of unequal size"),
-        (lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), "statistics of the batch"),
-        (lambda self, x: F.dropout(self.conv(x), 0.5, training=True), "active in eval mode"),
+        (lambda self, x: F.pad(self.conv(x), (1, 1, 1, 1), mode="circular"), "circular"),
+        (lambda self, x: self.conv(x).transpose(2, 3), "transposed view"),
+        (lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), "batch statistics"),
+        (lambda self, x: F.dropout(self.conv(x), 0.5, training=True), "not disabled in eval mode"),
         (batch_branch, "torch.export: "),
     ],
 )
@@ -297,7 +296,7 @@ def digest(module: nn.Module) -> str:
 
 
 def test_the_cascade_is_never_changed() -> None:
-    opaque = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(168, 5))
+    opaque = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softsign(), nn.Flatten(), nn.Linear(168, 5))
     networks = [random_network(3, input_shape=SHAPE), opaque, Counting()]
     cascade = fc.Cascade(networks, fc.MLPSelector(), 5, SHAPE)
     cascade.train()
@@ -346,3 +345,22 @@ def test_a_subclass_of_a_built_in_selector_is_code_of_its_own() -> None:
 def test_float64_cascades_lower_too() -> None:
     network = random_network(5, input_shape=SHAPE).double()
     check(network)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_batch_norm_and_relu_after_a_max_pool_join_the_convolution_if_scales_are_positive(sign: int) -> None:
+    norm = nn.BatchNorm2d(4)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), norm, nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+    )
+    randomise_statistics(network)
+    with torch.no_grad():
+        norm.weight[1].mul_(sign)
+    plan = fc.plan(fc.Cascade([network], None, 5, SHAPE))
+    compare(plan, network, SHAPE)
+    expected = (
+        [Conv2d, Pool, Flatten, Linear]
+        if sign > 0
+        else [Conv2d, Pool, ScaleShift, Activation, Flatten, Linear]
+    )
+    assert kinds(plan.stages[0]) == expected

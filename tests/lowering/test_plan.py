@@ -1,4 +1,4 @@
-"""Plans: they check themselves, print readably, and come back from files as they were or not at all."""
+"""Plans check themselves, print readably, and survive a round trip through files or fail to load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastcascade.errors import BackendUnavailable, FileFormatError, InvalidArgum
 from fastcascade.lowering.operations import Add, Concat, Conv2d, Flatten, Linear, Op, Pad, Pool, Slice
 from fastcascade.lowering.plan import Plan
 from fastcascade.lowering.plan_file import FORMAT
-from fastcascade.storage.files import BundleFormat, load_bundle, save_bundle
+from fastcascade.storage.bundle import BundleFormat, load_bundle, save_bundle
 from fastcascade.testing.networks import random_network
 from fastcascade.types import forced_exit
 
@@ -27,7 +27,7 @@ SHAPE = (3, 9, 8)
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """Two stages, one of them with most kinds of operation, and everything that a file holds."""
+    """A plan of two stages with most kinds of operation and every optional field."""
     torch.manual_seed(0)
     mixed = nn.Sequential(
         nn.BatchNorm2d(3),
@@ -92,15 +92,15 @@ def test_shapes_follow_from_operations(
         (conv(weight=torch.zeros(3, 4, 3, 3).transpose(0, 1)), [SHAPE], "contiguous"),
         (conv(residual=0), [SHAPE, SHAPE], "residual"),
         (Pool(1, 0, "max", (2, 2), (2, 2), (2, 0, 0, 0)), [SHAPE], "half the kernel"),
-        (Slice(1, 0, (0, 0, 0), (4, 9, 8), (1, 1, 1)), [SHAPE], "does not lie"),
-        (Slice(1, 0, (0, 0, 0), (3, 9, 8), (1, 0, 1)), [SHAPE], "does not lie"),
+        (Slice(1, 0, (0, 0, 0), (4, 9, 8), (1, 1, 1)), [SHAPE], "out of range"),
+        (Slice(1, 0, (0, 0, 0), (3, 9, 8), (1, 0, 1)), [SHAPE], "out of range"),
         (Linear(1, 0, torch.zeros(2, 3), torch.zeros(2)), [SHAPE], "expected (3,)"),
         (Add(1, 0, 0), [SHAPE, (3, 9, 9)], "expected equal"),
-        (Concat(1, (0, 0)), [SHAPE, (3, 9, 9)], "but for channels"),
+        (Concat(1, (0, 0)), [SHAPE, (3, 9, 9)], "differ only in channels"),
         (Pad(1, 0, (0, 0, -1), (0, 0, 0)), [SHAPE], "negative padding"),
     ],
 )
-def test_operations_refuse_what_does_not_fit(op: Op, inputs: list[tuple[int, ...]], message: str) -> None:
+def test_operations_reject_inconsistent_inputs(op: Op, inputs: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         op.output_shape(*inputs)
     assert message in str(caught.value)
@@ -115,22 +115,22 @@ def first(plan: Plan, **changes: Any) -> dict[str, Any]:
     [
         (lambda p: first(p, ops=p.stages[0].ops[::-1]), "not defined before"),
         (lambda p: first(p, ops=p.stages[0].ops[:-1]), "one shape per value"),
-        (lambda p: first(p, shapes=((4, 9, 8), *p.stages[0].shapes[1:])), "is given has shape"),
+        (lambda p: first(p, shapes=((4, 9, 8), *p.stages[0].shapes[1:])), "its input has shape"),
         (lambda p: first(p, shapes=(*p.stages[0].shapes[:-1], (6,))), "shape (6,), not (5,)"),
-        (lambda p: first(p, logits=0), "answers (3, 9, 8)"),
+        (lambda p: first(p, logits=0), "returns logits (3, 9, 8)"),
         (lambda p: first(p, features=99), "undefined"),
-        (lambda p: first(p, input="previous"), "nothing before it"),
-        (lambda p: first(p, selector=None), "lacks its selector"),
+        (lambda p: first(p, input="previous"), "must read the image"),
+        (lambda p: first(p, selector=None), "lacks a selector"),
         (lambda p: first(p, macs=-1), "negative cost"),
         (lambda p: first(p, selector=replace(p.stages[0].selector, b1=torch.zeros(3))), "selector b1"),
-        (lambda p: first(p, selector=replace(p.stages[0].selector, kind="opaque")), "lacks its module"),
-        (lambda p: {"num_classes": 6, "classes": None}, "expected (6,) logits"),
+        (lambda p: first(p, selector=replace(p.stages[0].selector, kind="opaque")), "lacks a module"),
+        (lambda p: {"num_classes": 6, "classes": None}, "expected (6,)"),
         (lambda p: {"classes": ("a",)}, "1 class names"),
         (lambda p: {"default_thresholds": torch.zeros(3)}, "default_thresholds"),
         (lambda p: {"stages": ()}, "at least one stage"),
     ],
 )
-def test_a_plan_that_contradicts_itself_cannot_be_made(
+def test_an_inconsistent_plan_is_rejected(
     plan: Plan, change: Callable[[Plan], dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -138,7 +138,7 @@ def test_a_plan_that_contradicts_itself_cannot_be_made(
     assert message in str(caught.value)
 
 
-def test_numbers_that_could_overflow_are_refused() -> None:
+def test_sizes_that_could_overflow_are_rejected() -> None:
     plan = fc.plan(fc.Cascade([nn.Sequential(nn.Conv2d(3, 5, 1), nn.Flatten())], None, 5, (3, 1, 1)))
     stage = plan.stages[0]
     ops = (replace(stage.ops[0], dilation=(2**40, 1)), *stage.ops[1:])
@@ -165,7 +165,7 @@ def test_plans_print_every_operation(plan: Plan) -> None:
     assert "tensor" not in text
 
 
-def answers(plan: Plan) -> list[torch.Tensor]:
+def outputs(plan: Plan) -> list[torch.Tensor]:
     x = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return list(fc.compile(plan, backend="reference")(x, [0.3]))
 
@@ -176,7 +176,7 @@ def test_saved_plans_come_back_whole(plan: Plan, tmp_path: Path) -> None:
     assert str(loaded) == str(plan)
     assert loaded.operating_points == plan.operating_points
     assert (loaded.input, loaded.classes, loaded.combine) == (plan.input, plan.classes, plan.combine)
-    for got, want in zip(answers(loaded), answers(plan), strict=True):
+    for got, want in zip(outputs(loaded), outputs(plan), strict=True):
         assert torch.equal(got, want)
 
 
@@ -188,9 +188,9 @@ def test_saving_over_a_plan_needs_permission(plan: Plan, tmp_path: Path) -> None
 
 
 def test_opaque_stages_and_selectors_cannot_be_saved(tmp_path: Path) -> None:
-    sigmoid = nn.Sequential(nn.Flatten(), nn.Linear(216, 5), nn.Sigmoid())
-    with pytest.raises(LoweringError, match=r"'stage0'.*aten\.sigmoid"):
-        fc.plan(fc.Cascade([sigmoid], None, 5, SHAPE)).save(tmp_path)
+    softsign = nn.Sequential(nn.Flatten(), nn.Linear(216, 5), nn.Softsign())
+    with pytest.raises(LoweringError, match=r"'stage0'.*aten\.abs"):
+        fc.plan(fc.Cascade([softsign], None, 5, SHAPE)).save(tmp_path)
 
     class Own(fc.MLPSelector):
         pass
@@ -250,14 +250,14 @@ Edit = Callable[[dict[str, Any]], Any]
         (lambda c: c["input"].update(shape=[3, 9, 0]), "positive integers"),
         (lambda c: c["input"]["preprocess"].update(std=[0.0, 1, 1]), "positive std"),
         (lambda c: c["operating_points"]["never"].update(thresholds=["infinity"]), "a number"),
-        (lambda c: c.update(classes=None, default_thresholds=None), "tensors that the plan does not name"),
+        (lambda c: c.update(classes=None, default_thresholds=None), "tensors that the plan does not use"),
     ],
 )
 def test_hostile_plans_are_refused(plan: Plan, tmp_path: Path, edit: Edit, message: str) -> None:
     plan.save(tmp_path)
     content, tensors = load_bundle(tmp_path, FORMAT)
     edit(content)
-    save_bundle(tmp_path, FORMAT, content, tensors, overwrite=True)  # with right hashes
+    save_bundle(tmp_path, FORMAT, content, tensors, overwrite=True)  # with correct hashes
     with pytest.raises(FileFormatError) as caught:
         fc.load_plan(tmp_path)
     assert message in str(caught.value)
@@ -284,7 +284,7 @@ def assert_runs(plan: Plan) -> None:
 
 
 def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> None:
-    """Whatever one field becomes, loading raises the library's error or gives a plan that runs."""
+    """After a change of any field, loading raises the library's error or returns a plan that runs."""
     plan.save(tmp_path)
     content, tensors = load_bundle(tmp_path, FORMAT)
     choose = random.Random(0)
@@ -310,7 +310,7 @@ def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> Non
 
 
 def test_flipped_bits_are_refused_or_harmless(plan: Plan, tmp_path: Path) -> None:
-    """A flipped bit in the tensors is always found; one in the text may spell another name."""
+    """A flipped bit in the tensors is always detected; one in the text may only change a name."""
     plan.save(tmp_path)
     choose = random.Random(0)
     for path in list(tmp_path.iterdir()):

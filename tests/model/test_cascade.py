@@ -268,6 +268,19 @@ def test_a_module_of_your_own_may_select():
     assert cascade.selector_macs == (7,)
 
 
+class ReturnsPair(nn.Module):
+    """Logits and something else, as some libraries' classifiers return them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.flatten(1)[:, :CLASSES], None
+
+
+def test_the_error_of_a_stage_itself_is_kept() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        fc.Cascade([resnet_cifar(8)], None, 10, (1, 32, 32))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -276,6 +289,68 @@ def test_a_module_of_your_own_may_select():
         (lambda: fc.Cascade([network(4), network(4)], None, CLASSES, INPUT), "need a selector"),
         (lambda: fc.Cascade([network(4)], None, 7, INPUT), r"expected \(1, 7\) logits"),
         (lambda: fc.Cascade([network(4)], None, 1, INPUT), "at least 2"),
+        (lambda: fc.Cascade([network(4)], None, "5", INPUT), "num_classes is '5'; expected an integer"),
+        (lambda: fc.Cascade(network(4), None, CLASSES, INPUT), r"stages is a Sequential; .* \[module\]"),
+        (lambda: fc.Cascade("resnet9:8", None, CLASSES, INPUT), "stages is 'resnet9:8'; expected a list"),
+        (
+            lambda: fc.Cascade([network(4), "resnet9:8"], fc.MLPSelector(), CLASSES, INPUT),
+            r"stages\[1\] is 'resnet9:8'; expected an nn.Module: build the network first",
+        ),
+        (
+            lambda: fc.Cascade([lambda x: x], None, CLASSES, INPUT),
+            r"stages\[0\] is <function .*; expected an nn.Module: wrap",
+        ),
+        (
+            lambda: fc.Cascade([nn.Flatten], None, CLASSES, INPUT),
+            r"stages\[0\] is <class .*create an instance: Flatten\(",
+        ),
+        (lambda: fc.Stage(network(4), exit="head:4"), "Stage exit is 'head:4'; expected an nn.Module"),
+        (lambda: fc.Stage(network(4), name=3), "Stage name is 3; expected a string"),
+        (lambda: fc.Stage(network(4), macs=-1), "Stage macs is -1; expected"),
+        (
+            lambda: fc.Cascade([network(4), network(4)], "mlp", CLASSES, INPUT),
+            r"selector is 'mlp'; expected None, fc.MLPSelector\(\)",
+        ),
+        (lambda: fc.Cascade([network(4)], None, CLASSES, 32), r"input_shape is 32; .*\(C, H, W\)"),
+        (
+            lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, preprocess=(0.5, 0.5)),
+            r"preprocess is \(0.5, 0.5\); expected None or fc.Normalize",
+        ),
+        (lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, classes="abcde"), "expected a list of names"),
+        (
+            lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, classes=range(5)),
+            "expected a list of names",
+        ),
+        (
+            lambda: fc.Cascade([resnet_cifar(8)], None, 10, (32, 32, 3)),
+            r"input_shape is \(32, 32, 3\); expected \(C, H, W\); did you mean \(3, 32, 32\)\?",
+        ),
+        (
+            lambda: fc.Cascade(
+                [resnet_cifar(8)], None, 10, (32, 32, 3), preprocess=fc.Normalize((0.5,) * 3, (0.5,) * 3)
+            ),
+            r"preprocess has 3 channels.*did you mean \(3, 32, 32\)\?",
+        ),
+        (
+            lambda: fc.Cascade([resnet_cifar(8)], None, 10, (1, 32, 32)),
+            r"stage 0 \(ResNet\) fails on an image of shape \(1, 1, 32, 32\): RuntimeError: .*channels",
+        ),
+        (
+            lambda: fc.Cascade(
+                [
+                    fc.Stage(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES))),
+                    fc.Stage(nn.Conv2d(4, 8, 1), nn.Flatten(), input="previous"),
+                ],
+                fc.MLPSelector(),
+                CLASSES,
+                INPUT,
+            ),
+            r"stage 1 \(Conv2d\) fails on the features of stage 0 of shape \(1, 8, 2, 2\)",
+        ),
+        (
+            lambda: fc.Cascade([ReturnsPair()], None, CLASSES, INPUT),
+            r"stage 0 \(ReturnsPair\) returns tuple; expected a tensor",
+        ),
         (
             lambda: fc.Cascade([network(4)], None, CLASSES, INPUT, combine="max"),
             "'last', 'mean' or 1 weights",

@@ -1,4 +1,4 @@
-"""Networks, their cost and how they are cut."""
+"""Built-in networks, their names and costs, and cutting them into segments."""
 
 import warnings
 

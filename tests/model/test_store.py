@@ -273,6 +273,17 @@ def test_forged_content_is_refused_with_its_reason(
         load_cascade(tmp_path)
 
 
+def test_temperatures_come_back_and_are_one_in_files_from_before_them(tmp_path: Path) -> None:
+    cascade = registry_cascade()
+    cascade.temperatures.copy_(torch.tensor([3.0, 0.5]))
+    cascade.save(tmp_path)
+    assert load_cascade(tmp_path).temperatures.tolist() == [3.0, 0.5]
+    tensors = tensors_of(tmp_path)
+    del tensors["temperatures"]
+    reseal(tmp_path, lambda content: None, tensors)
+    assert load_cascade(tmp_path).temperatures.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -285,6 +296,9 @@ def test_forged_content_is_refused_with_its_reason(
         (lambda t: t.update({"stages.0.module.head.2.bias": torch.ones(4).half()}), "do not make a cascade"),
         (lambda t: t.update({"selector.w1": torch.ones(1, 8, 5)}), r"'selector' .* w1 is \(1, 8, 5\)"),
         (lambda t: t.update(seen_images=torch.ones(2, 2, dtype=torch.uint64)), "not a row of uint64"),
+        (lambda t: t.update(temperatures=torch.ones(3)), "expected 2 finite numbers"),
+        (lambda t: t.update(temperatures=torch.tensor([1.0, math.nan])), "expected 2 finite numbers"),
+        (lambda t: t.update(temperatures=torch.tensor([1.0, -2.0])), "expected positive"),
     ],
 )  # fmt: skip
 def test_forged_tensors_are_refused_with_their_name(

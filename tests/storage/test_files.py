@@ -23,14 +23,8 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError, InvalidArgument, SaveError
 from fastcascade.storage import files
-from fastcascade.storage.files import (
-    BundleFormat,
-    load_bundle,
-    read_bytes,
-    read_json,
-    save_bundle,
-    write_atomically,
-)
+from fastcascade.storage.bundle import BundleFormat, load_bundle, save_bundle
+from fastcascade.storage.files import read_bytes, read_json, write_atomically
 
 DEMO = BundleFormat("demo", 2)
 OLD = ({"text": "old", "numbers": [1, 2.5]}, {"w": torch.arange(6.0).reshape(2, 3)})
@@ -61,7 +55,7 @@ class FailingSystem:
         self.calls = 0
         self.fail_at = fail_at
         self.action = action
-        for name in ("fsync", "replace", "open"):
+        for name in ("fsync", "replace", "link", "open"):
             monkeypatch.setattr(os, name, self.counted(getattr(os, name)))
         monkeypatch.setattr(files, "open", self.open_file, raising=False)
 
@@ -134,7 +128,7 @@ def test_overwriting_removes_only_its_own_stale_files(tmp_path: Path) -> None:
     save_bundle(tmp_path, other, *OLD)
     save_bundle(tmp_path, DEMO, *OLD)
     (tmp_path / "demo-notes.txt").write_text("mine")
-    (tmp_path / ".demo.json.12345.tmp").write_text("left by a killed save")
+    (tmp_path / f".demo.json.{'0' * 16}.fastcascade-tmp").write_text("left by a killed save")
     save_bundle(tmp_path, DEMO, *NEW, overwrite=True)
     assert same(load_bundle(tmp_path, other), OLD)
     assert same(load_bundle(tmp_path, DEMO), NEW)
@@ -151,23 +145,28 @@ def test_content_is_on_disk_before_its_name_and_the_name_before_returning(
 ) -> None:
     """fsync(file) → rename → fsync(directory), for the tensors and then for the JSON."""
     calls: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, link = os.fsync, os.replace, os.link
 
     def recorded_fsync(descriptor: int) -> None:
         calls.append("sync directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
         fsync(descriptor)
 
     def recorded_replace(source: Path, target: Path) -> None:
-        calls.append(f"rename to {target.suffix}")
+        calls.append(f"name it {target.suffix}")
         replace(source, target)
+
+    def recorded_link(source: Path, target: Path) -> None:
+        calls.append(f"name it {target.suffix}")
+        link(source, target)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
+    monkeypatch.setattr(os, "link", recorded_link)
     save_bundle(tmp_path, DEMO, *NEW)
     assert calls == [
         step
         for suffix in (".safetensors", ".json")
-        for step in ("sync file", f"rename to {suffix}", "sync directory")
+        for step in ("sync file", f"name it {suffix}", "sync directory")
     ]
 
 
@@ -185,7 +184,7 @@ def test_failure_of_any_call_leaves_the_old_bundle_or_the_new(tmp_path: Path, ov
             FailingSystem(monkeypatch, n, disk_full)
             with pytest.raises(SaveError, match="No space left"):
                 save_bundle(directory, DEMO, *NEW, overwrite=True)
-        assert not list(directory.glob(".*.tmp")), f"call {n} left a temporary file"
+        assert not list(directory.glob(".*")), f"call {n} left a temporary file"
         if (directory / "demo.json").exists():
             loaded = load_bundle(directory, DEMO)
             assert same(loaded, NEW) or (overwrite and same(loaded, OLD)), f"call {n}"
@@ -317,14 +316,17 @@ def test_an_older_version_still_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "a": 2}', "occurs twice"),
-        ('{"x": {"a": 1, "a": 1}}', "occurs twice"),
+        ('{"a": 1, "a": 2}', "duplicate key"),
+        ('{"x": {"a": 1, "a": 1}}', "duplicate key"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": -Infinity}', "not a JSON number"),
         ("[1]", "expected an object"),
         ('{"a": ', "not valid JSON"),
         ("", "not valid JSON"),
         ('{"a":' * 100_000, "not valid JSON"),
+        ('{"a":' * 64 + "1" + "}" * 64, "nests deeper than 64 levels"),
+        ('{"a":' + "[" * 900 + "]" * 900 + "}", "nests deeper than 64 levels"),
+        ('{"a": [' + "1," * 2**22 + "1]}", "more than 4194304 values"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )

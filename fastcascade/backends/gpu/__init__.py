@@ -1,1 +1,1 @@
-"""GPU backends: one breadth-first schedule, several ways to run a stage."""
+"""GPU backends: one breadth-first schedule, and a choice of runners for each stage."""

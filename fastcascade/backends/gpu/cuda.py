@@ -1,7 +1,7 @@
-"""The cuda backend: exit head and compaction as CUDA C++ kernels, around stages that run through torch.
+"""The cuda backend: stages in torch and cuDNN, exit head and compaction in CUDA C++ kernels.
 
-The kernels are compiled by NVRTC through CuPy when the first is launched. They run on torch's current stream
-of the device, so what a program leaves there can be used without waiting.
+NVRTC compiles the kernels through CuPy at the first launch. They run on torch's current stream, so the
+results can be used on that stream without synchronising.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ from functools import partial
 
 import torch
 
-from fastcascade.backends.gpu.scheduler import BreadthFirstProgram, ExitKernels, next_inputs
+from fastcascade.backends.gpu.scheduler import (
+    BreadthFirstProgram,
+    ExitKernels,
+    LoweringContext,
+    next_inputs,
+)
 from fastcascade.backends.gpu.torch_stage import torch_stage
-from fastcascade.backends.gpu.while_loops import Choice, choose_loops
+from fastcascade.backends.gpu.while_loops import LoopChoice, choose_loops
 from fastcascade.backends.interface import Precision
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.cuda import compact, exit_head
@@ -26,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def exit_kernels(launch: Launch) -> ExitKernels:
-    """The CUDA C++ exit head and compaction, started by ``launch``."""
+    """The CUDA C++ exit head and compaction, launched by ``launch``."""
     return ExitKernels(
         name="cuda",
         new_keep=exit_head.new_keep,
@@ -38,15 +43,15 @@ def exit_kernels(launch: Launch) -> ExitKernels:
 
 
 class CudaBackend:
-    """Own exit heads and compaction; torch and cuDNN run the stages."""
+    """Custom kernels for exit heads and compaction; torch and cuDNN for the stages."""
 
     name = "cuda"
 
     def unavailable_reason(self) -> str | None:
-        """No NVIDIA GPU, or no CuPy."""
+        """There is no NVIDIA GPU, or CuPy is missing."""
         missing = []
         if torch.version.hip is not None:
-            missing.append("this torch is built for AMD GPUs, and the kernels are for NVIDIA's")
+            missing.append("this torch is built for AMD GPUs; the kernels need an NVIDIA GPU")
         elif torch.version.cuda is None:
             missing.append("this torch is built without CUDA")
         elif not torch.cuda.is_available():
@@ -56,7 +61,7 @@ class CudaBackend:
         return " and ".join(missing) or None
 
     def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
-        """A precision other than fp32 and fp16, or a device that is no NVIDIA GPU."""
+        """The precision is neither fp32 nor fp16, or the device is not an NVIDIA GPU."""
         if precision not in DTYPES:
             return f"it runs fp32 and fp16, not {precision}"
         if device.type != "cuda":
@@ -66,26 +71,19 @@ class CudaBackend:
     def lower(
         self, plan: Plan, *, precision: Precision, device: torch.device, threads: int | None
     ) -> BreadthFirstProgram:
-        """Move weights to the device; the kernels are compiled at the first launch."""
+        """Move the weights to the device; the kernels are compiled at the first launch."""
         if threads is not None:
-            raise InvalidArgument(f"threads={threads}: the cuda backend has no CPU threads; leave it out")
+            raise InvalidArgument(f"threads={threads}: the cuda backend has no CPU threads; omit threads")
         return lower_with(DeviceLaunch(device), plan, precision, choose_loops(device))
 
 
-def lower_with(launch: Launch, plan: Plan, precision: Precision, choice: Choice) -> BreadthFirstProgram:
-    """A program whose kernels are started by ``launch``, on its device."""
+def lower_with(launch: Launch, plan: Plan, precision: Precision, loops: LoopChoice) -> BreadthFirstProgram:
+    """Lower a plan to a program whose kernels ``launch`` starts, on its device."""
     kernels = exit_kernels(launch)
+    context = LoweringContext(plan.input, kernels, launch.device, DTYPES[precision], loops)
+    reason = "the cuda backend leaves stages to torch and cuDNN"
     runners = [
-        torch_stage(
-            stage,
-            next_input,
-            stage.opaque_reason or "the cuda backend leaves stages to torch and cuDNN",
-            plan.input,
-            kernels,
-            launch.device,
-            DTYPES[precision],
-            choice,
-        )
+        torch_stage(context, stage, next_input, stage.opaque_reason or reason)
         for stage, next_input in zip(plan.stages, next_inputs(plan), strict=True)
     ]
     return BreadthFirstProgram(plan, runners, kernels, launch.device)

@@ -1,6 +1,6 @@
-"""A lowered stage as a list of launches of own kernels, one per layer, over the whole active set.
+"""A stage runner that launches one custom kernel per layer, over the whole active set.
 
-Running allocates the values' buffers and launches; the host never learns how many rows are active.
+Each launch reads the number of active rows from device memory, so the host never has to wait for it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastcascade.backends.gpu.rows import architecture, kernel_name, stored_rows, weight_bytes
+from fastcascade.backends.gpu.feature_layout import padded_rows
 from fastcascade.backends.gpu.scheduler import Active
+from fastcascade.backends.gpu.stage_report import architecture, kernel_name, weight_bytes
 from fastcascade.backends.interface import KernelChoice, StageReport
 from fastcascade.kernels.layers import Conv, Layer
-from fastcascade.kernels.triton import conv as kernels
+from fastcascade.kernels.triton.layer_launch import run_layer
 from fastcascade.lowering.plan import StagePlan
 from fastcascade.types import InputSpec
 
@@ -25,11 +26,12 @@ __all__ = [
 
 
 class PerLayerStage:
-    """A stage for which :func:`fastcascade.backends.gpu.layers.no_kernel_reason` is None.
+    """One launch per layer.
 
     Args:
-        layers: of the stage, from :func:`fastcascade.backends.gpu.layers.stage_layers`.
-        reason: why it does not run as one launch, for the report.
+        stage: one for which :func:`fastcascade.backends.gpu.layer_lowering.no_kernel_reason` is None.
+        layers: its layers, from :func:`fastcascade.backends.gpu.layer_lowering.stage_layers`.
+        reason: why the stage does not run in a single launch, for the report.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class PerLayerStage:
         capacity = len(active.index)
         values: dict[int, Tensor] = {0: images}
         if self.stage.input == "previous":
-            values[0] = stored_rows(cast(Tensor, active.features), self.stage, self.dtype)
+            values[0] = padded_rows(cast(Tensor, active.features), self.stage, self.dtype)
             capacity = len(values[0])
         for i, layer in enumerate(self.layers):
             x, other = values[layer.source], None if layer.other is None else values[layer.other]
             values[layer.output] = out = self._buffer(layer, capacity)
             pixel_table = self.pixel_table if x.dtype == torch.uint8 else None
-            kernels.run(layer, x, other, active.count, out, index=active.index, table=pixel_table)
+            run_layer(layer, x, other, active.count, out, index=active.index, pixel_table=pixel_table)
             for value in layer.reads:
                 if self.last_reader[value] == i and value != self.stage.features:
                     values.pop(value, None)
@@ -78,7 +80,7 @@ class PerLayerStage:
             name=self.stage.name,
             opaque_reason=None,
             kernels=(
-                KernelChoice("schedule", f"a launch per layer: {self.reason}"),
+                KernelChoice("schedule", f"one launch per layer: {self.reason}"),
                 *(KernelChoice(layer.label, f"triton {kernel_name(layer)}") for layer in self.layers),
             ),
             isa=architecture(self.device),

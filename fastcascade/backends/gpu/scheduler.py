@@ -1,11 +1,14 @@
-"""The schedule of the GPU backends: a stage over the whole active set, the exit head, compaction, the next.
+"""The breadth-first schedule of the GPU backends: each stage runs over the whole active set.
 
-The number of active rows stays on the device. Own kernels read it there, so between two stages that run as
-own kernels the host waits for nothing. A stage that runs through torch needs the number once, to size its
-batch, or runs in chunks of a fixed size (:mod:`fastcascade.backends.gpu.torch_stage`); its report says which.
+Exit head and compaction follow every stage.
 
-Feature rows are kept as (rows, H, W, C) or (rows, F), contiguous: one row is one instance, and a view with
-the channels first is what torch calls channels_last.
+The number of active rows stays on the device, where the custom kernels read it. Between two stages that run
+in custom kernels the host waits for nothing. A stage that runs in torch either reads the number back once, to
+size its batch, or runs in chunks of fixed size (:mod:`fastcascade.backends.gpu.torch_stage`). Its report says
+which.
+
+Feature rows are contiguous (rows, H, W, C) or (rows, F), one row per instance. The view with the channels
+first is what torch calls channels_last.
 """
 
 from __future__ import annotations
@@ -17,23 +20,26 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from fastcascade.backends.arithmetic import exact_float32
+from fastcascade.backends.float32_precision import exact_float32
+from fastcascade.backends.gpu.while_loops import LoopChoice
 from fastcascade.backends.interface import ExitResults, KernelChoice, StageReport
 from fastcascade.errors import FastCascadeError
 from fastcascade.kernels.reference import ExitTables, MLPWeights, exit_step, exit_tables
 from fastcascade.lowering.interpreter import move_stage
 from fastcascade.lowering.plan import Plan
+from fastcascade.types import InputSpec
 
 __all__ = [
     "Active",
     "BreadthFirstProgram",
     "ExitKernels",
+    "LoweringContext",
     "StageRunner",
     "next_inputs",
 ]
 
 MAX_ROWS = 65_536
-"""Larger batches run in parts: row counts stay small for the compaction kernels, and buffers bounded."""
+"""Larger batches run in parts. This bounds the buffers and the row counts of the compaction kernels."""
 
 
 class ExitKernels(NamedTuple):
@@ -47,15 +53,32 @@ class ExitKernels(NamedTuple):
     gather_rows: Callable[..., None]
 
 
+class LoweringContext(NamedTuple):
+    """What all stages of one program have in common.
+
+    Attributes:
+        spec: the images that the program takes.
+        kernels: the backend's exit head and compaction.
+        device, dtype: where the stages run, and in which precision.
+        loops: how stages that run in torch learn the number of active rows.
+    """
+
+    spec: InputSpec
+    kernels: ExitKernels
+    device: torch.device
+    dtype: torch.dtype
+    loops: LoopChoice
+
+
 @dataclass
 class Active:
-    """The instances that are still running.
+    """The active set.
 
     Attributes:
         index: (capacity,) int32 positions in the batch; the first ``count`` are active.
         count: (1,) int32 on the device.
-        known: the count where the host knows it without asking the device.
-        features: (capacity, …) what the previous stage left, where the next one reads it.
+        known: the count, if the host knows it.
+        features: (capacity, …) of the previous stage, if the next stage reads them.
     """
 
     index: Tensor
@@ -65,30 +88,40 @@ class Active:
 
 
 class StageRunner(Protocol):
-    """One stage, lowered."""
+    """One lowered stage."""
 
     def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
         """Run the stage on the active rows.
 
         Args:
-            images: (N, C, H, W) of the whole batch, uint8 or float32, any strides.
-            active: ``active.features`` is there if the stage reads the previous one.
+            images: (N, C, H, W), the whole batch, uint8 or float32, any strides.
+            active: has ``features`` if the stage reads the previous one.
 
         Returns:
             features (rows, …) channels last and logits (rows, classes), with at least ``count`` rows each.
         """
 
     def report(self) -> StageReport:
-        """For ``describe``, without the exit head."""
+        """The stage's report, without the exit head."""
 
 
 def next_inputs(plan: Plan) -> list[str | None]:
-    """What the stage after each one reads; None after the last."""
+    """For each stage, what the stage after it reads; None for the last."""
     return [*(stage.input for stage in plan.stages[1:]), None]
 
 
+@dataclass
+class _Batch:
+    """The state of one batch on its way through the stages."""
+
+    images: Tensor
+    thresholds: Tensor  # (K−1,) on the device
+    tables: ExitTables
+    active: Active
+
+
 class BreadthFirstProgram:
-    """A plan lowered to one runner per stage, with one backend's exit head between them."""
+    """A lowered plan: one runner per stage, with the backend's exit head and compaction in between."""
 
     def __init__(
         self,
@@ -110,14 +143,14 @@ class BreadthFirstProgram:
         """Classify a batch on the current stream; see :meth:`fastcascade.backends.interface.Program.run`.
 
         Raises:
-            FastCascadeError: the device ran out of memory, or a stage failed; says which, or what to try.
+            FastCascadeError: the device ran out of memory, or a stage failed; names the stage or a remedy.
         """
         limits = thresholds.to(self.device, non_blocking=True)
         try:
             parts = [self._run_part(part, limits) for part in x.split(MAX_ROWS)]
         except torch.OutOfMemoryError as error:
             raise FastCascadeError(
-                f"a batch of {len(x)} images does not fit into the memory of {self.device}; "
+                f"a batch of {len(x)} images does not fit in the memory of {self.device}; "
                 f"try batches of {max(min(len(x), MAX_ROWS) // 2, 1)}"
             ) from error
         if len(parts) == 1:
@@ -126,76 +159,89 @@ class BreadthFirstProgram:
 
     def _run_part(self, images: Tensor, thresholds: Tensor) -> ExitResults:
         n = len(images)
-        tables = exit_tables(n, self.plan.num_classes, self.device)
         active = Active(
             index=torch.arange(n, dtype=torch.int32, device=self.device),
             count=torch.full((1,), n, dtype=torch.int32, device=self.device),
             known=n,
         )
-        for k, runner in enumerate(self.runners):
-            if active.known == 0:
+        tables = exit_tables(n, self.plan.num_classes, self.device)
+        batch = _Batch(images, thresholds, tables, active)
+        for k in range(len(self.runners)):
+            if batch.active.known == 0:
                 break
             try:
-                active = self._step(k, runner, images, active, tables, thresholds)
+                self._step(k, batch)
             except (torch.OutOfMemoryError, FastCascadeError):
                 raise
             except (RuntimeError, ValueError) as error:
                 raise FastCascadeError(
-                    f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. If this is a "
-                    "CUDA error the process cannot use the device any more: restart it, and set "
+                    f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. After a CUDA "
+                    "error the process cannot use the device any more: restart it, and set "
                     "CUDA_LAUNCH_BLOCKING=1 to see which kernel failed"
                 ) from error
         return ExitResults(tables.log_probs, tables.label, tables.exit_stage)
 
-    def _step(
-        self,
-        k: int,
-        runner: StageRunner,
-        images: Tensor,
-        active: Active,
-        tables: ExitTables,
-        thresholds: Tensor,
-    ) -> Active:
-        """Run one stage and its exit head; returns the survivors."""
-        features, logits = runner.run(images, active)
+    def _step(self, k: int, batch: _Batch) -> None:
+        """Run stage k and its exit head, then compact the active set."""
+        active = batch.active
+        features, logits = self.runners[k].run(batch.images, active)
         if active.known == 0:
-            return active
-        keep = self._exit(k, tables, logits, active, thresholds)
+            return
+        keep = self._exit(k, batch, logits)
         if k + 1 == len(self.runners):
-            return active
+            return
         survivors = torch.empty_like(active.count)
         if self.plan.stages[k + 1].input == "previous":
-            # The rows may be the stage's own input, which nobody reads any more: changed in place.
+            # The rows may be the stage's own input. Nothing reads it any more, so it may change in place.
             self.kernels.fill_holes(features, active.index, active.count, keep, survivors)
-            return Active(active.index, survivors, None, features)
-        index = torch.empty_like(active.index)
-        self.kernels.compact_index(active.index, active.count, keep, index, survivors)
-        return Active(index, survivors, None)
+            batch.active = Active(active.index, survivors, None, features)
+        else:
+            index = torch.empty_like(active.index)
+            self.kernels.compact_index(active.index, active.count, keep, index, survivors)
+            batch.active = Active(index, survivors, None)
 
-    def _exit(self, k: int, tables: ExitTables, logits: Tensor, active: Active, thresholds: Tensor) -> Any:
+    def _exit(self, k: int, batch: _Batch, logits: Tensor) -> Any:
+        """Run the exit head of stage k; returns which rows stay active."""
         selector = self.selectors[k]
-        keep = self.kernels.new_keep(len(logits), self.plan.num_classes, self.device)
         if selector is not None and selector.module is not None:
-            _exit_through_torch(
-                k, selector.module, self.plan.stage_weights[k], tables, logits, active, thresholds, keep
-            )
-            return keep
+            return self._exit_with_module(k, selector.module, batch, logits)
+        keep = self.kernels.new_keep(len(logits), self.plan.num_classes, self.device)
         self.kernels.exit_head(
-            tables,
+            batch.tables,
             logits,
-            active.index,
-            active.count,
+            batch.active.index,
+            batch.active.count,
             k,
             keep,
             stage_weight=self.plan.stage_weights[k],
             selector=None if selector is None else selector.features or selector.kind,
             weights=None if selector is None else _contiguous(selector.weights),
-            threshold=None if selector is None else thresholds[k : k + 1],
+            threshold=None if selector is None else batch.thresholds[k : k + 1],
         )
         return keep
 
+    def _exit_with_module(self, k: int, module: nn.Module, batch: _Batch, logits: Tensor) -> Any:
+        """Run the exit head in torch, on exactly the active rows, with the user's own selector module."""
+        active = batch.active
+        n = active.known = int(active.count) if active.known is None else active.known
+        stays = exit_step(
+            batch.tables,
+            logits[:n],
+            active.index[:n],
+            k,
+            stage_weight=self.plan.stage_weights[k],
+            score=lambda log_probs, previous, _: cast(Tensor, module(k, log_probs, previous)),
+            threshold=batch.thresholds[k].item(),
+        )
+        keep = self.kernels.new_keep(len(logits), self.plan.num_classes, self.device)
+        keep.flags[:n] = stays.to(keep.flags.dtype)
+        keep.counts.zero_()
+        block = torch.arange(n, device=stays.device) // keep.rows
+        keep.counts.index_add_(0, block, stays.to(keep.counts.dtype))
+        return keep
+
     def describe(self) -> list[StageReport]:
-        """One report per stage, the exit head and compaction included."""
+        """One report per stage, exit head and compaction included."""
         reports = []
         for k, runner in enumerate(self.runners):
             report = runner.report()
@@ -207,42 +253,15 @@ class BreadthFirstProgram:
         if selector is None:
             return [KernelChoice("exit head, last exit", f"{self.kernels.name} exit_head")]
         opaque = selector.kind == "opaque"
-        move = "fill_holes" if self.plan.stages[k + 1].input == "previous" else "compact_index"
+        compaction = "fill_holes" if self.plan.stages[k + 1].input == "previous" else "compact_index"
         return [
             KernelChoice(
                 f"exit head, selector {selector}",
                 "torch, one readback" if opaque else f"{self.kernels.name} exit_head",
             ),
-            KernelChoice("compaction", f"{self.kernels.name} {move}"),
+            KernelChoice("compaction", f"{self.kernels.name} {compaction}"),
         ]
 
 
 def _contiguous(weights: MLPWeights | None) -> MLPWeights | None:
     return None if weights is None else MLPWeights(*(w.contiguous() for w in weights))
-
-
-def _exit_through_torch(
-    k: int,
-    module: nn.Module,
-    stage_weight: float | None,
-    tables: ExitTables,
-    logits: Tensor,
-    active: Active,
-    thresholds: Tensor,
-    keep: Any,
-) -> None:
-    """The exit head with a selector module of the user's own, on exactly the active rows."""
-    n = active.known = int(active.count) if active.known is None else active.known
-    stays = exit_step(
-        tables,
-        logits[:n],
-        active.index[:n],
-        k,
-        stage_weight=stage_weight,
-        score=lambda log_probs, previous, _: cast(Tensor, module(k, log_probs, previous)),
-        threshold=thresholds[k].item(),
-    )
-    keep.flags[:n] = stays.to(keep.flags.dtype)
-    keep.counts.zero_()
-    block = torch.arange(n, device=stays.device) // keep.rows
-    keep.counts.index_add_(0, block, stays.to(keep.counts.dtype))

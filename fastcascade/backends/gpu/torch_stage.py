@@ -1,7 +1,8 @@
-"""Stages that run through torch: over exactly the active rows, or over chunks of them that the device counts.
+"""Stage runners for stages that run in torch: the active rows as one batch, or as chunks of fixed size.
 
-The first way asks the device how many rows there are. The second records the stage once for a chunk of fixed
-size, and a WHILE node repeats it; at most a chunk's rows are wasted, and the host waits for nothing.
+:class:`TorchStage` reads the number of active rows back to the host. :class:`ChunkedStage` records the stage
+once for a chunk of fixed size; a WHILE node of a CUDA graph repeats it. It wastes less than one chunk of
+rows, and the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -13,52 +14,43 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastcascade.backends.gpu.rows import channels_first, channels_last
-from fastcascade.backends.gpu.scheduler import Active, ExitKernels, StageRunner
-from fastcascade.backends.gpu.while_loops import VARIABLE, Choice, Loops
+from fastcascade.backends.gpu.feature_layout import channels_first, channels_last
+from fastcascade.backends.gpu.scheduler import Active, LoweringContext, StageRunner
+from fastcascade.backends.gpu.while_loops import VARIABLE, Loops
 from fastcascade.backends.interface import KernelChoice, StageReport
 from fastcascade.errors import BackendUnavailable
 from fastcascade.lowering.interpreter import move_stage, run_stage
 from fastcascade.lowering.plan import StagePlan
-from fastcascade.types import InputSpec
 
 __all__ = ["ChunkedStage", "TorchStage", "torch_stage"]
 
 CHUNK = 256
-"""Most rows of a chunk: fills a GPU with a network for images of 224×224. Estimated, not measured."""
+"""Most rows per chunk. 256 images of 224×224 should fill a GPU; an estimate, not a measurement."""
 
 
 class TorchStage:
-    """A stage through torch: gather the active rows into a bucket of exactly their number, run, answer.
+    """A stage in torch: gathers exactly the active rows into one batch and runs the stage on it.
 
-    Asks the device for the number of active rows, once per call, unless it is the first stage.
+    Reads the number of active rows back once per call. The first stage needs no readback.
 
     Args:
-        reason: why it runs through torch; counting: why it asks.
+        reason: why the stage runs in torch, for the report.
     """
 
-    def __init__(
-        self,
-        stage: StagePlan,
-        reason: str,
-        spec: InputSpec,
-        kernels: ExitKernels,
-        device: torch.device,
-        dtype: torch.dtype,
-        counting: str,
-    ) -> None:
-        self.stage = move_stage(stage, device, dtype)
+    def __init__(self, context: LoweringContext, stage: StagePlan, reason: str) -> None:
+        spec, device = context.spec, context.device
+        self.stage = move_stage(stage, device, context.dtype)
         self.reason = reason
-        self.counting = counting
+        self.readback_reason = context.loops.reason
         self.spec = spec
         self.pixel_table = None if spec.preprocess is None else spec.preprocess.table().to(device)
-        self.kernels = kernels
-        self.dtype = dtype
+        self.kernels = context.kernels
+        self.dtype = context.dtype
 
     def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
         """See :meth:`StageRunner.run`."""
         if active.known is None:
-            active.known = int(active.count)  # the one wait of a stage that runs through torch
+            active.known = int(active.count)  # the only synchronisation with the host
         n = active.known
         if n == 0:
             empty = images.new_empty((0, self.spec.shape[0]), dtype=self.dtype)
@@ -66,7 +58,7 @@ class TorchStage:
         reads_images = self.stage.input == "image"
         x = self._gather(images, active, n) if reads_images else cast(Tensor, active.features)[:n]
         rows, logits = self.forward(x)
-        # Rows are compacted in place, which must not reach the caller's images.
+        # Compaction works in place and must not change the caller's images.
         shared = rows.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
         return rows.clone() if shared else rows, logits
 
@@ -86,38 +78,38 @@ class TorchStage:
         if self.stage.input == "image":
             x = self.spec.to_float(x, self.pixel_table)
         else:
-            x = x[:, : self.stage.shapes[0][0]]  # rows of own kernels are padded
+            x = x[:, : self.stage.shapes[0][0]]  # custom kernels leave padded channels
         features, logits = run_stage(self.stage, x.to(self.dtype))
         return channels_last(features), logits.contiguous()
 
     def report(self) -> StageReport:
-        """Torch does the work; the reason says why, and that the host waits."""
-        tensors = [tensor for op in self.stage.ops for tensor in op.tensors.values()]
-        if self.stage.module is not None:
-            tensors = [*self.stage.module.parameters(), *self.stage.module.buffers()]
+        """One line per operation, after a line that says when the row count is read back."""
         work = self.stage.ops or ("module",)
         return StageReport(
             name=self.stage.name,
             opaque_reason=self.reason,
             kernels=(
-                KernelChoice("readback of row count", f"one, none at the first stage: {self.counting}"),
+                KernelChoice(
+                    "readback of row count", f"one, none at the first stage: {self.readback_reason}"
+                ),
                 *(KernelChoice(str(op), "torch") for op in work),
             ),
             isa="torch",
-            weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            weight_bytes=self.stage.weight_bytes,
             arena_bytes=0,
         )
 
 
 class ChunkedStage:
-    """A stage through torch, over chunks; the first stage, whose rows the host knows, runs over all at once.
+    """A stage in torch, recorded for one chunk and repeated on the device.
 
-    A module that cannot be recorded, because the host waits for something in it or decides by it, runs as
-    :class:`TorchStage` from then on. Otherwise its Python code runs while it is recorded and never again.
+    The first stage runs on the whole batch, because the host knows its number of rows. A module in which the
+    host waits for the device cannot be recorded; it runs as a :class:`TorchStage` instead. The Python code of
+    any other module runs only while it is recorded.
 
     Args:
-        forced: it is an error instead.
-        keeps_features: the next stage reads them.
+        forced: a module that cannot be recorded is an error.
+        keeps_features: the next stage reads this stage's features.
     """
 
     def __init__(self, whole: TorchStage, loops: Loops, forced: bool, keeps_features: bool) -> None:
@@ -132,10 +124,10 @@ class ChunkedStage:
     def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
         """See :meth:`fastcascade.backends.gpu.scheduler.StageRunner.run`.
 
-        What it returns is overwritten by its next run on the same stream.
+        The next run on the same stream overwrites the returned tensors.
 
         Raises:
-            BackendUnavailable: the stage cannot be recorded, and the environment wants it to be.
+            BackendUnavailable: the stage cannot be recorded, and ``forced`` is set.
         """
         if active.known is not None or self.refusal is not None:
             return self.whole.run(images, active)
@@ -153,14 +145,14 @@ class ChunkedStage:
         return (loop.logits if loop.features is None else loop.features)[:n], loop.logits[:n]
 
     def _loop(self, source: Tensor, n: int) -> _Loop | None:
-        """This thread's for its stream, which nothing else uses; recorded anew where it does not fit."""
+        """The recording of this thread and stream, made anew if it does not fit n such rows."""
         key = self.loops.stream()
         loop = self.recorded.loops.get(key)
         rows = channels_last(source[:0])
         if loop is not None and loop.fits(rows, n):
             return loop
-        self.recorded.loops.pop(key, None)  # its memory is free before the new one takes some
-        capacity = 1 << (n - 1).bit_length()  # a growing batch is recorded a few times, not every time
+        self.recorded.loops.pop(key, None)  # frees its memory before the new recording allocates
+        capacity = 1 << (n - 1).bit_length()  # powers of two, so that growing batches are rarely re-recorded
         try:
             loop = _Loop(self.whole, self.loops, rows, capacity, self.keeps_features)
         except torch.OutOfMemoryError:
@@ -169,36 +161,38 @@ class ChunkedStage:
             self.refusal = f"it cannot be recorded: {error}"
             if self.forced:
                 raise BackendUnavailable(
-                    f"{VARIABLE}=while cannot be obeyed by stage {self.stage.name!r}: {self.refusal}"
+                    f"{VARIABLE}=while is impossible for stage {self.stage.name!r}: {self.refusal}"
                 ) from error
             return None
         self.recorded.loops[key] = loop
         return loop
 
     def report(self) -> StageReport:
-        """As of the whole stage, with how its rows are counted."""
-        counting = f"none: a WHILE node repeats chunks of up to {CHUNK} rows; the first stage is not repeated"
+        """The report of the stage in torch, with a first line about its chunks."""
+        readback = f"none: a WHILE node repeats chunks of up to {CHUNK} rows; the first stage is one batch"
         if self.refusal is not None:
-            counting = f"one readback: {self.refusal}"
+            readback = f"one readback: {self.refusal}"
         report = self.whole.report()
-        return replace(report, kernels=(KernelChoice("readback of row count", counting), *report.kernels[1:]))
+        return replace(report, kernels=(KernelChoice("readback of row count", readback), *report.kernels[1:]))
 
 
 class _Recorded(threading.local):
-    """This thread's loops, one for each stream that it used."""
+    """The recordings of one thread, by stream."""
 
     def __init__(self) -> None:
         self.loops: dict[int, _Loop] = {}
 
 
 class _Loop:
-    """A stage recorded for one chunk, and the memory that it works on.
+    """A stage recorded for one chunk, with the memory that the recording reads and writes.
 
     Attributes:
-        source: (capacity, …) rows to read; index: (capacity,) int32, which of them are active and in which
-            order; count: (1,) int32, how many. Features are in order already: their index stays 0, 1, ….
-        features: (capacity, …), None where no stage reads them; logits: (capacity, C). Row i is of index[i].
-        repeat: enqueues as many chunks as count says.
+        source: (capacity, …) input rows.
+        index: (capacity,) int32, the active rows of ``source``. Features are compacted in place, so their
+            index stays 0, 1, 2, ….
+        count: (1,) int32, the number of active rows.
+        features, logits: (capacity, …), row i for index[i]; features is None if no stage reads them.
+        repeat: enqueues as many chunks as ``count`` needs.
     """
 
     def __init__(
@@ -212,39 +206,33 @@ class _Loop:
         bucket, bucket_index = source[:size].clone(), index[:size].clone()
         place = torch.arange(size, device=rows.device)
 
-        def answers() -> list[Tensor]:
+        def outputs() -> list[Tensor]:
             features, logits = stage.forward(bucket)
             return [logits, features] if keeps_features else [logits]
 
-        kept = [part.new_empty(capacity, *part.shape[1:]) for part in answers()]
+        kept = [part.new_empty(capacity, *part.shape[1:]) for part in outputs()]
         self.logits, self.features = kept[0], kept[1] if keeps_features else None
 
         def work() -> None:
             stage.kernels.gather_rows(source, index, count, chunk, bucket, bucket_index, bucket_count)
             rows_of_chunk = chunk.long() * size + place
-            for whole, part in zip(kept, answers(), strict=True):
+            for whole, part in zip(kept, outputs(), strict=True):
                 whole.index_copy_(0, rows_of_chunk, part)
 
         self.repeat = loops.record(count, chunk, size, work)
 
     def fits(self, rows: Tensor, n: int) -> bool:
-        """Whether it can read n rows like these."""
+        """Whether the recording can take n rows of this dtype and shape."""
         own = self.source
         return own.dtype == rows.dtype and own.shape[1:] == rows.shape[1:] and n <= len(own)
 
 
 def torch_stage(
-    stage: StagePlan,
-    next_input: str | None,
-    reason: str,
-    spec: InputSpec,
-    kernels: ExitKernels,
-    device: torch.device,
-    dtype: torch.dtype,
-    choice: Choice,
+    context: LoweringContext, stage: StagePlan, next_input: str | None, reason: str
 ) -> StageRunner:
-    """A stage through torch, in the way that was chosen."""
-    whole = TorchStage(stage, reason, spec, kernels, device, dtype, choice.reason)
-    if choice.loops is None:
+    """The runner of a stage in torch: chunked if the device can loop, a readback otherwise."""
+    whole = TorchStage(context, stage, reason)
+    if context.loops.loops is None:
         return whole
-    return ChunkedStage(whole, choice.loops, choice.forced, keeps_features=next_input == "previous")
+    keeps_features = next_input == "previous"
+    return ChunkedStage(whole, context.loops.loops, context.loops.forced, keeps_features)

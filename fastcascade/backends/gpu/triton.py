@@ -1,6 +1,6 @@
-"""The triton backend: exit head, compaction and lowered stages as Triton kernels, on NVIDIA and AMD GPUs.
+"""The triton backend: exit head, compaction and stages in Triton kernels, on NVIDIA and AMD GPUs.
 
-Under ``TRITON_INTERPRET=1`` it runs on the CPU, slowly, for tests.
+``TRITON_INTERPRET=1`` runs the kernels on the CPU: slow, and meant for tests.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import os
 
 import torch
 
-from fastcascade.backends.gpu.scheduler import BreadthFirstProgram, ExitKernels, StageRunner, next_inputs
+from fastcascade.backends.gpu.scheduler import (
+    BreadthFirstProgram,
+    ExitKernels,
+    LoweringContext,
+    StageRunner,
+    next_inputs,
+)
 from fastcascade.backends.gpu.torch_stage import torch_stage
-from fastcascade.backends.gpu.while_loops import Choice, choose_loops
+from fastcascade.backends.gpu.while_loops import choose_loops
 from fastcascade.backends.interface import Precision
 from fastcascade.errors import InvalidArgument
 from fastcascade.lowering.plan import Plan, StagePlan
-from fastcascade.types import InputSpec
 
 __all__ = ["BACKEND", "TritonBackend"]
 
@@ -41,24 +46,20 @@ def exit_kernels() -> ExitKernels:
     )
 
 
-def stage_runner(
-    stage: StagePlan,
-    next_input: str | None,
-    spec: InputSpec,
-    kernels: ExitKernels,
-    device: torch.device,
-    dtype: torch.dtype,
-    choice: Choice,
-) -> StageRunner:
-    """The first of: one launch for the stage, a launch per layer, torch. Reasons end up in the report."""
-    from fastcascade.backends.gpu.layers import no_kernel_reason, stage_layers
+def stage_runner(context: LoweringContext, stage: StagePlan, next_input: str | None) -> StageRunner:
+    """The first that can run the stage: a persistent kernel, one launch per layer, torch.
+
+    The report gives the reason against each that cannot.
+    """
+    from fastcascade.backends.gpu.layer_lowering import no_kernel_reason, stage_layers
     from fastcascade.backends.gpu.per_layer_stage import PerLayerStage
     from fastcascade.backends.gpu.persistent_stage import PersistentStage, per_layer_reason
     from fastcascade.kernels.triton.persistent import layer_table
 
     reason = no_kernel_reason(stage, next_input)
     if reason is not None:
-        return torch_stage(stage, next_input, reason, spec, kernels, device, dtype, choice)
+        return torch_stage(context, stage, next_input, reason)
+    spec, device, dtype = context.spec, context.device, context.dtype
     layers = stage_layers(stage, dtype, device)
     table = layer_table(layers, stage.features if next_input == "previous" else None)
     reason = per_layer_reason(stage, layers, table)
@@ -68,12 +69,12 @@ def stage_runner(
 
 
 class TritonBackend:
-    """Own kernels for what a plan expresses, torch for the rest."""
+    """Custom kernels for stages that are operations, torch for the others."""
 
     name = "triton"
 
     def unavailable_reason(self) -> str | None:
-        """No triton, or neither a GPU nor the interpreter."""
+        """Triton is missing, or there is neither a GPU nor the interpreter."""
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if not torch.cuda.is_available() and not _interpreted():
@@ -81,7 +82,7 @@ class TritonBackend:
         return None
 
     def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
-        """A precision other than fp32 and fp16, or a device that triton does not reach."""
+        """The precision is neither fp32 nor fp16, or Triton does not run on the device."""
         if precision not in DTYPES:
             return f"it runs fp32 and fp16, not {precision}"
         wanted = "cpu" if _interpreted() else "cuda"
@@ -93,13 +94,13 @@ class TritonBackend:
     def lower(
         self, plan: Plan, *, precision: Precision, device: torch.device, threads: int | None
     ) -> BreadthFirstProgram:
-        """Move weights to the device and choose how each stage runs."""
+        """Move the weights to the device and choose a runner for each stage."""
         if threads is not None:
-            raise InvalidArgument(f"threads={threads}: the triton backend has no CPU threads; leave it out")
+            raise InvalidArgument(f"threads={threads}: the triton backend has no CPU threads; omit threads")
         kernels = exit_kernels()
-        dtype, choice = DTYPES[precision], choose_loops(device)
+        context = LoweringContext(plan.input, kernels, device, DTYPES[precision], choose_loops(device))
         runners = [
-            stage_runner(stage, next_input, plan.input, kernels, device, dtype, choice)
+            stage_runner(context, stage, next_input)
             for stage, next_input in zip(plan.stages, next_inputs(plan), strict=True)
         ]
         return BreadthFirstProgram(plan, runners, kernels, device)

@@ -1,13 +1,14 @@
-"""WHILE nodes of CUDA graphs: work that repeats as often as a number in device memory says.
+"""Loops on the device: WHILE nodes of CUDA graphs, repeated as often as a number in device memory requires.
 
-The graph is two kernels of ``kernels/cuda/conditional.cu`` around recorded work:
+A graph puts two kernels of ``kernels/cuda/conditional.cu`` around the recorded work:
 
     begin_chunks ──▶ WHILE node ┌──────────────────────────┐
                                 │ recorded work, next_chunk │
                                 └──────────────────────────┘
 
-Everything goes through the driver's API in the package cuda-bindings, on torch's primary context. None of it
-has run on a GPU yet: names and structures are checked against the installed package, the loop in tests.
+All calls go to the driver API through the package cuda-bindings, in torch's primary context. None of it has
+run on a GPU yet. Tests check every name and structure against the installed package, and the loop on a
+stand-in.
 """
 
 from __future__ import annotations
@@ -27,43 +28,44 @@ from torch import Tensor
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.kernels.cuda.launch import COMPILE_OPTIONS, source
 
-__all__ = ["Choice", "Loops", "WhileNodes", "choose_loops", "unavailable_reason"]
+__all__ = ["LoopChoice", "Loops", "WhileNodes", "choose_loops", "unavailable_reason"]
 
 VARIABLE = "FASTCASCADE_TORCH_STAGES"
 FIRST_VERSION = (12, 4)
-"""Of CUDA, with WHILE nodes."""
+"""The first CUDA version with WHILE nodes."""
 
 
 class Loops(Protocol):
-    """Repeats work on a device without the host knowing how often."""
+    """Repeats work on a device; the host does not know how often."""
 
     def stream(self) -> int:
-        """Which of the device's streams is torch's current one."""
+        """The handle of torch's current stream on the device."""
 
     def record(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> Callable[[], None]:
-        """Keep ``work`` for repetition on the current stream.
+        """Record ``work`` on the current stream, to be repeated on the device.
 
         Args:
-            count: (1,) int32 on the device, rows there are to do whenever the result is called.
-            chunk: (1,) int32 on the device, which ``work`` reads: 0, 1, … as long as chunk·size < count.
-            size: rows that ``work`` does at a time.
-            work: enqueues it; called at least once before this returns.
+            count: (1,) int32 on the device: rows to process, read at every call of the result.
+            chunk: (1,) int32 on the device: the chunk that ``work`` processes, 0, 1, … while chunk·size <
+                count.
+            size: rows per chunk.
+            work: enqueues the kernels for one chunk; called at least once before this returns.
 
         Returns:
-            what enqueues all the repetitions; it works on the memory that ``work`` worked on.
+            a function that enqueues all repetitions, on the memory that ``work`` used while it was recorded.
 
         Raises:
-            RuntimeError: the host waits for the device in ``work``, or the device refused.
+            RuntimeError: ``work`` makes the host wait for the device, or the driver reports an error.
         """
 
 
-class Choice(NamedTuple):
-    """How stages that run through torch learn how many rows there are.
+class LoopChoice(NamedTuple):
+    """How stages that run in torch learn the number of active rows.
 
     Attributes:
-        loops: None for one readback of the count per stage.
-        reason: why there are none.
-        forced: whether the environment asked for it: what cannot be recorded is then an error.
+        loops: None if each stage reads the number back instead.
+        reason: why there are no loops.
+        forced: FASTCASCADE_TORCH_STAGES demands loops, so a stage that cannot be recorded is an error.
     """
 
     loops: Loops | None
@@ -71,28 +73,28 @@ class Choice(NamedTuple):
     forced: bool = False
 
 
-def choose_loops(device: torch.device) -> Choice:
-    """WHILE nodes where they can run, unless the environment's FASTCASCADE_TORCH_STAGES says otherwise.
+def choose_loops(device: torch.device) -> LoopChoice:
+    """WHILE nodes if they can run here; the environment's FASTCASCADE_TORCH_STAGES overrides the choice.
 
     Raises:
-        InvalidArgument: it says something else than "while" or "readback".
-        BackendUnavailable: it says "while", which cannot run here; the reason is quoted.
+        InvalidArgument: FASTCASCADE_TORCH_STAGES is neither "while" nor "readback".
+        BackendUnavailable: it is "while", but WHILE nodes cannot run here; quotes the reason.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "while", "readback"):
         raise InvalidArgument(f"{VARIABLE} is {wanted!r}; expected 'while' or 'readback'")
     if wanted == "readback":
-        return Choice(None, f"{VARIABLE}=readback")
+        return LoopChoice(None, f"{VARIABLE}=readback")
     reason = unavailable_reason()
     if reason is None:
-        return Choice(WhileNodes(device), "", forced=wanted == "while")
+        return LoopChoice(WhileNodes(device), "", forced=wanted == "while")
     if wanted == "while":
-        raise BackendUnavailable(f"{VARIABLE}=while cannot be obeyed: {reason}")
-    return Choice(None, reason)
+        raise BackendUnavailable(f"{VARIABLE}=while is impossible: {reason}")
+    return LoopChoice(None, reason)
 
 
 def unavailable_reason() -> str | None:
-    """All that is missing here for WHILE nodes; None if nothing is."""
+    """Everything that WHILE nodes lack here; None if they can run."""
     missing, needed = [], "{}.{}".format(*FIRST_VERSION)
     bindings = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
     if not bindings:
@@ -100,13 +102,11 @@ def unavailable_reason() -> str | None:
     if torch.version.cuda is None:
         missing.append("this torch is built without CUDA")
     elif tuple(map(int, torch.version.cuda.split(".")[:2])) < FIRST_VERSION:
-        missing.append(
-            f"this torch is built for CUDA {torch.version.cuda}, and WHILE nodes came with {needed}"
-        )
+        missing.append(f"this torch is built for CUDA {torch.version.cuda}; WHILE nodes need {needed}")
     elif not torch.cuda.is_available():
         missing.append("torch sees no NVIDIA GPU")
     elif bindings and (driver := _driver_version()) < FIRST_VERSION:
-        missing.append("the driver knows CUDA {}.{}, and WHILE nodes came with {}".format(*driver, needed))
+        missing.append("the driver supports CUDA {}.{}; WHILE nodes need {}".format(*driver, needed))
     return " and ".join(missing) or None
 
 
@@ -118,7 +118,7 @@ def _driver_version() -> tuple[int, int]:
 
 
 class WhileNodes:
-    """Loops of one NVIDIA GPU."""
+    """Loops on one NVIDIA GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -133,20 +133,20 @@ class WhileNodes:
             current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
-                work()  # compiles kernels and picks algorithms, which a recording may not
+                work()  # compiles kernels and picks algorithms, which a capture must not do
                 loop = _Graph(count, chunk, size, work)
             current.wait_stream(aside)
         return loop
 
 
 class _Graph:
-    """The executable graph of one loop, recorded on torch's current stream, which is not the default one."""
+    """The executable graph of one loop, captured on torch's current stream (not the default stream)."""
 
     def __init__(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> None:
         from cuda.bindings import driver
 
         self.device = count.device
-        self.memory = torch.cuda.MemPool()  # what the work allocates stays where it was recorded
+        self.memory = torch.cuda.MemPool()  # keeps the allocations of the recorded work at their addresses
         self.used = count, chunk, work
         setters = _setters(self.device)
         stream = torch.cuda.current_stream().cuda_stream
@@ -170,12 +170,12 @@ class _Graph:
     def __call__(self) -> None:
         from cuda.bindings import driver
 
-        with torch.cuda.device(self.device):  # the default stream is that of the current device
+        with torch.cuda.device(self.device):  # the default stream depends on the current device
             _call(driver.cuGraphLaunch, self.executable, torch.cuda.current_stream().cuda_stream)
 
 
 def _add_while_node(graph: Any, context: Any, handle: Any) -> Any:
-    """A WHILE node after the graph's only node; returns the graph that is its body."""
+    """Append a WHILE node to the graph's only node; returns the graph of its body."""
     from cuda.bindings import driver
 
     nodes, _ = _call(driver.cuGraphGetNodes, graph, 1)
@@ -192,7 +192,7 @@ def _add_while_node(graph: Any, context: Any, handle: Any) -> Any:
 
 @contextmanager
 def _capture(stream: int, graph: Any) -> Iterator[None]:
-    """What this thread enqueues on the stream becomes nodes of a graph, whose addition ends in any case."""
+    """Capture what this thread enqueues on the stream into a graph; the capture ends even on an exception."""
     from cuda.bindings import driver
 
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -200,13 +200,13 @@ def _capture(stream: int, graph: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        driver.cuStreamEndCapture(stream)  # its own error says less than the one on its way
+        driver.cuStreamEndCapture(stream)  # its own error would hide the one being raised
         raise
     _call(driver.cuStreamEndCapture, stream)
 
 
 def _start(function: Any, stream: int, *values: Any) -> None:
-    """Start one thread of a kernel with ctypes values as arguments."""
+    """Launch a single thread of a kernel with ctypes values as arguments."""
     from cuda.bindings import driver
 
     plain, types = tuple(value.value for value in values), tuple(type(value) for value in values)
@@ -215,7 +215,7 @@ def _start(function: Any, stream: int, *values: Any) -> None:
 
 @cache
 def _setters(device: torch.device) -> dict[str, Any]:
-    """Kernel name → driver function, of ``conditional.cu``."""
+    """The functions of ``conditional.cu`` by kernel name."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
@@ -227,10 +227,10 @@ def _setters(device: torch.device) -> dict[str, Any]:
 
 
 def compile_setters(architecture: str) -> bytes:
-    """The machine code of ``conditional.cu``; no device is needed.
+    """Compile ``conditional.cu`` to a cubin; needs no device.
 
     Raises:
-        RuntimeError: the compiler refused.
+        RuntimeError: it does not compile.
     """
     from cuda.bindings import nvrtc
 
@@ -243,7 +243,7 @@ def compile_setters(architecture: str) -> bytes:
 
 
 def _call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """What a function of cuda-bindings returns beside its error code, which becomes an exception."""
+    """Call a function of cuda-bindings and raise its error code; returns its other results."""
     error, *values = function(*arguments)
     if error != 0:
         raise RuntimeError(f"{function.__name__} failed: {error.name}")

@@ -1,11 +1,11 @@
-"""The Triton compaction kernels do what their twins do, bit for bit."""
+"""The Triton compaction kernels agree with their twins, bit for bit."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastcascade.kernels import reference
-from fastcascade.kernels.arguments import Keep
+from fastcascade.kernels.argument_checks import Keep
 
 compact = pytest.importorskip("fastcascade.kernels.triton.compact", reason="triton is not installed")
 
@@ -14,7 +14,7 @@ SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
 def keep_of(flags: Tensor, capacity: int, rows: int, device: torch.device) -> Keep:
-    """What the exit head leaves for these flags; beyond them, rubbish."""
+    """The exit head's output for these flags, with garbage beyond them."""
     padded = torch.full((capacity,), 77, dtype=torch.int8)
     padded[: len(flags)] = flags.to(torch.int8)
     counts = torch.zeros(-(-capacity // rows), dtype=torch.int32)
@@ -73,7 +73,7 @@ def test_more_than_1024_blocks(device: torch.device) -> None:
     keep = keep_of(flags, n, 16, device)
     last = keep._replace(counts=keep.counts)
     total = device_count(-1, device)
-    # One program near the end stands for all: the interpreter would take minutes for the whole grid.
+    # Only one program near the end: the interpreter would take minutes for the whole grid.
     positions = torch.full((n,), -1, dtype=torch.int32, device=device)
     compact.compact_index(index.to(device), device_count(n, device), last, positions, total)
     assert int(total) == int(flags.sum())

@@ -1,9 +1,10 @@
-"""The Triton exit head gives what its twin gives."""
+"""The Triton exit head agrees with its twin."""
 
 import math
 
 import pytest
 import torch
+from exit_rows import CLASS_COUNTS, INVALID, outliers, places, rotations
 from torch import Tensor
 
 from fastcascade.kernels import reference
@@ -13,7 +14,7 @@ exit_head = pytest.importorskip("fastcascade.kernels.triton.exit_head", reason="
 
 SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 300)
 SELECTORS = ("stats", "topk", "probs", "max_prob", "margin", "entropy")
-# Log-probabilities and scores are float32 through exp and log of two libraries.
+# Log-probabilities and scores are float32 through two implementations of exp and log.
 TOLERANCE = 3e-5
 BAND = 1e-3
 
@@ -33,7 +34,7 @@ def weights_for(selector: str, num_classes: int, hidden: int = 16) -> MLPWeights
 
 
 def batch_tables(n: int, num_classes: int, visited: bool) -> ExitTables:
-    """Tables before the first stage, or as after one earlier stage that nobody stopped at."""
+    """Tables before the first stage, or after one stage at which no row stopped."""
     tables = reference.exit_tables(n, num_classes)
     if visited and n:
         everyone = torch.arange(n)
@@ -46,7 +47,7 @@ def batch_tables(n: int, num_classes: int, visited: bool) -> ExitTables:
 
 
 class Case:
-    """One call of the kernel on n active rows of a larger batch, and the twin's answer."""
+    """One call of the kernel on n active rows of a larger batch, and the twin's result."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Case:
     ) -> None:
         torch.manual_seed(n * 31 + num_classes)
         self.n, self.selector = n, selector
-        capacity, batch = n + 5, n + 9  # rows beyond n hold rubbish that must not be read
+        capacity, batch = n + 5, n + 9  # rows beyond n hold garbage that must not be read
         self.logits = (torch.randn(capacity, num_classes) * scale).to(dtype)
         self.logits[n:] = math.nan
         rows = torch.randperm(n)[:invalid]
@@ -75,7 +76,7 @@ class Case:
         )
         arguments = {"stage_weight": stage_weight, "selector": selector, "weights": weights}
 
-        # A threshold between two of the twin's own scores, ±inf at the ends.
+        # A threshold between two of the twin's scores; ±inf at the ends.
         self.scores = self._scores(before, arguments)
         threshold = {0.0: math.inf, 1.0: -math.inf}.get(quantile)
         if threshold is None:
@@ -107,7 +108,7 @@ class Case:
         self.stage_weight = stage_weight
 
     def _scores(self, before: ExitTables, arguments: dict[str, object]) -> Tensor:
-        """The twin's stop scores, read off its own decision function; NaN on invalid rows."""
+        """The twin's stop scores, captured from its decision; NaN on invalid rows."""
         seen = {}
         if self.selector is None:
             return torch.empty(0)
@@ -142,7 +143,7 @@ class Case:
         sums = torch.stack([c.sum() for c in blocks.split(self.keep.rows)])[: len(self.keep.counts)]
         assert self.keep.counts.cpu().tolist() == sums.tolist()
 
-        # Decisions agree outside a band around the threshold; few rows lie inside it.
+        # Decisions agree outside a band around the threshold, and few rows are inside it.
         same = got_keep.bool() == self.want_keep
         if not same.all():
             assert ((self.scores - self.threshold).abs() < BAND)[~same].all()
@@ -234,6 +235,64 @@ def test_ties_go_to_the_lowest_class(device: torch.device) -> None:
         selector=None,
     )
     assert tables.label.tolist() == [0, 4, 300, 599]
+
+
+def run_rows(
+    device: torch.device,
+    logits: Tensor,
+    selector: str | None,
+    threshold: float = 0.0,
+    weights: MLPWeights | None = None,
+) -> tuple[ExitTables, Tensor]:
+    """The kernel's tables and keep flags after one exit over these rows."""
+    n, num_classes = logits.shape
+    tables = ExitTables(*(t.to(device) for t in reference.exit_tables(n, num_classes)))
+    keep = exit_head.new_keep(n, num_classes, device)
+    exit_head.exit_head(
+        tables,
+        logits.to(device),
+        torch.arange(n, dtype=torch.int32, device=device),
+        torch.tensor([n], dtype=torch.int32, device=device),
+        0,
+        keep,
+        stage_weight=0.7,
+        selector=selector,
+        weights=None if weights is None else MLPWeights(*(w.to(device) for w in weights)),
+        threshold=None if selector is None else torch.tensor([threshold], device=device),
+    )
+    return tables, keep.flags.cpu()
+
+
+@pytest.mark.parametrize("num_classes", CLASS_COUNTS)
+def test_maximum_and_mass_in_every_place(device: torch.device, num_classes: int) -> None:
+    logits = torch.cat([outliers(num_classes, value) for value in (1.0, 4.0, 12.0)])
+    tables, _ = run_rows(device, logits, None)
+    assert tables.label.tolist() == places(num_classes) * 3
+    torch.testing.assert_close(tables.log_probs.cpu(), logits.log_softmax(1), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_classes", CLASS_COUNTS)
+def test_invalid_logits_in_every_place(device: torch.device, num_classes: int) -> None:
+    tables, _ = run_rows(device, torch.cat([outliers(num_classes, value) for value in INVALID]), None)
+    assert (tables.label == -1).all()
+    assert tables.log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("num_classes", [3, 9, 17, 100])
+def test_scores_read_every_class(device: torch.device, num_classes: int, selector: str) -> None:
+    logits = rotations(num_classes)
+    log_probs, weights = logits.double().log_softmax(1), None
+    if selector in ("stats", "topk", "probs"):  # the score is the sum of the features
+        ones, one = torch.ones(num_classes if selector == "probs" else 4), torch.ones(1)
+        weights = MLPWeights(0 * ones, ones, ones[None], 10 * one, one, 0 * one[0])
+        seen = reference.features(selector, log_probs, torch.zeros(len(logits), dtype=torch.float64))
+        score = float(reference.mlp_score(seen, weights)[0])
+    else:
+        score = float(reference.threshold_score(selector, log_probs)[0])
+    for step, stays in ((-3e-5, 0), (3e-5, 1)):
+        threshold = score + step * max(abs(score), 1)
+        assert (run_rows(device, logits, selector, threshold, weights)[1] == stays).all()
 
 
 def test_arguments_that_would_be_misread_are_refused(device: torch.device) -> None:

@@ -1,8 +1,11 @@
-"""A stage as own kernels, by either schedule, computes what the reference backend computes."""
+"""Stages in custom kernels, launched per layer or once, compute what the reference backend computes."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastcascade as fc
-from fastcascade.backends.gpu.rows import channels_first, channels_last
+from fastcascade.backends.gpu.feature_layout import channels_first, channels_last
 from fastcascade.backends.gpu.scheduler import Active
 from fastcascade.lowering.export import plan
 from fastcascade.lowering.interpreter import run_stage
@@ -19,11 +22,14 @@ from fastcascade.types import InputSpec
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastcascade.backends.gpu.layers import no_kernel_reason, stage_layers
+from fastcascade.backends.gpu.layer_lowering import no_kernel_reason, stage_layers
 from fastcascade.backends.gpu.per_layer_stage import PerLayerStage
 from fastcascade.backends.gpu.persistent_stage import PersistentStage
-from fastcascade.kernels.triton.conv import run
+from fastcascade.kernels.triton.conv import ConvKind, conv_tiles
+from fastcascade.kernels.triton.elementwise import ElementwiseKind, elementwise_tiles
+from fastcascade.kernels.triton.layer_launch import run_layer
 from fastcascade.kernels.triton.persistent import layer_table
+from fastcascade.kernels.triton.pool import PoolKind, pool_tiles
 
 CLASSES = 7
 
@@ -90,7 +96,7 @@ def stage_of(module: nn.Module, size: int) -> tuple[StagePlan, InputSpec]:
 
 @pytest.fixture(params=["per layer", "persistent"])
 def schedule(request: pytest.FixtureRequest) -> str:
-    """A launch for every layer, or one for the stage."""
+    """One launch per layer, or one per stage."""
     return request.param
 
 
@@ -104,7 +110,7 @@ def run_fused(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Logits of the rows images[index[:n]]; memory beyond is poisoned by the conftest."""
+    """Logits of the rows images[index[:n]]; the conftest poisons the memory beyond."""
     assert no_kernel_reason(stage, None) is None
     layers = stage_layers(stage, dtype, device)
     runner: PerLayerStage | PersistentStage
@@ -132,19 +138,19 @@ def test_every_operation(device: torch.device, schedule: str, body: str, dtype: 
     images, index = torch.randn(6, 3, 9, 9), torch.tensor([4, 1, 5, 0, 2])
     got = run_fused(schedule, stage, spec, images, index, 3, device, dtype)
     want = run_stage(stage, images[index[:3]])[1]
-    # float32 sums in another order; fp16 rounds every value that is stored.
+    # float32 is summed in another order; fp16 rounds every stored value.
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
 def test_small_integers_are_exact(device: torch.device, schedule: str) -> None:
-    """Integers make every sum exact, so any wrong tap, channel or pixel shows: also TF32 or bf16 would."""
+    """Integer sums are exact, so any wrong tap, channel or pixel is detected, and so are TF32 and bf16."""
     body = nn.Sequential(conv(3, 20, padding=1), nn.MaxPool2d(2), conv(20, 16, stride=2))
     module = nn.Sequential(body, nn.Flatten(), nn.Linear(16 * 2 * 2, CLASSES))
     for parameter in module.parameters():
         parameter.copy_(torch.randint(-3, 4, parameter.shape))
-    body[0].weight.mul_(257)  # needs more bits than bf16 or TF32 keep
+    body[0].weight.mul_(257)  # needs more bits than bf16 or TF32 have
     stage, spec = stage_of(module, 10)
     images = torch.randint(-4, 5, (3, 3, 10, 10)).float()
     got = run_fused(schedule, stage, spec, images, torch.arange(3), 3, device)
@@ -212,4 +218,16 @@ def test_rows_that_would_be_misread_are_refused(x: Tensor, out: Tensor, words: s
     stage, _ = stage_of(Classifier(nn.Sequential(conv(3, 16, padding=1), conv(16, 16, padding=1)), 16), 4)
     layer = stage_layers(stage, torch.float32, torch.device("cpu"))[1]
     with pytest.raises(ValueError, match=words):
-        run(layer, x, None, torch.ones(1, dtype=torch.int32), out)
+        run_layer(layer, x, None, torch.ones(1, dtype=torch.int32), out)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [(conv_tiles, ConvKind), (pool_tiles, PoolKind), (elementwise_tiles, ElementwiseKind)],
+    ids=["conv", "pool", "elementwise"],
+)
+def test_fields_of_a_kind_are_the_constexpr_arguments_in_order(kernel: Any, kind: Any) -> None:
+    """A kind is passed by position, so its field names must match the arguments."""
+    source = inspect.getsource(kernel.fn)
+    arguments = re.findall(r"(\w+): tl\.constexpr", source.partition("):")[0])
+    assert [name.lower() for name in arguments] == list(kind._fields)

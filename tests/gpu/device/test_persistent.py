@@ -1,4 +1,4 @@
-"""The persistent kernel computes what its twin computes, on every kind of network that fits it."""
+"""The persistent kernel agrees with its twin, on every kind of network that it can run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastcascade.model.resnet import BasicBlock, Head, ResNet, cut_into_segments
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastcascade.backends.gpu import persistent_stage as backend
-from fastcascade.backends.gpu.layers import stage_layers
+from fastcascade.backends.gpu.layer_lowering import stage_layers
 from fastcascade.kernels.triton import persistent as kernels
 
 CLASSES = 7
@@ -66,7 +66,7 @@ NETWORKS = {
 
 
 class Case:
-    """One stage on both sides, with rows that poison whatever should not be read or written."""
+    """One stage on the kernel and on the twin, with poisoned rows beyond the active ones."""
 
     def __init__(self, lowered: Plan, k: int, dtype: torch.dtype, device: torch.device) -> None:
         stage = lowered.stages[k]
@@ -78,7 +78,7 @@ class Case:
         self.dtype, self.device = dtype, device
 
     def agrees(self, source: Tensor, index: Tensor, n: int, pixels: Tensor | None = None) -> Tensor:
-        """Kernel and twin agree on the first n rows, and the kernel writes no other; returns the logits."""
+        """Assert that kernel and twin agree on the first n rows and write no others; returns the logits."""
         capacity = len(index)
         got = torch.full((capacity, CLASSES), torch.nan, device=self.device)
         want = torch.empty(n, CLASSES)
@@ -88,9 +88,11 @@ class Case:
             want_rows = torch.empty(n, *self.out, dtype=self.dtype)
         count = torch.tensor([n], dtype=torch.int32, device=self.device)
         there = [None if t is None else t.to(self.device) for t in (source, index.int(), pixels)]
-        kernels.persistent(self.table, there[0], there[1], count, got_rows, got, pixels=there[2])
+        kernels.persistent(self.table, there[0], there[1], count, got_rows, got, pixel_table=there[2])
         rows = source if source.shape[1] == 3 else source[:n]
-        reference.persistent(self.layers, rows, index[:n], want_rows, want, kept=self.kept, pixels=pixels)
+        reference.persistent(
+            self.layers, rows, index[:n], want_rows, want, kept=self.kept, pixel_table=pixels
+        )
         tolerance = 1e-4 if self.dtype == torch.float32 else 1e-2
         assert got[n:].isnan().all()
         torch.testing.assert_close(got[:n].cpu(), want, atol=tolerance, rtol=tolerance)
@@ -106,7 +108,7 @@ class Case:
 def test_every_network(device: torch.device, network: str, dtype: torch.dtype) -> None:
     case = Case(NETWORKS[network](), 0, dtype, device)
     logits = case.agrees(torch.randn(5, 3, 8, 8), torch.tensor([4, 0, 3, 1]), 3)
-    assert logits.std(0).min() > 1e-3, "the images must give different answers, or swapped rows would pass"
+    assert logits.std(0).min() > 1e-3, "the logits must differ between images, or swapped rows would pass"
 
 
 @torch.no_grad()
@@ -172,14 +174,14 @@ def test_the_report_says_that_it_is_one_launch(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "words"),
-    [("SCRATCH_LIMIT", "activations"), ("WEIGHT_LIMIT", "weights"), ("KIND_LIMIT", "different layers")],
+    [("SCRATCH_LIMIT", "activations"), ("WEIGHT_LIMIT", "weights"), ("KIND_LIMIT", "distinct layers")],
 )
 def test_what_does_not_fit_runs_layer_by_layer_and_says_why(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, limit: str, words: str
 ) -> None:
     monkeypatch.setattr(backend, limit, 8)
     lines = report_lines(NETWORKS["shortcut A"](), device)
-    assert "a launch per layer" in lines[0]
+    assert "one launch per layer" in lines[0]
     assert words in lines[0]
     assert not any("persistent" in line for line in lines)
 
@@ -191,7 +193,7 @@ def test_what_does_not_fit_runs_layer_by_layer_and_says_why(
         ({"logits": torch.empty(CLASSES, 2).T}, "strides"),
         ({"index": torch.zeros(2, dtype=torch.int64)}, "int64"),
         ({"index": torch.zeros(1, dtype=torch.int32)}, "at least 2"),
-        ({"source": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "table of pixels"),
+        ({"source": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "no pixel table"),
         ({"features": torch.empty(2, 8, 8, 16)}, "features"),
         ({"count": torch.ones(1, dtype=torch.int32, device="meta")}, "one device"),
     ],

@@ -1,4 +1,4 @@
-"""Cascades of both shapes through the triton backend give what the reference backend gives."""
+"""The triton backend agrees with the reference backend on cascades of both shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from readback import NoReadback
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends.gpu.while_loops import Choice
+from fastcascade.backends.gpu.while_loops import LoopChoice
 from fastcascade.backends.interface import ExitResults, Precision
 from fastcascade.backends.registry import load_backend
 from fastcascade.lowering.export import plan
@@ -27,18 +27,18 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime.errors import OutOfResources, TritonError
 
-from fastcascade.kernels.triton import conv
+from fastcascade.kernels.triton import layer_launch
 
 IMAGE = (3, 8, 8)
 CLASSES = 10
 NORMALIZE = fc.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
-# fp16 keeps 11 bits; a few layers of them leave this much in a log-probability.
+# The error of a log-probability after a few layers in fp16, which has 11 bits.
 TOLERANCE = {"fp32": 2e-4, "fp16": 5e-2}
 BAND = {"fp32": 2e-3, "fp16": 1e-1}
 
 
 def tiny_network(width: int, blocks: int, shortcut: str = "A") -> ResNet:
-    """A ResNet of ``blocks`` blocks whose second halves the image, with batch norms that do something."""
+    """A ResNet of ``blocks`` blocks, with nontrivial batch norms; the second block halves the image."""
     stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
     rows: list[nn.Module] = [BasicBlock(width, width)]
     rows += [BasicBlock(width, 2 * width, 2, shortcut)] if blocks > 1 else []
@@ -51,13 +51,13 @@ def tiny_network(width: int, blocks: int, shortcut: str = "A") -> ResNet:
             nn.init.normal_(module.running_mean, 0, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
         if isinstance(module, nn.Linear):
-            module.weight.data *= 8  # logits that differ, or every row would lie near every threshold
+            module.weight.data *= 8  # spreads the logits, or every score would be near every threshold
     return network
 
 
 @torch.no_grad()
 def spread(cascade: fc.Cascade) -> fc.Cascade:
-    """Standardise an MLP selector's features and steepen it, or all scores would lie in one narrow band."""
+    """Standardise and scale an MLP selector, so that its scores spread."""
     selector = cascade.selector
     if isinstance(selector, fc.MLPSelector):
         logits = cascade.eval().all_logits(images(64))
@@ -94,7 +94,7 @@ def mixed(**options: object) -> fc.Cascade:
 
 
 class Comparison:
-    """A plan on the reference backend (CPU, fp32) and on the triton backend."""
+    """One plan, on the reference backend (CPU, fp32) and on the triton backend."""
 
     def __init__(self, lowered: Plan, device: torch.device, precision: Precision = "fp32") -> None:
         self.precision: Precision = precision
@@ -113,8 +113,8 @@ class Comparison:
         return ExitResults(*(t.cpu() for t in got)), self.reference.run(x, thresholds)
 
     def forced(self, x: Tensor) -> list[ExitResults]:
-        """Every exit forced in turn; log-probabilities and labels agree. Returns the reference's results."""
-        answers = []
+        """Assert equal log-probabilities and labels at every forced exit; returns the reference's results."""
+        results = []
         last = len(self.plan.stages) - 1
         for k in range(last + 1):
             thresholds = torch.full((last,), math.inf)
@@ -125,11 +125,11 @@ class Comparison:
             atol = TOLERANCE[self.precision]
             torch.testing.assert_close(got.log_probs, want.log_probs, atol=atol, rtol=atol, equal_nan=True)
             assert_labels_agree(got, want, atol)
-            answers.append(want)
-        return answers
+            results.append(want)
+        return results
 
     def free(self, x: Tensor, thresholds: Tensor, scores: Tensor) -> None:
-        """Exits agree for every row whose scores keep clear of the thresholds; those are most rows."""
+        """Assert equal exits for all rows outside the margin band, which must be most rows."""
         got, want = self.run(x, thresholds)
         distance = (scores - thresholds[:, None]).abs().nan_to_num(math.inf)
         reached = torch.arange(len(thresholds))[:, None] <= want.exit_stage
@@ -146,7 +146,7 @@ class Comparison:
 
 
 def images(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(n, *IMAGE) + 2 * torch.randn(n, IMAGE[0], 1, 1)  # they differ in colour, too
+    x = torch.randn(n, *IMAGE) + 2 * torch.randn(n, IMAGE[0], 1, 1)  # images differ in colour, too
     return (x * 60 + 128).clamp(0, 255).to(torch.uint8) if dtype == torch.uint8 else x
 
 
@@ -162,12 +162,12 @@ def middle_thresholds(cascade: fc.Cascade, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def one_launch() -> None:
-    """Asked for by tests that run every stage as one launch under the interpreter too."""
+    """Requested by tests that run stages as one launch even under the interpreter."""
 
 
 @pytest.fixture(autouse=True)
 def schedule(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes an image at a time through a stage too slowly: it runs a launch per layer."""
+    """Force one launch per layer under the interpreter, where the persistent kernel is too slow."""
     if device.type == "cpu" and "one_launch" not in request.fixturenames:
         monkeypatch.setattr("fastcascade.backends.gpu.persistent_stage.SCRATCH_LIMIT", 0)
 
@@ -235,7 +235,7 @@ def test_a_broken_image_is_marked_and_leaks_nowhere(device: torch.device, shape)
 
 
 class OwnSelector(nn.Module):
-    """A selector that the library does not know: distance of the two best log-probabilities."""
+    """A custom selector: the difference of the top two log-probabilities."""
 
     def forward(self, k: int, log_probs: Tensor, previous_label: Tensor) -> Tensor:
         best = log_probs.topk(2, 1).values
@@ -246,7 +246,7 @@ class OwnSelector(nn.Module):
 
 
 class Branching(nn.Module):
-    """A stage that no graph expresses."""
+    """An opaque stage."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ def test_out_of_memory_names_a_batch_size(device: torch.device, monkeypatch: pyt
 
 
 class Opaque(nn.Module):
-    """A stage that becomes no operations, though its graph is the same for every image."""
+    """A stage that operations cannot express, but that can be recorded."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -300,10 +300,12 @@ class Opaque(nn.Module):
 def test_opaque_stages_are_repeated_in_chunks(
     device: torch.device, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between own kernels, with the loop of a WHILE node on the host and the kernels that steer it."""
+    """A chunked stage between stages in custom kernels, with the loop on the host."""
     loops = HostLoops(library)
     if device.type == "cpu":
-        monkeypatch.setattr("fastcascade.backends.gpu.triton.choose_loops", lambda device: Choice(loops, ""))
+        monkeypatch.setattr(
+            "fastcascade.backends.gpu.triton.choose_loops", lambda device: LoopChoice(loops, "")
+        )
     monkeypatch.setattr("fastcascade.backends.gpu.torch_stage.CHUNK", 4)
     stages = [tiny_network(16, 1), Opaque(tiny_network(16, 1)), tiny_network(16, 1)]
     cascade = spread(fc.Cascade(stages, fc.MLPSelector(), CLASSES, IMAGE, preprocess=NORMALIZE))
@@ -321,11 +323,11 @@ def test_opaque_stages_are_repeated_in_chunks(
 
 
 class TooLarge:
-    """In place of a kernel: one that the device has no room for, or that cannot be compiled."""
+    """A stand-in for a kernel that does not fit on the device or does not compile."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
-        self.fn = conv.conv_kernel.fn
+        self.fn = layer_launch.conv_kernel.fn
 
     def __getitem__(self, grid: tuple[int, ...]):  # type: ignore[no-untyped-def]
         def start(*arguments: object, **constants: object) -> None:
@@ -348,7 +350,7 @@ def test_a_kernel_that_cannot_run_is_named(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     program = Comparison(plan(independent()), device).program
-    monkeypatch.setattr(conv, "conv_kernel", TooLarge(error))
+    monkeypatch.setattr(layer_launch, "conv_kernel", TooLarge(error))
     with pytest.raises(fc.FastCascadeError, match=f"(?s)stage 0 .*{said}"):
         program.run(images(2).to(device), torch.zeros(1))
 
@@ -364,7 +366,7 @@ def test_what_it_cannot_run_it_refuses_with_a_reason(device: torch.device) -> No
 
 @contextmanager
 def no_synchronisation(device: torch.device) -> Iterator[None]:
-    """Torch raises where the host would wait for the device."""
+    """Make torch raise an error if the host waits for the device."""
     before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
     try:
         if device.type == "cuda":

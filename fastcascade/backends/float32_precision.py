@@ -1,4 +1,4 @@
-"""fp32 that stays fp32 on the GPU, where torch by default rounds a convolution's operands to TF32."""
+"""Full fp32 precision in torch, which by default rounds the operands of GPU convolutions to TF32."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _undo: list[Callable[[], None]] = []
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Inside, torch computes fp32 convolutions and matrix products in fp32; afterwards all is set as before.
+    """Disable TF32 in torch for a block of code, then restore the settings.
 
-    Torch has these settings for the whole process only. Threads that are inside at once share one change,
-    which the last to leave takes back; what other threads compute meanwhile is exact, too. Inside, torch
-    refuses to answer ``torch.backends.cudnn.allow_tf32``, the form of the question before its version 2.9.
+    The settings are global to the process. Concurrent blocks share one change, and the last to exit undoes
+    it; other threads also compute in full fp32 meanwhile. Inside the block, torch raises an error on reading
+    ``torch.backends.cudnn.allow_tf32``, the interface that torch 2.9 replaced.
 
     Example:
         >>> with exact_float32():
@@ -45,14 +45,14 @@ def exact_float32() -> Iterator[None]:
 
 
 def _set_all() -> None:
-    # Compilers and profilers ask for this one; torch refuses to answer if the others contradict it.
+    # Compilers and profilers read this setting, and torch raises if the newer ones contradict it.
     with suppress(RuntimeError):
         before = torch.get_float32_matmul_precision()
         if before != "highest":
             torch.set_float32_matmul_precision("highest")
             _undo.append(partial(torch.set_float32_matmul_precision, before))
-    # From wide to narrow: a setting that was never made follows those before it, and since torch cannot
-    # take one back to "never made", only those that do not follow are changed.
+    # From the widest setting to the narrowest: one that was never set follows the wider ones. Torch cannot
+    # unset one again, so only those that do not follow are changed.
     torch_backends: Any = torch.backends
     cudnn, cublas = torch_backends.cudnn, torch_backends.cuda.matmul
     for setting in (torch_backends, cudnn, cudnn.conv, cudnn.rnn, cublas):

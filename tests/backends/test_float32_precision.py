@@ -1,4 +1,4 @@
-"""fp32 is fp32 inside a program, and torch's settings are the user's again after it."""
+"""A program computes in full fp32, and restores torch's settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends.arithmetic import exact_float32
+from fastcascade.backends.float32_precision import exact_float32
 from fastcascade.testing.networks import random_network
 
 SHAPE = (3, 9, 8)
@@ -22,7 +22,7 @@ BACKENDS: Any = torch.backends
 
 
 def settings() -> dict[str, str]:
-    """What torch would compute with."""
+    """The precision that torch's settings select."""
     places = {"": BACKENDS, "cudnn": BACKENDS.cudnn, "cudnn.conv": BACKENDS.cudnn.conv}
     places |= {"cudnn.rnn": BACKENDS.cudnn.rnn, "cuda.matmul": BACKENDS.cuda.matmul}
     return {name: place.fp32_precision for name, place in places.items()}
@@ -30,7 +30,7 @@ def settings() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """Undo what a test sets; convolutions alone are never set, because torch could not take that back."""
+    """Undo a test's settings; none sets convolutions alone, which torch cannot undo."""
     yield
     BACKENDS.cuda.matmul.fp32_precision = "none"
     BACKENDS.cudnn.fp32_precision = "none"
@@ -68,7 +68,7 @@ def everything_exact() -> None:
 def test_exact_inside_and_as_before_afterwards(choose: Callable[[], None]) -> None:
     choose()
     before = settings()
-    assert choose is everything_exact or "tf32" in before.values()  # there is something to change
+    assert choose is everything_exact or "tf32" in before.values()  # otherwise there is nothing to change
     with exact_float32():
         assert set(settings().values()) == {"ieee"}
         assert torch.get_float32_matmul_precision() == "highest" or choose is matmul_tf32
@@ -79,10 +79,10 @@ def test_exact_inside_and_as_before_afterwards(choose: Callable[[], None]) -> No
 
 
 def test_a_choice_made_for_convolutions_in_the_older_form() -> None:
-    """In a process of its own, since it cannot be unmade."""
+    """Runs in its own process, because the setting cannot be undone."""
     code = (
         "import torch\n"
-        "from fastcascade.backends.arithmetic import exact_float32\n"
+        "from fastcascade.backends.float32_precision import exact_float32\n"
         "for allowed in (True, False):\n"
         "    torch.backends.cudnn.allow_tf32 = allowed\n"
         "    with exact_float32():\n"
@@ -116,7 +116,7 @@ def test_the_last_of_several_threads_takes_the_change_back() -> None:
 
 
 class Watching(nn.Module):
-    """A stage that no graph expresses, and that looks at the settings it runs under."""
+    """An opaque stage that records torch's settings."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the GPU kernels of both languages are called with, and the checks that keep it from being misread."""
+"""Checks of the tensors that are passed to a GPU kernel, shared by the Triton and CUDA C++ launchers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ __all__ = [
 MLP_FEATURES = ("stats", "topk", "probs")
 SCORES = ("max_prob", "margin", "entropy")
 TABLES = (torch.float32, torch.float32, torch.int32, torch.float32, torch.int64, torch.int64)
-"""Dtypes of :class:`ExitTables`, as the kernels read and write them."""
+"""Dtypes of the fields of :class:`ExitTables`."""
 
 
 class Keep(NamedTuple):
-    """What the exit head says about the active rows; the input of the compaction kernels.
+    """Which active rows stay active: the output of the exit head and the input of compaction.
 
-    ``flags`` (capacity,) int8, 1 where the row stays active; ``counts`` (blocks,) int32, how many do so in
-    each block of ``rows`` rows. Flags beyond the active rows are not written; all counts are.
+    Attributes:
+        flags: (capacity,) int8, 1 for a row that stays active; not written beyond the active rows.
+        counts: (blocks,) int32, the number of such rows per block; all are written.
+        rows: rows per block.
     """
 
     flags: Tensor
@@ -48,14 +50,14 @@ def check_exit_head(
     weights: MLPWeights | None,
     threshold: Tensor | None,
 ) -> None:
-    """Refuse what an exit-head kernel would misread.
+    """Check the arguments of an exit-head kernel.
 
     Args:
-        block_rows: rows of a block of the kernel; the rest is as the kernels' wrappers take it.
+        block_rows: rows per block of the kernel. The other arguments are those of the launcher.
 
     Raises:
-        ValueError: a tensor of another dtype, on another device or not contiguous, and what does not fit
-            together; says what came and what was expected.
+        ValueError: a tensor has the wrong dtype, shape, strides or device, or the arguments contradict each
+            other. The message gives the actual and the expected value.
     """
     capacity, num_classes = logits.shape
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -69,13 +71,13 @@ def check_exit_head(
             f"index has {len(index)} entries; expected at least {capacity}, one per row of logits"
         )
     if keep.rows != block_rows or len(keep.flags) < capacity:
-        raise ValueError(f"keep is not from new_keep({capacity}, {num_classes}, …)")
+        raise ValueError(f"keep was not made by new_keep({capacity}, {num_classes}, …)")
     if selector is not None and selector not in MLP_FEATURES + SCORES:
         raise ValueError(f"unknown selector {selector!r}; expected one of {MLP_FEATURES + SCORES} or None")
     if (selector in MLP_FEATURES) != (weights is not None):
-        raise ValueError(f"selector {selector!r} and weights={weights is not None} do not go together")
+        raise ValueError(f"selector {selector!r} {'needs' if weights is None else 'takes no'} weights")
     if (selector is None) != (threshold is None):
-        raise ValueError("a threshold is needed at every exit but the last, and only there")
+        raise ValueError("every exit but the last needs a threshold; the last takes none")
     if weights is not None:
         float32 = (torch.float32,) * len(weights)
         _check(logits=(logits, logits.dtype), **_named("weights", weights, float32))
@@ -84,17 +86,17 @@ def check_exit_head(
 
 
 def check_index(index: Tensor, count: Tensor, keep: Keep, out_index: Tensor, out_count: Tensor) -> None:
-    """Refuse what the compaction of an index list would misread, with a ValueError."""
+    """Check the arguments of a kernel that compacts an index list; raises ValueError."""
     if out_index.data_ptr() == index.data_ptr() or out_count.data_ptr() == count.data_ptr():
-        raise ValueError("compact_index cannot work in place; pass another index and count for the output")
+        raise ValueError("compact_index cannot work in place; pass other tensors for the output")
     lists = _int32(index=index, count=count, out_index=out_index, out_count=out_count)
     _check(**lists, **_flags(keep))
 
 
 def check_in_place(rows: Tensor, index: Tensor, count: Tensor, keep: Keep, out_count: Tensor) -> None:
-    """Refuse what the compaction of feature rows in place would misread, with a ValueError."""
+    """Check the arguments of a kernel that compacts feature rows in place; raises ValueError."""
     if out_count.data_ptr() == count.data_ptr():
-        raise ValueError("fill_holes reads count while it writes out_count; pass another tensor")
+        raise ValueError("fill_holes reads count while it writes out_count; pass two tensors")
     lists = _int32(index=index, count=count, out_count=out_count)
     _check(rows=(rows, rows.dtype), **lists, **_flags(keep))
 
@@ -108,7 +110,7 @@ def check_bucket(
     bucket_index: Tensor,
     bucket_count: Tensor,
 ) -> None:
-    """Refuse what the gather into a bucket would misread, with a ValueError."""
+    """Check the arguments of a kernel that gathers rows into a bucket; raises ValueError."""
     if source.shape[1:] != bucket.shape[1:]:
         raise ValueError(
             f"bucket rows are {tuple(bucket.shape[1:])}; expected {tuple(source.shape[1:])}, as in the source"
@@ -124,7 +126,7 @@ def check_bucket(
 
 
 Typed = tuple[Tensor, torch.dtype]
-"""A tensor and the dtype that it must have."""
+"""A tensor and its required dtype."""
 
 
 def _named(name: str, tensors: ExitTables | MLPWeights, dtypes: tuple[torch.dtype, ...]) -> dict[str, Typed]:
@@ -141,7 +143,7 @@ def _flags(keep: Keep) -> dict[str, Typed]:
 
 
 def _check(**wanted: Typed) -> None:
-    """Each of its dtype, contiguous, and on the device of the first."""
+    """Require every tensor to have its dtype, be contiguous and be on the device of the first."""
     first, device = next((name, tensor.device) for name, (tensor, _) in wanted.items())
     for name, (tensor, dtype) in wanted.items():
         if tensor.dtype != dtype:
@@ -149,4 +151,4 @@ def _check(**wanted: Typed) -> None:
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, {first} on {device}; expected one device")
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; expected it contiguous")
+            raise ValueError(f"{name} has strides {tensor.stride()}; expected a contiguous tensor")

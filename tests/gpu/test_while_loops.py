@@ -1,7 +1,7 @@
-"""Stages through torch in chunks that a WHILE node repeats: the same answers, and nobody reads the count.
+"""Stages in torch, in chunks that a WHILE node repeats: the same outputs, without a readback of the count.
 
-Without a GPU the loop runs on the host, around the kernels that steer it and those that move rows. That the
-graph is put together so, and with names that cuda-bindings has, is checked without a driver.
+Without a GPU, the loop runs on the host around the real control and row kernels. The construction of the
+graph is tested on a stand-in for the driver, and every name in use is checked against cuda-bindings.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from readback import NoReadback
 from torch import Tensor, nn
 
 import fastcascade as fc
-from fastcascade.backends.gpu import torch_stage as chunked
-from fastcascade.backends.gpu import while_loops as while_node
+from fastcascade.backends.gpu import torch_stage, while_loops
 from fastcascade.backends.gpu.cuda import lower_with
 from fastcascade.backends.gpu.scheduler import BreadthFirstProgram
-from fastcascade.backends.gpu.while_loops import Choice, Loops, WhileNodes, choose_loops, unavailable_reason
+from fastcascade.backends.gpu.while_loops import (
+    LoopChoice,
+    Loops,
+    WhileNodes,
+    choose_loops,
+    unavailable_reason,
+)
 from fastcascade.backends.registry import load_backend
 from fastcascade.errors import BackendUnavailable, FastCascadeError, InvalidArgument
 from fastcascade.testing.networks import random_network
@@ -48,7 +53,7 @@ def independent() -> fc.Cascade:
 
 
 def segments() -> fc.Cascade:
-    """One backbone in three parts; the second leaves features that the third reads."""
+    """One backbone in three segments."""
     stages = []
     for k, (before, after) in enumerate([(3, 4), (4, 7), (7, 8)]):
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(after, 5))
@@ -59,23 +64,23 @@ def segments() -> fc.Cascade:
 
 @pytest.fixture
 def loops(library: Path, few_threads: None, monkeypatch: pytest.MonkeyPatch) -> HostLoops:
-    monkeypatch.setattr(chunked, "CHUNK", CHUNK)
+    monkeypatch.setattr(torch_stage, "CHUNK", CHUNK)
     return HostLoops(library)
 
 
 class Pair:
-    """A cascade in chunks, and by the reference backend."""
+    """One cascade, in chunks and on the reference backend."""
 
-    def __init__(self, cascade: fc.Cascade, loops: HostLoops, choice: Choice | None = None) -> None:
+    def __init__(self, cascade: fc.Cascade, loops: HostLoops, choice: LoopChoice | None = None) -> None:
         self.cascade, self.loops = cascade.eval(), loops
         plan = fc.plan(cascade)
         self.program: BreadthFirstProgram = lower_with(
-            loops.launch, plan, "fp32", Choice(loops, "") if choice is None else choice
+            loops.launch, plan, "fp32", LoopChoice(loops, "") if choice is None else choice
         )
         self.reference = load_backend("reference").lower(plan, precision="fp32", device=CPU, threads=None)
 
     def agree(self, x: Tensor, thresholds: Tensor, guard: Any = None) -> list[int]:
-        """Run both; returns how many rows reached each stage after the first."""
+        """Compare both; returns the number of rows that reached each stage after the first."""
         self.loops.repetitions.clear()
         with guard or NoReadback():
             got = self.program.run(x, thresholds)
@@ -88,7 +93,7 @@ class Pair:
 
 @torch.no_grad()
 def leaving(cascade: fc.Cascade, x: Tensor, survivors: int) -> Tensor:
-    """Thresholds that this many rows survive the first exit by, and half of those the second."""
+    """Thresholds at which this many rows survive the first exit, and half of those the second."""
     scores = cascade.all_exits(x)[1]
     first = scores[0].sort().values
     edges = torch.cat([first[:1] - 1, first, first[-1:] + 1])
@@ -98,12 +103,12 @@ def leaving(cascade: fc.Cascade, x: Tensor, survivors: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [independent, segments])
-def test_any_number_of_rows_is_answered_without_reading_the_count(
+def test_any_number_of_rows_runs_without_a_readback(
     loops: HostLoops, shape: Callable[[], fc.Cascade]
 ) -> None:
     pair = Pair(shape(), loops)
     x = torch.randn(13, *SHAPE)
-    for survivors in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 13):  # 13: nobody stops
+    for survivors in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 13):  # at 13, no row stops
         rows = pair.agree(x, leaving(pair.cascade, x, survivors))
         assert rows[0] == survivors
         assert loops.repetitions == [-(-n // CHUNK) for n in rows], "no more chunks than there are rows for"
@@ -113,13 +118,13 @@ def test_any_number_of_rows_is_answered_without_reading_the_count(
 
 
 @pytest.mark.parametrize("shape", [independent, segments])
-def test_other_batches_are_recorded_where_they_do_not_fit(
+def test_a_batch_that_does_not_fit_is_recorded_again(
     loops: HostLoops, shape: Callable[[], fc.Cascade]
 ) -> None:
     pair = Pair(shape(), loops)
     everyone = torch.full((2,), math.inf)
     recorded = []
-    for n in (5, 1, 8, 9, 3):  # 5 makes room for 8
+    for n in (5, 1, 8, 9, 3):  # 5 is recorded with capacity 8
         pair.agree(torch.randn(n, *SHAPE), everyone)
         recorded.append(loops.recordings)
     assert recorded == [2, 2, 2, 4, 4]
@@ -138,7 +143,7 @@ def test_an_invalid_row_leaks_into_no_other_of_its_chunk(loops: HostLoops) -> No
     assert (got.label == -1).nonzero().flatten().tolist() == [2]
 
 
-def test_every_thread_has_memory_of_its_own(loops: HostLoops) -> None:
+def test_every_thread_has_its_own_memory(loops: HostLoops) -> None:
     pair = Pair(segments(), loops)
     everyone = torch.full((2,), math.inf)
     batches = [torch.randn(6, *SHAPE) for _ in range(2)]
@@ -151,7 +156,7 @@ def test_every_thread_has_memory_of_its_own(loops: HostLoops) -> None:
 
 
 class Refusing(HostLoops):
-    """Loops that record nothing."""
+    """Loops that refuse to record."""
 
     def __init__(self, library: Path, error: Exception) -> None:
         super().__init__(library)
@@ -162,7 +167,7 @@ class Refusing(HostLoops):
         raise self.error
 
 
-def test_what_cannot_be_recorded_reads_the_count_and_says_so(loops: HostLoops, library: Path) -> None:
+def test_a_stage_that_cannot_be_recorded_uses_the_readback(loops: HostLoops, library: Path) -> None:
     refusing = Refusing(library, RuntimeError("operation not permitted when stream is capturing"))
     pair = Pair(independent(), refusing)
     for _ in range(2):
@@ -173,34 +178,34 @@ def test_what_cannot_be_recorded_reads_the_count_and_says_so(loops: HostLoops, l
     )
 
 
-def test_where_it_is_forced_that_is_an_error(loops: HostLoops, library: Path) -> None:
+def test_a_stage_that_cannot_be_recorded_is_an_error_if_forced(loops: HostLoops, library: Path) -> None:
     refusing = Refusing(library, RuntimeError("not permitted"))
-    program = Pair(independent(), refusing, Choice(refusing, "", forced=True)).program
+    program = Pair(independent(), refusing, LoopChoice(refusing, "", forced=True)).program
     with pytest.raises(
-        BackendUnavailable, match=r"TORCH_STAGES=while cannot be obeyed by stage .*not permitted"
+        BackendUnavailable, match=r"TORCH_STAGES=while is impossible for stage .*not permitted"
     ):
         program.run(torch.randn(9, *SHAPE), torch.full((2,), math.inf))
 
 
-def test_want_of_memory_is_no_refusal(loops: HostLoops, library: Path) -> None:
+def test_running_out_of_memory_is_not_a_failed_recording(loops: HostLoops, library: Path) -> None:
     refusing = Refusing(library, torch.OutOfMemoryError())
     program = Pair(independent(), refusing).program
     with pytest.raises(FastCascadeError, match="try batches of 4"):
         program.run(torch.randn(9, *SHAPE), torch.full((2,), math.inf))
 
 
-# ---- where it can be had ----
+# ---- requirements ----
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretend what is installed here."""
+    """Simulate an installation."""
 
     def pretend(cuda: str | None = "13.0", gpu: bool = True, bindings: bool = True, driver: int = 13) -> None:
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if bindings else None)
-        monkeypatch.setattr(while_node, "_driver_version", lambda: (12, 3) if driver < 12.4 else (driver, 0))
+        monkeypatch.setattr(while_loops, "_driver_version", lambda: (12, 3) if driver < 12.4 else (driver, 0))
 
     return pretend
 
@@ -221,20 +226,20 @@ def test_the_reason_names_all_that_is_missing(machine: Callable[..., None]) -> N
     assert unavailable_reason() == "the package cuda-bindings is not installed and torch sees no NVIDIA GPU"
 
 
-def test_a_forced_choice_is_obeyed_or_an_error(
+def test_a_forced_choice_runs_or_is_an_error(
     machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choice(wanted: str, **here: Any) -> Choice:
+    def choice(wanted: str, **here: Any) -> LoopChoice:
         machine(**here)
         monkeypatch.setenv("FASTCASCADE_TORCH_STAGES", wanted)
         return choose_loops(torch.device("cuda", 0))
 
     assert isinstance(choice("").loops, WhileNodes)
     assert not choice("").forced
-    assert choice("", gpu=False) == Choice(None, "torch sees no NVIDIA GPU")
-    assert choice("readback") == Choice(None, "FASTCASCADE_TORCH_STAGES=readback")
+    assert choice("", gpu=False) == LoopChoice(None, "torch sees no NVIDIA GPU")
+    assert choice("readback") == LoopChoice(None, "FASTCASCADE_TORCH_STAGES=readback")
     assert choice("while").forced
-    with pytest.raises(BackendUnavailable, match="=while cannot be obeyed: torch sees no NVIDIA GPU"):
+    with pytest.raises(BackendUnavailable, match="=while is impossible: torch sees no NVIDIA GPU"):
         choice("while", gpu=False)
     with pytest.raises(InvalidArgument, match="'loop'; expected 'while' or 'readback'"):
         choice("loop")
@@ -245,7 +250,7 @@ def test_a_forced_choice_is_obeyed_or_an_error(
 
 def used_names() -> set[str]:
     """Dotted names of cuda-bindings in the module: ``driver.…``, ``nvrtc.…``, and fields of a node."""
-    tree = ast.parse(Path(while_node.__file__).read_text())
+    tree = ast.parse(Path(while_loops.__file__).read_text())
     dotted = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return {name for name in dotted if name.split(".")[0] in ("driver", "nvrtc", "node")}
 
@@ -264,7 +269,7 @@ def test_cuda_bindings_has_every_name_and_every_parameter() -> None:
             found = getattr(found, part)
 
     checked = 0
-    for call in ast.walk(ast.parse(Path(while_node.__file__).read_text())):
+    for call in ast.walk(ast.parse(Path(while_loops.__file__).read_text())):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "_call":
             root, function = ast.unparse(call.args[0]).split(".")
             signature = (getattr(roots[root], function).__doc__ or "").splitlines()[0]
@@ -276,7 +281,7 @@ def test_cuda_bindings_has_every_name_and_every_parameter() -> None:
 
 
 class FakeDriver:
-    """As much of the driver as a loop uses: what is enqueued while a stream is captured becomes a node."""
+    """A stand-in for the driver: work that is enqueued on a captured stream becomes a node."""
 
     CU_GRAPH_COND_ASSIGN_DEFAULT = 1
     CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
@@ -292,7 +297,7 @@ class FakeDriver:
         self.destroyed: list[str] = []
 
     def enqueue(self, work: Callable[[], None]) -> None:
-        """Run now, or keep as a node."""
+        """Run now, or record as a node."""
         if self.capturing is None:
             work()
         else:
@@ -371,7 +376,7 @@ class FakeDriver:
 
 
 class Stream:
-    """One of torch's streams."""
+    """A stand-in for a torch stream."""
 
     current: ClassVar[list[Stream]] = []
 
@@ -396,7 +401,9 @@ def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
     fake = FakeDriver(HostLaunch(library))
     monkeypatch.setattr(bindings, "driver", fake)
-    monkeypatch.setattr(while_node, "_setters", lambda device: {n: n for n in ("begin_chunks", "next_chunk")})
+    monkeypatch.setattr(
+        while_loops, "_setters", lambda device: {n: n for n in ("begin_chunks", "next_chunk")}
+    )
     monkeypatch.setattr(Stream, "current", [Stream(0)])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current[-1])
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -423,7 +430,7 @@ def test_the_graph_repeats_its_body_while_rows_are_left(driver: FakeDriver) -> N
     assert sorted(driver.destroyed) == ["executable", "graph"]
 
 
-def test_work_that_fails_while_it_is_recorded_leaves_no_stream_recording(driver: FakeDriver) -> None:
+def test_a_failed_recording_ends_the_capture(driver: FakeDriver) -> None:
     count, chunk = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
     runs = []
 
@@ -452,11 +459,11 @@ def test_an_error_of_the_driver_is_named(driver: FakeDriver, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_the_kernels_that_steer_it_compile_to_machine_code(architecture: str) -> None:
+def test_the_control_kernels_compile_to_machine_code(architecture: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
     if importlib.util.find_spec("nvidia") is None:
         pytest.skip("nvidia-cuda-nvrtc is not installed")
-    code = while_node.compile_setters(architecture)
+    code = while_loops.compile_setters(architecture)
     assert code.startswith(b"\x7fELF")
     assert b"begin_chunks" in code
     assert b"next_chunk" in code

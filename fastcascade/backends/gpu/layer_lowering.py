@@ -1,7 +1,8 @@
-"""From a stage's operations to layers for own kernels: weights packed, shortcuts joined to convolutions.
+"""Lowering of a stage's operations to the layers of the custom GPU kernels.
 
-Both ways to run a stage start here: :mod:`fastcascade.backends.gpu.per_layer_stage` launches one kernel per
-layer, :mod:`fastcascade.backends.gpu.persistent_stage` one kernel for all of them.
+Packs the weights and turns shortcuts into residual reads of convolutions. Two stage runners take the layers:
+:mod:`fastcascade.backends.gpu.per_layer_stage` launches one kernel for each,
+:mod:`fastcascade.backends.gpu.persistent_stage` one kernel for all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pool
 from fastcascade.lowering.operations import (
     Activation,
     Add,
+    Concat,
     Conv2d,
     Flatten,
     Linear,
@@ -25,26 +27,27 @@ from fastcascade.lowering.operations import (
     ScaleShift,
     Shape,
     Slice,
+    beyond_core,
 )
 from fastcascade.lowering.plan import StagePlan
 
 __all__ = ["no_kernel_reason", "stage_layers"]
 
 LARGE_IMAGE = 64
-"""Above this height or width cuDNN's convolutions are the faster ones, so the stage runs through torch."""
+"""Largest height or width. Above it cuDNN's convolutions are faster, so the stage runs in torch."""
 
 
 def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
-    """Why a stage cannot run as own kernels; None if it can.
+    """Why a stage cannot run in custom kernels; None if it can.
 
     Args:
-        next_input: what the next stage reads; None at the last.
+        next_input: what the next stage reads; None for the last stage.
     """
     if stage.opaque_reason is not None:
         return stage.opaque_reason
     image = stage.shapes[0]
     if len(image) != 3:
-        return f"it reads vectors of shape {image}, which one matrix product serves best"
+        return f"it reads vectors of shape {image}; a plain matrix product is faster"
     if max(image[1:]) > LARGE_IMAGE:
         limit = f"{LARGE_IMAGE}×{LARGE_IMAGE}"
         return f"images of {image[1]}×{image[2]}: cuDNN's convolutions are faster above {limit}"
@@ -56,19 +59,21 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
     if not isinstance(writers.get(stage.logits), Linear):
         return "its logits do not come from a linear layer"
     if any(stage.logits in op.reads for op in stage.ops):
-        return "other operations read its logits"
+        return "an operation reads its logits"
     if next_input == "previous" and len(stage.shapes[stage.features]) != 3:
         return f"the next stage reads features of shape {stage.shapes[stage.features]}, not a feature map"
     return None
 
 
 def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
-    if not isinstance(op, Conv2d | Pool | Linear | Add | Activation | ScaleShift | Slice | Pad | Flatten):
-        return "no own kernel"
+    if isinstance(op, Concat):
+        return "no custom kernel"
+    if reason := beyond_core(op, stage.shapes):
+        return reason
     if isinstance(op, Conv2d) and op.groups != 1:
         return f"groups={op.groups}"
     if isinstance(op, Slice) and min(op.step) < 1:
-        return f"steps {op.step}"
+        return f"slice steps {op.step}"
     reads_image = stage.input == "image" and 0 in op.reads
     if reads_image and (not isinstance(op, Conv2d) or op.residual == 0):
         return "only convolutions read images"
@@ -83,12 +88,12 @@ def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
 
 
 def _map_shape(shape: Shape) -> tuple[int, int, int]:
-    """(C, H, W), a vector being a map of one pixel."""
+    """(C, H, W); a vector is a map of one pixel."""
     return (shape[0], 1, 1) if len(shape) == 1 else cast(tuple[int, int, int], shape)
 
 
 def stage_layers(stage: StagePlan, dtype: torch.dtype, device: torch.device) -> list[Layer]:
-    """The layers of a stage for which :func:`no_kernel_reason` is None, weights on the device."""
+    """The layers of a stage for which :func:`no_kernel_reason` is None, with their weights on the device."""
     return _Lowering(stage, dtype, device).layers
 
 
@@ -97,13 +102,13 @@ class _Lowering:
         self.stage = stage
         self.dtype = dtype
         self.device = device
-        self.aliases: dict[int, int] = {}  # flattened values and the maps that they are
+        self.aliases: dict[int, int] = {}  # flattened value → the map with the same elements
         self.writers = {op.output: op for op in stage.ops}
         self.views = self._shortcut_views()
         self.layers = [layer for op in stage.ops if (layer := self._lower(op)) is not None]
 
     def _shortcut_views(self) -> dict[int, tuple[int, View]]:
-        """Values that need no memory: a Slice, or a Pad of one, that only convolutions add (shortcut A)."""
+        """Values that need no memory: a Slice, or a Pad of one, read only as a residual (shortcut A)."""
         views: dict[int, tuple[int, View]] = {}
         for op in reversed(self.stage.ops):
             readers = [r for r in self.stage.ops if op.output in r.reads]
@@ -115,7 +120,7 @@ class _Lowering:
         return views
 
     def _view(self, op: Op) -> tuple[int, View] | None:
-        """(source value, View) of a zero Pad of channels over a Slice of pixels, or of either alone."""
+        """(source, View) of a Slice of pixels, a zero Pad of channels or a Pad of a Slice, else None."""
         before, source = 0, op
         if isinstance(op, Pad):
             if op.value != 0 or any((*op.before[1:], *op.after[1:])):
@@ -138,7 +143,7 @@ class _Lowering:
         return value, View(height, width, padded(channels), channels, start, step, before)
 
     def _lower(self, op: Op) -> Layer | None:
-        """The layer of one operation; None where it costs nothing."""
+        """The layer of one operation; None if it needs no kernel."""
         if isinstance(op, Flatten):
             self.aliases[op.output] = op.input
             return None
@@ -154,7 +159,7 @@ class _Lowering:
         return Layer(work, op.output, source, rest[0] if rest else None, None, vectors, str(op))
 
     def _only_inside_a_view(self, op: Op) -> bool:
-        """A Slice that only viewed Pads read."""
+        """Whether the operation is a Slice that is read only by Pads that became views."""
         readers = [r for r in self.stage.ops if op.output in r.reads]
         return (
             isinstance(op, Slice)
@@ -163,12 +168,12 @@ class _Lowering:
         )
 
     def _stored(self, value: int) -> tuple[int, int, int]:
-        """(H, W, stored channels) of a value's rows."""
+        """(H, W, stored channels) of a value."""
         channels, height, width = _map_shape(self.stage.shapes[value])
         return height, width, padded(channels)
 
     def _as_convolution(self, op: Linear) -> Conv2d:
-        """A linear layer is a convolution whose kernel covers the whole map."""
+        """A linear layer as a convolution whose kernel covers the whole map."""
         source = self.aliases.get(op.input, op.input)
         weight = op.weight.view(-1, *_map_shape(self.stage.shapes[source]))
         return Conv2d(op.output, source, weight, op.bias, activation=op.activation)
@@ -194,7 +199,7 @@ class _Lowering:
             corner=(op.padding[0], op.padding[2]),
         )
         writer = self.writers[op.output]
-        label = f"{writer}, gather" if image else str(writer)
+        label = f"{writer}, gathers images" if image else str(writer)
         if residual != op.residual:
             label += " through a strided, zero-padded view"
         return Layer(

@@ -1,0 +1,72 @@
+// A stage as the plan describes it: a list of operations on numbered values. Value 0 is the stage's input.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace fastcascade {
+
+// Upper limit of any value, of any weight tensor and of one instance's activations: 8 GiB. Small enough that no
+// product of a plan's sizes overflows 64 bits.
+constexpr int64_t kMaxFloats = int64_t{1} << 31;
+constexpr size_t kMaxInputs = 64;  // of one operation
+
+// Image values beyond this count as NaN, as infinity does: above it, one algorithm overflows where another does not.
+constexpr float kMaxPixel = 1e20f;
+
+struct Shape {
+  int64_t c = 0, h = 1, w = 1;
+  bool operator==(const Shape& o) const { return c == o.c && h == o.h && w == o.w; }
+  int64_t size() const { return c * h * w; }
+  std::string text() const {
+    return "(" + std::to_string(c) + ", " + std::to_string(h) + ", " + std::to_string(w) + ")";
+  }
+};
+
+enum class OpKind { conv2d, pool, linear, add, activation, scale_shift, slice, pad, concat, flatten };
+
+// One operation. Fields that its kind does not use keep their defaults. Arrays are (C, H, W) or (height, width);
+// padding is (top, bottom, left, right).
+struct OpSpec {
+  OpKind kind = OpKind::activation;
+  int64_t output = 0;
+  std::vector<int64_t> inputs;
+  int64_t residual = -1;
+  // The activation as a clamp.
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  std::array<int64_t, 4> weight_shape{};
+  std::vector<float> weight, bias;  // of scale_shift: scale and shift
+  std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, dilation{1, 1};
+  std::array<int64_t, 4> padding{};
+  int64_t groups = 1;
+  bool is_max = false, ceil_mode = false, include_padding = true;
+  std::array<int64_t, 3> before{}, after{};               // pad
+  std::array<int64_t, 3> start{}, stop{}, step{1, 1, 1};  // slice
+  float value = 0.f;                                      // pad
+  bool residual_after_clamp = false;                      // set by fusion only
+
+  bool has_activation() const {
+    return low != -std::numeric_limits<float>::infinity() || high != std::numeric_limits<float>::infinity();
+  }
+};
+
+// What a stage reads. `features` are a batch of float rows like images, but without the limit on pixels: the
+// features of a stage that runs elsewhere.
+enum class StageInput { image, previous, features };
+
+struct StageSpec {
+  std::string name;
+  StageInput input_kind = StageInput::image;
+  Shape input;
+  std::vector<OpSpec> ops;  // in execution order
+  int64_t features = 0, logits = 0;
+  bool keeps_features = false;  // the next stage reads them
+
+  bool is_result(int64_t value) const { return value == logits || (keeps_features && value == features); }
+};
+
+}  // namespace fastcascade

@@ -1,0 +1,282 @@
+#include "step_builder.h"
+
+#include <algorithm>
+
+#include "kernel_choice.h"
+#include "pack.h"
+
+namespace fastcascade {
+namespace {
+
+std::string conv_text(const OpSpec& op, const Shape& in) {
+  std::string text = "conv " + std::to_string(op.kernel[0]) + "x" + std::to_string(op.kernel[1]);
+  if (op.stride[0] != 1 || op.stride[1] != 1) text += " stride " + std::to_string(op.stride[0]);
+  if (op.groups > 1) text += " groups " + std::to_string(op.groups);
+  text += " " + in.text();
+  if (op.residual >= 0) text += " + residual";
+  if (op.low == 0.f) text += op.high == 6.f ? " + relu6" : " + relu";
+  return text;
+}
+
+std::string operation_text(const OpSpec& op, const Shape& in) {
+  switch (op.kind) {
+    case OpKind::conv2d: return conv_text(op, in);
+    case OpKind::linear: return "linear " + in.text();
+    case OpKind::pool:
+      return (op.is_max ? "max pool " : "average pool ") + std::to_string(op.kernel[0]) + "x" +
+             std::to_string(op.kernel[1]) + " " + in.text();
+    case OpKind::add: return "add";
+    case OpKind::activation: return "activation";
+    case OpKind::scale_shift: return "scale and shift";
+    case OpKind::slice: return "slice";
+    case OpKind::pad: return "pad";
+    case OpKind::concat: return "concat";
+    case OpKind::flatten: return "flatten";
+  }
+  return "";
+}
+
+// Offsets from an output pixel's origin to the kernel's pixels, or to its rows where `join_columns`.
+std::vector<int64_t> tap_offsets(const OpSpec& op, const Value& in, bool join_columns) {
+  std::vector<int64_t> taps;
+  for (int64_t y = 0; y < op.kernel[0]; ++y)
+    for (int64_t x = 0; x < (join_columns ? 1 : op.kernel[1]); ++x)
+      taps.push_back((y * op.dilation[0] * in.shape.w + x * op.dilation[1]) * in.pitch);
+  return taps;
+}
+
+class StepBuilder {
+ public:
+  StepBuilder(const StageSpec& spec, const std::vector<Shape>& shapes, const KernelTable& kernels,
+              const std::string& forced)
+      : spec_(spec), kernels_(kernels), forced_(forced) {
+    net_.name = spec.name;
+    net_.kernels = &kernels;
+    net_.input_kind = spec.input_kind;
+    net_.features = spec.keeps_features ? spec.features : -1;
+    net_.logits = spec.logits;
+    for (const Shape& shape : shapes) add_value(shape);
+  }
+
+  Network build() {
+    if (!net_.reads_previous() && only_direct_convs_read_the_image())
+      net_.values[0].set_pitch(net_.shape(0).c);  // they need no padded channels
+    add_load();
+    for (const OpSpec& op : spec_.ops) add_op(op);
+    return std::move(net_);
+  }
+
+ private:
+  const StageSpec& spec_;
+  const KernelTable& kernels_;
+  const std::string forced_;
+  Network net_;
+
+  int64_t add_value(const Shape& shape) {
+    Value value;
+    value.shape = shape;
+    value.set_pitch(round_up(shape.c, kernels_.lanes));
+    net_.values.push_back(value);
+    return static_cast<int64_t>(net_.values.size()) - 1;
+  }
+
+  ConvKernel conv_kernel(const OpSpec& op) const {
+    return choose_conv_kernel(op, net_.shape(op.inputs[0]), net_.shape(op.output), kernels_, forced_);
+  }
+
+  bool only_direct_convs_read_the_image() const {
+    for (const OpSpec& op : spec_.ops) {
+      if (op.residual == 0) return false;
+      if (std::count(op.inputs.begin(), op.inputs.end(), 0) == 0) continue;
+      if (op.kind != OpKind::conv2d || conv_kernel(op) != ConvKernel::direct) return false;
+    }
+    return !spec_.is_result(0);
+  }
+
+  Step& add_step(StepKind kind, const OpSpec& op, const std::string& operation, const std::string& kernel) {
+    net_.steps.emplace_back();
+    Step& step = net_.steps.back();
+    const Shape& out = net_.shape(op.output);
+    step.kind = kind;
+    step.inputs = op.inputs;
+    step.output = op.output;
+    step.residual = op.residual;
+    step.operation = operation + " -> " + out.text();
+    step.kernel = kernel;
+    step.work_items = out.h * out.w;
+    step.macs = out.size() * op.weight_shape[1] * op.weight_shape[2] * op.weight_shape[3];
+    return step;
+  }
+
+  void add_load() {
+    OpSpec op;
+    op.output = 0;
+    Step& step = add_step(StepKind::load, op, net_.reads_previous() ? "read features" : "read image", "load_f32");
+    step.work_items = net_.shape(0).h;
+  }
+
+  void add_op(const OpSpec& op) {
+    switch (op.kind) {
+      case OpKind::conv2d:
+        switch (conv_kernel(op)) {
+          case ConvKernel::winograd: return add_winograd(op);
+          case ConvKernel::depthwise: return add_depthwise(op);
+          case ConvKernel::direct: return add_direct(op);
+        }
+        return;
+      case OpKind::linear: return add_direct(op);
+      case OpKind::pool: return add_pool(op);
+      case OpKind::add:
+      case OpKind::activation:
+      case OpKind::scale_shift: return add_elementwise(op);
+      case OpKind::slice: return add_layout(StepKind::slice, op, "slice_f32");
+      case OpKind::pad: return add_layout(StepKind::pad, op, "pad_f32");
+      case OpKind::concat: return add_layout(StepKind::concat, op, "concat_f32");
+      case OpKind::flatten: return add_layout(StepKind::flatten, op, "flatten_f32");
+    }
+  }
+
+  void add_layout(StepKind kind, const OpSpec& op, const char* kernel) {
+    Step& step = add_step(kind, op, operation_text(op, net_.shape(op.inputs[0])), kernel);
+    step.layout = op;
+    if (kind == StepKind::flatten) step.work_items = 1;
+  }
+
+  // Adds a step that writes the convolution's zero padding into a new value; returns that value.
+  int64_t add_padding(const OpSpec& op) {
+    const int64_t in = op.inputs[0];
+    if (op.padding == std::array<int64_t, 4>{}) return in;
+    OpSpec pad;
+    pad.kind = OpKind::pad;
+    pad.inputs = {in};
+    pad.before = {0, op.padding[0], op.padding[2]};
+    pad.after = {0, op.padding[1], op.padding[3]};
+    const Shape s = net_.shape(in);
+    pad.output = add_value({s.c, s.h + pad.before[1] + pad.after[1], s.w + pad.before[2] + pad.after[2]});
+    net_.values[pad.output].set_pitch(net_.values[in].pitch);
+    add_layout(StepKind::pad, pad, "pad_f32");
+    return pad.output;
+  }
+
+  // The bias is stored in the step.
+  Epilogue epilogue(Step& step, const OpSpec& op) {
+    step.bias = op.bias;
+    step.bias.resize(net_.values[op.output].pitch, 0.f);
+    return {step.bias.data(), nullptr, op.low, op.high, op.residual_after_clamp};
+  }
+
+  void add_direct(OpSpec op) {
+    const std::string text = operation_text(op, net_.shape(op.inputs[0]));
+    op.inputs[0] = add_padding(op);
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    const MergedWeights merged = merge_groups(op, kernels_.lanes);
+    // Without padded channels, the pixels under one row of the kernel are consecutive floats.
+    const bool join_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch == in.shape.c;
+    Step& step = add_step(StepKind::direct, op, text, op.kind == OpKind::linear ? "linear_f32" : "conv_direct_f32");
+    step.weights = pack_direct(merged, kernels_);
+    step.taps = tap_offsets(op, in, join_columns);
+    const int64_t blocks = out.pitch / kernels_.lanes;
+    step.blocks = merged.groups == 1 ? blocks : 1;  // groups are not divided among threads
+    DirectConv& c = step.direct;
+    c.weights = step.weights.data();
+    c.tap_offsets = step.taps.data();
+    c.taps = static_cast<int64_t>(step.taps.size());
+    c.depth = join_columns ? merged.kw * merged.in : merged.in;
+    c.image_step = in.floats;
+    c.row_step = op.stride[0] * in.shape.w * in.pitch;
+    c.pixel_step = op.stride[1] * in.pitch;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
+    c.blocks_per_group = merged.groups == 1 ? blocks : merged.out / merged.groups / kernels_.lanes;
+    c.group_channels = merged.in;
+    c.epilogue = epilogue(step, op);
+  }
+
+  void add_winograd(const OpSpec& op) {
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    Step& step = add_step(StepKind::winograd, op, operation_text(op, in.shape), "conv3x3_winograd_f32");
+    WinogradWeights packed = pack_winograd(merge_groups(op, kernels_.lanes), kernels_);
+    step.weights = std::move(packed.transformed);
+    step.untransformed_weights = std::move(packed.untransformed);
+    step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);
+    step.blocks = out.pitch / kernels_.lanes;
+    Winograd& c = step.winograd;
+    c.weights = step.weights.data();
+    c.in_height = in.shape.h;
+    c.in_width = in.shape.w;
+    c.in_pitch = in.pitch;
+    c.channels = in.shape.c;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
+    c.pad_top = op.padding[0];
+    c.pad_left = op.padding[2];
+    c.epilogue = epilogue(step, op);
+  }
+
+  void add_depthwise(OpSpec op) {
+    const std::string text = operation_text(op, net_.shape(op.inputs[0]));
+    op.inputs[0] = add_padding(op);
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    Step& step = add_step(StepKind::depthwise, op, text, "conv_depthwise_f32");
+    step.weights = pack_depthwise(op, out.pitch);
+    step.taps = tap_offsets(op, in, false);
+    DepthwiseConv& c = step.depthwise;
+    c.weights = step.weights.data();
+    c.tap_offsets = step.taps.data();
+    c.taps = static_cast<int64_t>(step.taps.size());
+    c.image_step = in.floats;
+    c.row_step = op.stride[0] * in.shape.w * in.pitch;
+    c.pixel_step = op.stride[1] * in.pitch;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
+    c.epilogue = epilogue(step, op);
+  }
+
+  void add_pool(const OpSpec& op) {
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    const char* kernel = op.is_max ? "pool_max_f32" : "pool_average_f32";
+    Pool& c = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel).pool;
+    c.is_max = op.is_max;
+    c.include_padding = op.include_padding;
+    c.kernel_h = op.kernel[0];
+    c.kernel_w = op.kernel[1];
+    c.stride_h = op.stride[0];
+    c.stride_w = op.stride[1];
+    c.pad_top = op.padding[0];
+    c.pad_bottom = op.padding[1];
+    c.pad_left = op.padding[2];
+    c.pad_right = op.padding[3];
+    c.in_height = in.shape.h;
+    c.in_width = in.shape.w;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
+  }
+
+  void add_elementwise(const OpSpec& op) {
+    const int64_t pitch = net_.values[op.output].pitch;
+    Step& step = add_step(StepKind::elementwise, op, operation_text(op, net_.shape(op.inputs[0])), "elementwise_f32");
+    Elementwise& c = step.elementwise;
+    c.pitch = pitch;
+    c.low = op.low;
+    c.high = op.high;
+    if (op.kind != OpKind::scale_shift) return;
+    step.weights = Buffer(2 * pitch);
+    std::copy(op.weight.begin(), op.weight.end(), step.weights.data());
+    std::copy(op.bias.begin(), op.bias.end(), step.weights.data() + pitch);
+    c.scale = step.weights.data();
+    c.shift = c.scale + pitch;
+  }
+};
+
+}  // namespace
+
+Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const KernelTable& kernels,
+                    const std::string& forced) {
+  return StepBuilder(spec, shapes, kernels, forced).build();
+}
+
+}  // namespace fastcascade
