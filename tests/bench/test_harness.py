@@ -393,6 +393,7 @@ def test_the_hand_written_cascade_answers_as_the_cascade(combine: Combine) -> No
         for width in (2, 4, 8)
     ]
     cascade = fc.Cascade(networks, fc.MLPSelector(), 5, (3, 8, 8), combine=combine).eval()
+    cascade.temperatures.copy_(torch.tensor([0.5, 1.0, 2.0]))
     x = torch.randn(60, 3, 8, 8)
     thresholds = balanced_thresholds(cascade, x)
     expected = cascade(x, thresholds)
