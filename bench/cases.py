@@ -1,4 +1,4 @@
-"""What is measured: the networks with their weights, the images, the batch sizes."""
+"""What is measured: networks and their weights, images, batch sizes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Case:
 
     Attributes:
         model: see :func:`load_model`.
-        threads: given to every engine.
+        threads: of every engine.
     """
 
     model: str
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Names the case in the results; models of this checkout by their place in it."""
+        """The case's name in the results; models of this checkout by their relative path."""
         return f"{self.model.replace(f'{ROOT}/', '')} batch {self.batch} threads {self.threads}"
 
 
@@ -70,16 +70,16 @@ _SEED = 20
 
 
 def noise(n: int, seed: int = 0) -> np.ndarray:
-    """(n, 3, 32, 32) float32 standard normal: a stand-in for normalised images where only time matters."""
+    """(n, 3, 32, 32) float32 standard normal: for timing, in place of normalised images."""
     return np.random.default_rng(seed).standard_normal((n, *INPUT_SHAPE), dtype=np.float32)
 
 
 def dense_network(name: str) -> ResNet:
-    """A network in eval mode with random but lifelike weights, the same in every process.
+    """A network in eval mode with random but realistic weights, the same in every process.
 
     Batch norms hold the statistics of noise images and gains around 1, so that folding them matters and
-    activations neither vanish nor explode; the head is scaled to logits of standard deviation 3, so that
-    an error of the arithmetic moves probabilities as it would in a trained network.
+    activations neither vanish nor explode. The head is scaled to logits of standard deviation 3, so
+    numerical errors change probabilities as in a trained network.
     """
     path = CACHE / f"{hashlib.sha256(f'{name} {_SEED}'.encode()).hexdigest()[:12]}.safetensors"
     network = build_network(name, NUM_CLASSES)
@@ -116,18 +116,18 @@ def _randomise(network: ResNet) -> None:
 
 
 def cascade_images(model: str, batch: int) -> np.ndarray:
-    """At least 64 batches, or all 2,000, of the images that come with the example; noise for "random"."""
+    """64 batches, or all 2,000, of the example's images; noise for "random"."""
     count = min(64 * batch, 2000)
     if model.endswith(":random"):
         return noise(count)
     cascade = load_model(model)
     images = load_data(EXAMPLE_IMAGES, classes=cascade.classes).take(range(count - count % batch)).images
-    answer: np.ndarray = cascade.images(np.array(images)).numpy()
-    return answer
+    floats: np.ndarray = cascade.images(np.array(images)).numpy()
+    return floats
 
 
 def model_file(network: nn.Module, suffix: str) -> Path:
-    """Where a converted form of this network is cached: named by the bits of its weights."""
+    """The cache file of this network's converted form, named by a hash of its weights."""
     digest = hashlib.sha256()
     for key, tensor in network.state_dict().items():
         digest.update(key.encode())
@@ -139,8 +139,8 @@ def load_model(name: str) -> Cascade:
     """A case's model, as a cascade in eval mode.
 
     Args:
-        name: ``cascade:FOLDER`` for a saved cascade ("random" for one without training), ``last:FOLDER`` for
-            its last network alone, or a network's registry name. Single networks become cascades of one
+        name: ``cascade:FOLDER`` for a saved cascade ("random" for random weights), ``last:FOLDER`` for its
+            last network alone, or a network's registry name. Single networks become cascades of one
             stage.
     """
     kind, _, folder = name.partition(":")
@@ -178,9 +178,9 @@ class Reference(NamedTuple):
     Attributes:
         log_probs: (N, C) at the exit.
         exits: (N,) where each instance stops.
-        margin: (N,) the least distance between a stop score and its threshold over the exits that the
-            instance came to; inf for a single network.
-        gflop: of one image in the mean: two operations for each multiply.
+        margin: (N,) the smallest distance between a stop score and its threshold over the exits that the
+            instance reached; inf for a single network.
+        gflop: mean per image, two operations per multiplication.
     """
 
     log_probs: np.ndarray
@@ -191,7 +191,7 @@ class Reference(NamedTuple):
 
 @torch.no_grad()
 def reference_exits(model: str, images: np.ndarray) -> Reference:
-    """What torch's fp32 answers for images (N, C, H, W) float32."""
+    """The results of torch's fp32 for images (N, C, H, W) float32."""
     cascade = load_model(model)
     x = torch.from_numpy(images)
     if len(cascade.stages) == 1:

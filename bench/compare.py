@@ -1,8 +1,8 @@
-"""Two commits against each other in one run: built in worktrees, timed in turns ABBA, ratios with intervals.
+"""Compare two commits in one run: built in worktrees, timed in ABBA turns, ratios with intervals.
 
-``make bench-compare A=… B=…``. Both are measured by this checkout's harness, so only the library differs.
-The intervals hold for all cases together (Bonferroni) and allow for where a process's memory lies, so that a
-commit beside itself shows a difference in at most one run of twenty.
+``make bench-compare A=… B=…``. Both run under this checkout's harness, so only the library differs.
+The intervals hold for all cases together (Bonferroni) and allow for the memory layout of a process, so a
+commit compared with itself shows a difference in at most one run of twenty.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = ["build", "compare", "comparison_table", "main"]
 
 CASES = (("resnet_cifar:20", 8), ("resnet_cifar:20", 256), ("resnet_cifar:56", 64), ("cascade:random", 64))
 _IMAGES = 512
-"""Of the cascade's: a pass over more would leave fewer rounds in a minute."""
+"""Of the cascade's: more would leave fewer rounds in a minute."""
 
 Results = list[tuple[Case, list[Timing]]]
 progress = Console(stderr=True)
 
 
 def resolve(revision: str) -> str:
-    """The full name of a commit.
+    """The full hash of a commit.
 
     Raises:
         RuntimeError: there is no such commit.
@@ -54,13 +54,13 @@ def resolve(revision: str) -> str:
 
 
 def build(commit: str) -> Path:
-    """Check a commit out beside this one and install it into a folder of its own, once per commit.
+    """Check out a commit in a worktree and install it into a folder of its own, once per commit.
 
-    The worktree is gone afterwards, also when the build fails or is interrupted; the installed packages stay
-    in ``.benchmarks``.
+    The worktree is removed afterwards, also when the build fails or is interrupted. The installed packages
+    stay in ``.benchmarks``.
 
     Args:
-        commit: its full name.
+        commit: full hash.
 
     Returns:
         the folder to import ``fastcascade`` from.
@@ -71,7 +71,7 @@ def build(commit: str) -> Path:
     folder = CACHE / "commits" / f"{commit}-{sys.implementation.cache_tag}"
     site, built = folder / "site", folder / "built"
     if not built.exists():
-        progress.print("building it, which takes a minute or two")
+        progress.print("building (a minute or two)")
         start = time.perf_counter()
         shutil.rmtree(site, ignore_errors=True)
         with _worktree(commit, folder / "tree") as tree:
@@ -83,7 +83,7 @@ def build(commit: str) -> Path:
 
 @contextmanager
 def _worktree(commit: str, tree: Path) -> Iterator[Path]:
-    _remove_worktree(tree)  # of a run that was killed
+    _remove_worktree(tree)  # left by a killed run
     try:
         _git("worktree", "add", "--detach", str(tree), commit)
         yield tree
@@ -102,7 +102,7 @@ def _install(tree: Path, site: Path) -> None:
     """Build what is in ``tree`` with this environment's tools.
 
     Raises:
-        RuntimeError: it does not build; what the compiler said is on stderr.
+        RuntimeError: it does not build; the compiler's messages are on stderr.
     """
     options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
     command = [sys.executable, "-m", "pip", "install", *options, "--target", site, tree]
@@ -110,7 +110,7 @@ def _install(tree: Path, site: Path) -> None:
         try:
             code = process.wait()
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # its compilers too: their folder is about to go
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers too, before their folder is removed
             raise
     if code:
         raise RuntimeError("pip could not build it; its messages are above")
@@ -122,10 +122,10 @@ def _git(*arguments: str) -> str:
 
 
 def compare(a: Path, b: Path, threads: int, rounds: int, seconds: float) -> Results:
-    """Time the library in folder ``a`` and that in ``b`` on the quick set.
+    """Time the libraries in folders ``a`` and ``b`` on the quick set.
 
     Raises:
-        RuntimeError: one of them fails a case or answers wrongly.
+        RuntimeError: one of them fails a case or returns wrong results.
     """
     results = []
     with ExitStack() as stack:
@@ -148,7 +148,7 @@ def compare(a: Path, b: Path, threads: int, rounds: int, seconds: float) -> Resu
 
 
 def comparison_table(results: Results) -> Table:
-    """Per case: both rates, how many times faster B is, and whether that is more than noise."""
+    """Per case: both rates, how many times faster B is, and whether the difference exceeds the noise."""
     table = Table(
         "case, batch",
         title=f"images/s, threads {results[0][0].threads}",

@@ -16,6 +16,7 @@ __all__ = [
     "LAST",
     "ONE_THREAD",
     "OURS",
+    "PYTORCH",
     "engines_for",
     "left_out",
 ]
@@ -28,6 +29,8 @@ LAST = "plain eager, last network on everything"
 BEST_LAST = ("eager channels_last", "torch.compile")
 """PyTorch's own ways that a cascade's last network is also run with, each at its best schedule."""
 
+PYTORCH = ("plain eager", "eager", "eager channels_last", "torch.compile")
+"""PyTorch's own fp32 engines."""
 _SLOW = ("plain eager", "eager", "eager channels_last", "eager bf16", "torch.compile")
 """PyTorch's own engines, never the fastest. The standard set measures them on ResNet-20, and the fastest of
 them on the cascade."""

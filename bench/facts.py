@@ -1,6 +1,6 @@
-"""What the targets ask about our engine alone: schedule efficiency, memory, and errors against float64.
+"""Facts about our engine alone: schedule efficiency, memory, and errors against float64.
 
-Each function runs in a worker process and answers plain data for the results file.
+Each function runs in a worker process and returns plain data for the results file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CALLS = 4
 
 
 def schedule(model: str, batches: Sequence[int], rounds: int, seconds: float, threads: int) -> dict[str, Any]:
-    """The cascade beside its stages alone, in turns; see :func:`fastcascade.benchmark`."""
+    """The cascade and its stages alone, in turns; see :func:`fastcascade.benchmark`."""
     images = torch.from_numpy(cascade_images(model, max(batches)))
     measured = benchmark(
         load_model(model),
@@ -43,10 +43,10 @@ def schedule(model: str, batches: Sequence[int], rounds: int, seconds: float, th
 
 
 def memory(model: str, batches: Sequence[int], threads: int) -> dict[str, Any]:
-    """Bytes that calls need beyond weights, images and answers.
+    """Bytes that calls need besides weights, images and results.
 
-    ``buffers_per_thread`` is the engine's own count; ``grown_per_thread`` is what the resident set of this
-    process grew by from the first call to the last, which also holds what the engine might forget to count.
+    ``buffers_per_thread`` is the engine's own count. ``grown_per_thread`` is the growth of this process's
+    resident set from the first call to the last, which includes anything the engine does not count.
     """
     torch.set_num_threads(threads)
     engine = fc.compile(load_model(model), backend="cpu", threads=threads)
@@ -79,8 +79,8 @@ def _resident_bytes() -> int:
 def errors(model: str, threads: int) -> dict[str, Any]:
     """The largest errors of logits against float64: ours with each kernel, and PyTorch's fp32.
 
-    Every stage is looked at as a network of its own. ``labels_differ`` counts images whose label differs
-    from float64's although the two best classes are further apart than twice the error.
+    Every stage is a network of its own here. ``labels_differ`` counts images whose label differs from
+    float64's although the two best classes are further apart than twice the error.
     """
     torch.set_num_threads(threads)
     cascade = load_model(model)
@@ -108,12 +108,12 @@ def _error_images(model: str) -> Tensor:
 
 
 def _engine_logits(program: CpuProgram, images: Tensor) -> Tensor:
-    """(N, C) float32 as the engine's last layer leaves them; its answers are log-probabilities."""
+    """(N, C) float32 from the engine's last layer; a call returns log-probabilities instead."""
     return torch.from_numpy(program._cascade.run_stage(0, images.numpy())[0])
 
 
 def _exact_logits(network: nn.Module, images: Tensor) -> Tensor:
-    """(N, C) float64, cached by the bits of the weights and the number of images."""
+    """(N, C) float64, cached by a hash of the weights and the number of images."""
     path = model_file(network, f".{len(images)}.safetensors")
     if not path.exists():
         exact = copy.deepcopy(network).double()(images.double())

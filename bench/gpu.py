@@ -1,10 +1,10 @@
-"""Every GPU figure in one file: kernels beside their twins, the cascade beside torch, stages one by one.
+"""GPU benchmarks in one file: kernels against their twins, the cascade against torch, single stages.
 
-``make test-gpu`` runs it after the tests; it needs the installed package and a GPU, and writes a JSON report
-with the device's name and all versions. Nothing is timed before its answers agreed in the same run: what
-disagrees is reported as refused, with the difference, and has no figure.
+``make test-gpu`` runs it after the tests. It needs the installed package and a GPU, and writes a JSON report
+with the device's name and all versions. Nothing is timed unless its results agree in the same run; what
+disagrees is reported as refused, with the difference and without a figure.
 
-``--dry-run`` runs the same code under Triton's interpreter on a few images; its report has no figures.
+``--dry-run`` runs the same code in Triton's interpreter on a few images, without figures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCHES = (1, 8, 64, 256, 1024, 4096, 16384)
 TOLERANCE = 5e-2
 """Largest difference of fp16 values, or of log-probabilities, from fp32."""
 FLIPS = 0.02
-"""Largest share of images whose exit may differ: those within rounding of a threshold."""
+"""Largest share of images whose exit may differ, because a score is within rounding of its threshold."""
 WARM_UP, ROUNDS = 3, 20
 
 
@@ -79,7 +79,7 @@ class Run:
 
 
 def gated(run: Run, agreement: Callable[[], dict[str, Any]], work: Callable[[], object]) -> dict[str, Any]:
-    """Check, then time: the check's findings, and seconds with their spread, or why it was refused."""
+    """Check, then time: the check's figures and seconds with quartiles, or the reason for a refusal."""
     try:
         found = agreement()
     except (AssertionError, ValueError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def labels_agree(labels: Tensor, want: Tensor, want_labels: Tensor) -> None:
 
 
 def rates(entry: dict[str, Any], moved: float, flops: float = 0.0) -> dict[str, Any]:
-    """An entry with the bytes and FLOPs it must cost and, if it was timed, the rates achieved."""
+    """An entry with its minimal bytes and FLOPs and, if it was timed, the rates."""
     entry |= {"bytes": moved, "flops": flops}
     if "seconds" in entry:
         entry |= {"gb_per_s": moved / entry["seconds"] / 1e9, "tflop_per_s": flops / entry["seconds"] / 1e12}
@@ -168,7 +168,7 @@ def layer_entry(run: Run, layer: Layer) -> dict[str, Any]:
 
     def agreement() -> dict[str, Any]:
         call()
-        few = min(run.rows, 8)  # the twin is slow; every row runs through the same code
+        few = min(run.rows, 8)  # the twin is slow, and every row takes the same path
         second = None if other is None else other[-few:].float()
         if isinstance(work, Conv):
             assert layer.weight is not None
@@ -283,7 +283,7 @@ def compact_entries(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def while_entry(run: Run) -> dict[str, Any]:
-    """What one repetition of a WHILE node takes beside its work: here one launch, which adds 1."""
+    """Overhead of one repetition of a WHILE node; its work here is one launch that adds 1."""
     from fastcascade.backends.gpu.while_loops import WhileNodes, unavailable_reason
 
     reason = unavailable_reason()
@@ -350,7 +350,7 @@ class Model:
         return self.compiled.program.run(x, self.thresholds)
 
     def _masked(self, stages: list[Callable[[Tensor], Tensor]], x: Tensor) -> ExitResults:
-        """What one writes by hand: run a stage, select what continues, go on. Synchronises at every stage."""
+        """The hand-written loop: run a stage, select the survivors, repeat. Synchronises at every stage."""
         images = self.plan.input.to_float(x).half().contiguous(memory_format=torch.channels_last)
         tables = reference.exit_tables(len(x), self.plan.num_classes, x.device)
         index = torch.arange(len(x), device=x.device)
@@ -472,7 +472,7 @@ def report(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def refusals(found: dict[str, Any]) -> list[str]:
-    """Which own entries disagreed with their reference, in words; peers' do not count."""
+    """Our own entries that disagreed with their reference; peers' do not count."""
     entries = {f"kernel {name}": entry for name, entry in found["kernels"].items()}
     for model, parts in found["models"].items():
         for batch, forms in parts["batches"].items():

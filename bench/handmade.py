@@ -33,6 +33,7 @@ class PeerCascade:
         if any(cascade.stage(k).input != "image" for k in _indices(cascade)):
             raise ValueError("the hand-written cascade is for networks that all read the image")
         self.stage_weights = cascade.stage_weights
+        self.temperatures = cascade.temperatures.tolist()
         self.peers: list[Peer] = []
         for k in _indices(cascade):
             self.peers.append(make_peer(peer))
@@ -47,7 +48,7 @@ class PeerCascade:
         active, images = np.arange(len(x)), x
         label, total = np.full(len(x), -1), np.full((len(x), 1), -np.inf, np.float32)
         for k, (peer, schedule) in enumerate(zip(self.peers, schedules, strict=True)):
-            own = _log_softmax(peer.run(images, schedule))
+            own = _log_softmax(peer.run(images, schedule) / np.float32(self.temperatures[k]))
             if k == 0:
                 log_probs = np.empty_like(own)
             previous, label = label, own.argmax(1)
@@ -74,7 +75,7 @@ class PeerCascade:
         whole, *cut = self.peers[k].schedules(survivors)
         if k == 0:
             return [whole, *cut]
-        shapes = ("fixed", "ladder", "dynamic") if self.peers[k].fixes_rows else ("fixed", "dynamic")
+        shapes = self.peers[k].shapes
         return [
             *(Schedule(1, WHOLE, shape) for shape in shapes if shape != "fixed"),
             *(schedule._replace(shapes=shape) for schedule in cut for shape in shapes),

@@ -23,7 +23,7 @@ _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile"
 
 
 def machine() -> dict[str, Any]:
-    """CPU, instruction sets, threads and the versions of everything that was measured.
+    """CPU, instruction sets, threads and package versions.
 
     Example:
         >>> sorted(machine())
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_slug(facts: dict[str, Any]) -> str:
-    """A file name for results of such machines, for example ``amd-epyc-2-avx512f``."""
+    """File name for results of this kind of machine, for example ``amd-epyc-2-avx512f``."""
     isa = next((flag for flag in ("avx512f", "avx2") if flag in facts["flags"]), platform.machine())
     name = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
     return f"{name}-{facts['threads']}-{isa}"

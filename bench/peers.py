@@ -38,6 +38,9 @@ Forward = Callable[[np.ndarray], np.ndarray]
 """(n, C, H, W) float32 → logits (n, classes) float32."""
 
 
+Shapes = Literal["fixed", "ladder", "dynamic"]
+
+
 class Schedule(NamedTuple):
     """How a batch is cut.
 
@@ -51,7 +54,7 @@ class Schedule(NamedTuple):
 
     streams: int
     micro_batch: int
-    shapes: Literal["fixed", "ladder", "dynamic"] = "fixed"
+    shapes: Shapes = "fixed"
 
     def padded(self, count: int) -> int:
         """Rows of a micro-batch that holds ``count`` instances."""
@@ -76,6 +79,8 @@ class Peer(ABC):
     counts_as_fp32: ClassVar[bool] = True
     fixes_rows: ClassVar[bool] = False
     """Whether a network can be loaded for an exact number of rows."""
+    shapes: ClassVar[tuple[Shapes, ...]] = ("fixed", "dynamic")
+    """Worth trying where the number of rows varies."""
     shares_network: ClassVar[bool] = True
     """Whether streams can run one loaded network at the same time."""
 
@@ -277,6 +282,7 @@ class OnnxRuntime(Peer):
     name = "ONNX Runtime"
     requires = ("onnx", "onnxscript", "onnxruntime")
     fixes_rows = True
+    shapes = ("fixed", "ladder", "dynamic")
 
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         self.path = export_onnx(model, input_shape)
@@ -301,6 +307,7 @@ class OpenVino(Peer):
     requires = ("onnx", "onnxscript", "openvino")
     precision: ClassVar[str] = "f32"
     fixes_rows = True
+    shapes = ("fixed", "ladder", "dynamic")
 
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         import openvino
@@ -335,11 +342,12 @@ class OpenVino(Peer):
         def keep(request: Any, ticket: int) -> None:
             logits[ticket] = request.get_output_tensor(0).data.copy()
 
-        queues = [self._queue(schedule, len(part)) for part in parts]
-        for ticket, (queue, part) in enumerate(zip(queues, parts, strict=True)):
+        queues = {len(part): self._queue(schedule, len(part)) for part in parts}
+        for queue in dict.fromkeys(queues.values()):
             queue.set_callback(keep)
-            queue.start_async([part], ticket, share_inputs=True)
-        for queue in {id(queue): queue for queue in queues}.values():
+        for ticket, part in enumerate(parts):
+            queues[len(part)].start_async([part], ticket, share_inputs=True)
+        for queue in dict.fromkeys(queues.values()):
             queue.wait_all()
         joined: np.ndarray = np.concatenate(logits)[: len(x)]
         return joined
@@ -369,6 +377,7 @@ class Ncnn(Peer):
 
     name = "ncnn"
     requires = ("ncnn", "pnnx")
+    shapes = ("dynamic",)  # it takes single images: padding only adds some
     tolerance = 1e-2
 
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:

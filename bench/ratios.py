@@ -10,7 +10,7 @@ from dataclasses import dataclass
 __all__ = ["PLACEMENT", "Ratio", "ratio", "ratios_together", "relative_spread", "student_t"]
 
 PLACEMENT = 0.01
-"""About how much two processes of one commit differ for as long as they live: by where their memory lies."""
+"""By about how much two processes of the same commit differ, because of their memory layout."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Ratio:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval holds 1."""
+        """Whether the interval contains 1."""
         return self.low <= 1 <= self.high
 
     def __format__(self, spec: str) -> str:
@@ -60,9 +60,9 @@ def student_t(degrees: int, confidence: float = 0.95) -> float:
 
 
 def ratio(times_a: Sequence[float], times_b: Sequence[float], confidence: float = 0.95) -> Ratio:
-    """B's time over A's, paired round by round, so that a machine that slows down slows both.
+    """B's time over A's, paired by round, so a machine that slows down slows both.
 
-    The estimate is the geometric mean of the rounds' ratios, the interval Student's t on their logarithms.
+    The estimate is the geometric mean of the rounds' ratios; the interval is Student's t on their logarithms.
 
     Example:
         >>> str(ratio([1.0, 1.1, 1.0, 1.1], [2.0, 2.2, 2.0, 2.2]))
@@ -77,16 +77,16 @@ def ratio(times_a: Sequence[float], times_b: Sequence[float], confidence: float 
 
 
 def ratios_together(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Ratio]:
-    """One ratio per pair, with intervals that hold all together (Bonferroni), wider by :data:`PLACEMENT`.
+    """One ratio per pair, with joint intervals (Bonferroni), widened by :data:`PLACEMENT`.
 
-    So equal things show a difference anywhere in at most one run of twenty.
+    Equal things show a difference anywhere in at most one run of twenty.
     """
     found = [ratio(a, b, confidence=1 - 0.05 / len(pairs)) for a, b in pairs]
     return [Ratio(r.value, r.low / (1 + PLACEMENT), r.high * (1 + PLACEMENT)) for r in found]
 
 
 def relative_spread(values: Sequence[float]) -> float:
-    """Distance between the quartiles over the median; 0 for a single value."""
+    """Interquartile range over the median; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""The standard set: every case, every engine, one results file per machine, one table of targets.
+"""The standard benchmark: every case and engine, one results file per machine, one table of targets.
 
 ``make bench`` runs it; it takes about a quarter of an hour on two quiet cores. ``--only`` measures part of it
 and keeps the rest of the results file; ``--everything`` adds what no target needs.
@@ -35,7 +35,7 @@ EFFICIENCY_BATCHES = (8, 64, 256)
 
 
 def standard_cases(threads: int, cascade: Path, everything: bool) -> list[Case]:
-    """The cascade, then dense networks, at the batch sizes that targets name."""
+    """The cascade, then dense networks, at the batch sizes of the targets."""
     networks = (*NETWORKS, "resnet9:32") if everything else NETWORKS
     batches = (*BATCHES, 64) if everything else BATCHES
     cascades = [Case(f"cascade:{cascade}", batch, threads) for batch in batches if everything or batch > 1]
@@ -45,10 +45,10 @@ def standard_cases(threads: int, cascade: Path, everything: bool) -> list[Case]:
 def measure_cases(
     cases: list[Case], everyone: bool, names: list[str] | None, rounds: int, seconds: float, tuning: float
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Measure cases in order; engines stay loaded over the batch sizes of a model.
+    """Measure cases in order; engines stay loaded for all batch sizes of a model.
 
     Yields:
-        each case with its entry of the results file, as soon as it is measured.
+        each case with its entry of the results file, when it is measured.
     """
     for model, group in groupby(cases, key=lambda case: case.model):
         sizes = list(group)
@@ -57,7 +57,7 @@ def measure_cases(
             workers = {}
             for engine in {engine.name: engine for case in sizes for engine in engines[case]}.values():
                 workers[engine.name] = stack.enter_context(Worker(engine, sizes[0].threads))
-            for worker in workers.values():  # after all have been started, so that they import side by side
+            for worker in workers.values():  # after all have started, so that they import in parallel
                 worker.load(worker.engine.model(sizes[0]))
             for case in sizes:
                 start, peaks = time.perf_counter(), fma_peaks(case.threads)
@@ -93,7 +93,7 @@ def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> d
             except RuntimeError as error:
                 return {"refused": str(error)}
 
-    # Turns long enough that the largest batches are many different ones.
+    # Turns long enough for many different batches of the largest size.
     schedule = {"batches": EFFICIENCY_BATCHES, "rounds": rounds, "seconds": 4 * seconds}
     return {
         "schedule": ask("schedule", model=models["cascade"], **schedule),
@@ -147,13 +147,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.1, help="of one engine's turn in a round")
     parser.add_argument("--tuning", type=float, default=2.0, help="seconds to choose a schedule, per network")
     parser.add_argument("--output", type=Path, help="results file; bench/results/<machine>.json by default")
+    parser.add_argument("--beside", type=Path, help="a stored results file to compare with (indicative)")
     parser.add_argument(
-        "--beside", type=Path, help="a stored results file to show this run beside (indicative)"
+        "--baseline", default=PEAK, help="scale the comparison by this, or by the engine of this name"
     )
-    parser.add_argument("--baseline", default=PEAK, help="what to scale it by: this, or an engine's name")
     arguments = parser.parse_args()
     if arguments.beside is not None and not arguments.beside.is_file():
-        parser.error(f"--beside: {arguments.beside} is no file")
+        parser.error(f"--beside: {arguments.beside} is not a file")
     return arguments
 
 

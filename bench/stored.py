@@ -1,7 +1,7 @@
-"""A run beside a stored results file: only through something that both measured, and indicative at that.
+"""Compare a run with a stored results file, through a baseline that both measured. Indicative only.
 
-The machine of a stored file was another one, or the same one in another mood, so its times mean nothing here.
-What can be said is how our engine stood to a baseline of its own run, then and now.
+A stored file is from another machine, or from this one under another load, so its times cannot be compared.
+The ratio of our engine to a baseline of the same run can.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.worker import OURS
 __all__ = ["PEAK", "Beside", "beside", "beside_table"]
 
 PEAK = "fp32 peak"
-"""The baseline that every case has; others are names of engines."""
+"""The default baseline, which every case has. Others are names of engines."""
 
 
 class Beside(NamedTuple):
@@ -24,7 +24,7 @@ class Beside(NamedTuple):
 
     Attributes:
         then, now: its images/s.
-        baseline: how many times faster the baseline was now than then; None where not both runs have it.
+        baseline: how many times faster the baseline is now; None unless both runs have it.
     """
 
     case: str
@@ -35,7 +35,7 @@ class Beside(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than then, had the baseline stayed the same."""
+        """How many times faster now, at an equal baseline."""
         return None if self.baseline is None else self.now / self.then / self.baseline
 
 
@@ -58,7 +58,7 @@ def beside(now: Mapping[str, Any], then: Mapping[str, Any], baseline: str = PEAK
 
 
 def _speed(entry: Mapping[str, Any], name: str) -> float | None:
-    """Of the peak in GFLOP/s, of an engine in images/s; None where it is missing or was refused."""
+    """GFLOP/s of the peak or images/s of an engine; None if missing or refused."""
     if name == PEAK:
         return max(value for key, value in entry["peaks"].items() if key.startswith("fp32"))
     speed: float | None = entry["engines"].get(name, {}).get("images_per_s")
@@ -66,7 +66,7 @@ def _speed(entry: Mapping[str, Any], name: str) -> float | None:
 
 
 def beside_table(rows: list[Beside], file: str, baseline: str = PEAK) -> Table:
-    """The comparison, marked for what it is."""
+    """The comparison, marked as indicative."""
     table = Table(
         title=f"INDICATIVE: now over {file}, scaled by the {baseline}",
         title_justify="left",

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md from a results file, so that no figure is typed by hand.
+"""Writes the tables of docs/performance.md and README.md from a results file.
 
-``make bench-docs`` (``python -m bench.tables bench/results/<machine>.json``) replaces what stands between
+``make bench-docs`` (``python -m bench.tables bench/results/<machine>.json``) replaces the text between
 ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.engines import FP32_PEERS, OURS, PYTORCH
 from bench.machine import ROOT
 from bench.targets import target_rows
 
 __all__ = ["TABLES", "main", "write_tables"]
 
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 _SECTION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = Mapping[str, Any]
@@ -33,7 +34,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def machine_table(results: Results) -> str:
-    """What was measured on what."""
+    """The machine, its software, and when it was measured."""
     machine = results["machine"]
     when = sorted(entry["when"] for entry in results["cases"].values())
     rows = [
@@ -88,8 +89,22 @@ def engines_table(results: Results) -> str:
     return _table(("case", "engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"), rows)
 
 
+def speeds_table(results: Results) -> str:
+    """Images/s at batch 256: ours, each fp32 runtime, and the fastest fp32 engine of PyTorch."""
+    runtimes = [name for name in FP32_PEERS if name not in PYTORCH]
+    rows = []
+    for key, entry in results["cases"].items():
+        if " batch 256 " in key:
+            rates = {name: e["images_per_s"] for name, e in entry["engines"].items() if "refused" not in e}
+            columns = [rates.get(name) for name in (OURS, *runtimes)]
+            pytorch = max((rates[name] for name in PYTORCH if name in rates), default=None)
+            cells = ["–" if rate is None else f"{rate:,.0f}" for rate in (*columns, pytorch)]
+            rows.append((_title(key).removesuffix(", batch 256"), *cells))
+    return _table(("network", OURS, *runtimes, "PyTorch"), rows)
+
+
 def slower_table(results: Results) -> str:
-    """Where a peer was faster than this engine on the same threads."""
+    """Peers that were faster than this engine on the same threads."""
     rows = []
     for key, entry in results["cases"].items():
         timed = {name: e["images_per_s"] for name, e in entry["engines"].items() if "refused" not in e}
@@ -102,7 +117,7 @@ def slower_table(results: Results) -> str:
 
 
 def stages_table(results: Results) -> str:
-    """The cascade's stages alone."""
+    """The stages of the cascade alone."""
     facts = results["facts"].get("schedule")
     if facts is None or "refused" in facts:
         return "Not measured yet."
@@ -122,7 +137,7 @@ def stages_table(results: Results) -> str:
 
 
 def time_table(results: Results) -> str:
-    """Where the cascade's time goes by batch size."""
+    """The cascade's time, part by part, by batch size."""
     facts = results["facts"].get("schedule")
     if facts is None or "refused" in facts:
         return "Not measured yet."
@@ -150,9 +165,10 @@ def time_table(results: Results) -> str:
 
 
 def _title(key: str) -> str:
-    """A case's name without the folder of a cascade."""
+    """A case as readers know it."""
     model, _, rest = key.partition(" batch ")
-    return f"{'cascade' if model.startswith('cascade:') else model}, batch {rest.split()[0]}"
+    name = "cascade" if model.startswith("cascade:") else model.replace("resnet_cifar:", "ResNet-")
+    return f"{name}, batch {rest.split()[0]}"
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -160,6 +176,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "peaks": peaks_table,
     "targets": targets_table,
     "engines": engines_table,
+    "speeds": speeds_table,
     "slower": slower_table,
     "stages": stages_table,
     "time": time_table,
@@ -167,22 +184,21 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def write_tables(text: str, results: Results) -> str:
-    """The document with its tables made anew.
+    """The document with its tables replaced.
 
     Raises:
-        KeyError: the document asks for a table that is not known.
+        KeyError: the document names an unknown table.
     """
     return _SECTION.sub(lambda match: f"{match[1]}{TABLES[match[2]](results)}\n{match[3]}", text)
 
 
 def main() -> None:
-    """Rewrite the document."""
+    """Rewrite the documents."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="for example bench/results/<machine>.json")
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    arguments.document.write_text(write_tables(arguments.document.read_text(), results))
+    results = json.loads(parser.parse_args().results.read_text())
+    for document in DOCUMENTS:
+        document.write_text(write_tables(document.read_text(), results))
 
 
 if __name__ == "__main__":

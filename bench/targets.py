@@ -1,4 +1,4 @@
-"""The targets this project holds itself to, read off a results file."""
+"""The targets of this project, with the figures of a results file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.table import Table
 
 from bench.engines import AVX2_OURS, AVX2_PEER, BF16_PEERS, FP32_PEERS, LAST, ONE_THREAD, OURS
 from bench.machine import ROOT
-from bench.ratios import Ratio, ratio
+from bench.ratios import ratio
 
-__all__ = ["TRAINING", "Row", "Speed", "target_rows", "target_table"]
+__all__ = ["TRAINING", "Row", "Speed", "at_least", "target_rows", "target_table"]
 
 TRAINING = ROOT / "examples" / "cifar10" / "results.json"
-"""Accuracy and cost on the 10,000 test images, measured once by ``examples/cifar10/measure.py``."""
+"""Accuracy and cost on the 10,000 test images, written by ``examples/cifar10/measure.py``."""
 LEAST_BATCHES = 64
 MIB = 2**20
 
@@ -25,12 +25,13 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One target with what was measured; all of it text for a table.
+    """One target and its measurement, as text for a table.
 
     Attributes:
-        work: what it is about.
+        work: what is measured.
         beside: what it is compared with.
-        verdict: "pass", how far it is, or why nothing is known.
+        verdict: "pass" or the distance, or why there is no measurement. Both say "within the noise" where the
+            interval of the measurement contains the target.
     """
 
     work: str
@@ -42,13 +43,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """How many times faster one engine must be than others in the same run.
+    """How many times faster one engine must be than others of the same run.
 
     Attributes:
         case: beginning of the case's key, see ``Case.key``.
-        others: the fastest of these is the measure.
-        wanted: the least ratio of speeds.
-        ours: the engine that is held to it.
+        others: the fastest of these is the comparison.
+        wanted: the smallest ratio of speeds that passes.
+        ours: the engine that must reach it.
     """
 
     work: str
@@ -73,17 +74,24 @@ class Speed:
         best = max(others, key=lambda name: float(timed[name]["images_per_s"]))
         found = ratio(timed[self.ours]["seconds_per_image"], timed[best]["seconds_per_image"])
         beside = best if not note else f"{best} ({note})"
-        return Row(self.work, wanted, beside, str(found), _at_least(found, self.wanted))
+        distance = f"{found.value / self.wanted:.0%} of it"
+        verdict = at_least(self.wanted, found.value, (found.low, found.high), distance)
+        return Row(self.work, wanted, beside, str(found), verdict)
 
 
-def _at_least(found: Ratio, wanted: float) -> str:
-    if found.value >= wanted:
-        return "pass"
-    return f"{found.value / wanted:.0%} of it" + (", within the noise" if found.high >= wanted else "")
+def at_least(wanted: float, value: float, interval: tuple[float, float], distance: str) -> str:
+    """The verdict on a lower bound: by the value, with a note where the interval contains the target.
+
+    Example:
+        >>> at_least(2.5, 2.6, (2.4, 2.8), "104%"), at_least(2.5, 2.3, (2.2, 2.4), "92%")
+        ('pass, within the noise', '92%')
+    """
+    low, high = interval
+    return ("pass" if value >= wanted else distance) + (", within the noise" if low < wanted <= high else "")
 
 
 def target_rows(results: Results) -> list[Row]:
-    """Every target, in the order of the project's table."""
+    """Every target."""
     speeds = [*_dense_speeds(), *_cascade_speeds(results)]
     return [
         *(speed.row(results) for speed in speeds),
@@ -113,7 +121,7 @@ def _dense_speeds() -> Iterator[Speed]:
 
 
 def _cascade_speeds(results: Results) -> Iterator[Speed]:
-    """The cascade that was measured, whatever its folder is called."""
+    """Of the cascade that was measured, whatever the name of its folder."""
     names = {key.partition(" batch ")[0] for key in results["cases"] if key.startswith("cascade:")}
     for batch in (256, 8):
         for name in sorted(names) or ["cascade:"]:
@@ -123,7 +131,7 @@ def _cascade_speeds(results: Results) -> Iterator[Speed]:
 
 
 def _unknown(work: str, wanted: str, fact: Results | None) -> Row:
-    """A target of which nothing is known, because it was not measured or that failed."""
+    """A target without a measurement: nobody took it, or it failed."""
     if fact is None:
         return Row(work, wanted)
     return Row(work, wanted, verdict=f"refused: {fact['refused'].splitlines()[0]}")
@@ -138,7 +146,8 @@ def _schedule_rows(facts: Results | None) -> Iterator[Row]:
         found = next(b for b in facts["batches"] if b["batch"] == batch)
         value = found["schedule_efficiency"]
         measured = f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-        verdict = "pass" if value["median"] >= wanted else f"{value['median'] - wanted:+.3f}"
+        distance = f"{value['median'] - wanted:+.3f}"
+        verdict = at_least(wanted, value["median"], (value["low"], value["high"]), distance)
         if found["batches"] < LEAST_BATCHES:
             verdict = f"only {found['batches']} of {LEAST_BATCHES} different batches"
         yield Row(work, f"≥ {wanted:.2f}", f"{beside}, {found['batches']} batches", measured, verdict)
@@ -176,7 +185,7 @@ def _memory_rows(facts: Results) -> Iterator[Row]:
 
 
 def _training_rows(facts: Results | None) -> Iterator[Row]:
-    """The trained cascade: accuracy against the last network's, and cost."""
+    """The trained cascade: its accuracy against the last network's, and its cost."""
     if facts is None:
         yield Row("last network alone, accuracy", "≥ 92.5 %")
     else:
@@ -199,15 +208,15 @@ def _training_rows(facts: Results | None) -> Iterator[Row]:
         low, high = (100 * bound for bound in found["interval_95"])
         gain, cost = 100 * found["difference"], found["share_of_dense_macs"]
         measured = f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] at {cost:.1%}"
-        passed = gain >= points and cost <= share
-        distance = f"{min(0.0, gain - points):+.2f} points, {max(0.0, cost - share):+.1%} of the MACs"
-        yield Row(
-            f'operating point "{name}"', wanted, "the last network", measured, "pass" if passed else distance
-        )
+        distance = f"{min(0.0, gain - points):+.2f} points"
+        verdict = at_least(points, gain, (low, high), distance)
+        if cost > share:
+            verdict = f"{distance}, {cost - share:+.1%} of the MACs"
+        yield Row(f'operating point "{name}"', wanted, "the last network", measured, verdict)
 
 
 def target_table(results: Results) -> Table:
-    """Every target with what was measured, and whether it passes or how far it is."""
+    """Every target with its measurement and verdict."""
     table = Table(title="Targets, ratios of speeds in the same run", title_justify="left")
     for column in ("work", "target", "measured", "verdict", "beside"):
         table.add_column(column, overflow="fold")

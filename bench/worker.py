@@ -26,8 +26,8 @@ from bench.peers import WHOLE, Peer, Schedule, make_peer
 __all__ = ["OURS", "main"]
 
 OURS = "fastcascade"
-TUNING_IMAGES = 1024
-"""Of a cascade's images, those on which schedules are tuned."""
+TUNING_BATCHES, TUNING_IMAGES = 3, 256
+"""A cascade's schedules are tuned on so many batches at least, and so many images."""
 FINALISTS = 4
 """Schedules that take turns after one call each."""
 Batches = list[np.ndarray]
@@ -102,7 +102,7 @@ class PeerCascadeSubject(Subject):
         The number of rows changes from batch to batch as it does when timed, so a runtime that prepares
         itself again for every new shape pays for it here too.
         """
-        few = batches[: max(4, TUNING_IMAGES // len(batches[0]))]
+        few = batches[: max(TUNING_BATCHES, TUNING_IMAGES // len(batches[0]))]
         exits = [self.run(x)[1] for x in few]
         chosen = []
         for k, peer in enumerate(self.cascade.peers):

@@ -1,7 +1,6 @@
-"""What the suites share: pinned threads, cold caches on request, and one way to check and time a call.
+"""Shared by the suites: pinned threads, cold caches on request, and one way to time a call.
 
-They show where a change moved something and are run while working on it. Figures that are quoted come from
-``make bench``, which interleaves the engines.
+The suites are for work on one part. Published figures come from ``make bench``, which interleaves engines.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _pinned() -> Iterator[None]:
-    """Two processors for this process and what it starts, and as many threads of torch."""
+    """Two CPUs for this process and its children, and as many threads in torch."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(allowed)[:THREADS])
     before = torch.get_num_threads()
@@ -39,7 +38,7 @@ def _pinned() -> Iterator[None]:
 
 @pytest.fixture
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
-    """``timed(call, gflop)``: time a call that was checked before, and note its GFLOP."""
+    """``timed(call, gflop)`` times a call whose result was checked, and records its GFLOP/s."""
     cold = request.config.getoption("--cold")
     flush = np.ones(BEYOND_CACHES, np.uint8) if cold else None
 

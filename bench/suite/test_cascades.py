@@ -1,4 +1,4 @@
-"""The shipped cascade on real images, and a random one whose exits are spread evenly over time."""
+"""The shipped cascade on real images, and a random one with evenly spread exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One convolution at a time, by kernel, on the shapes of the CIFAR ResNets."""
+"""Single convolutions by kernel, in the shapes of the CIFAR ResNets."""
 
 from __future__ import annotations
 

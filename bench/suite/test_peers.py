@@ -1,4 +1,4 @@
-"""The peers on ResNet-20, each in a process of its own; waking it is timed with it."""
+"""The peers on ResNet-20, each in a process of its own; times include waking it."""
 
 from __future__ import annotations
 

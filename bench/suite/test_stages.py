@@ -1,4 +1,4 @@
-"""The networks that are measured, each alone as a cascade of one stage."""
+"""The benchmark's networks, each as a cascade of one stage."""
 
 from __future__ import annotations
 

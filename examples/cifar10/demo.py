@@ -1,6 +1,6 @@
-"""Classify 2,000 real images with the trained cascade, and compare with its last network on all of them.
+"""Classify 2,000 test images with the trained cascade, and compare it with its last network on every image.
 
-Every figure is measured in this run; predictions and a picture go to ``demo/``. ``make demo`` runs it.
+Measures accuracy, cost and speed, and writes predictions and a chart to ``demo/``. ``make demo`` runs it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TORCH_BATCH = 50
 
 
 class Result(NamedTuple):
-    """How one way to classify the images did; the speed is the median of all rounds."""
+    """Accuracy, cost and median speed of one way to classify the images."""
 
     accuracy: float
     mean_macs: float
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 def main() -> None:
-    """Measure, print, and write the predictions and the picture."""
+    """Measure, print, and write the predictions and the chart."""
     console = Console()
     cascade = fc.load(HERE / "model")
     data = load_data(HERE / "test-images.npz", classes=cascade.classes)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 Classify = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Images → labels (N,) and costs (N,), None where every image costs the dense network."""
+"""Images → labels (N,) and costs (N,); None if every image costs as much as the dense network."""
 
 
 def contestants(cascade: fc.Cascade, fast: CompiledCascade) -> dict[str, Classify]:
@@ -74,7 +74,7 @@ def contestants(cascade: fc.Cascade, fast: CompiledCascade) -> dict[str, Classif
     last.to(memory_format=torch.channels_last)
 
     def in_pytorch(images: Tensor) -> tuple[Tensor, None]:
-        # channels_last and small batches are what PyTorch's own kernels run fastest with on a CPU.
+        # channels_last and small batches are the fastest for PyTorch on a CPU.
         with torch.inference_mode(), eval_mode(alone):
             pixels = (alone.images(batch) for batch in torch.split(images, TORCH_BATCH))
             logits = [last(p.contiguous(memory_format=torch.channels_last))[1] for p in pixels]
@@ -95,8 +95,8 @@ def contestants(cascade: fc.Cascade, fast: CompiledCascade) -> dict[str, Classif
 
 
 def race(ways: dict[str, Classify], images: Tensor, labels: Tensor, dense_macs: int) -> dict[str, Result]:
-    """Run every way once to warm up and then in turns, so that all meet the same state of the machine."""
-    answers = {name: way(images) for name, way in ways.items()}
+    """Warm up every way, then time them in turns, so a machine that slows down slows all of them."""
+    results = {name: way(images) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in track(range(ROUNDS), "measuring in turns", console=Console(stderr=True)):
         for name, way in ways.items():
@@ -109,12 +109,12 @@ def race(ways: dict[str, Classify], images: Tensor, labels: Tensor, dense_macs: 
             dense_macs if cost is None else float(cost.double().mean()),
             len(images) / statistics.median(seconds[name]),
         )
-        for name, (label, cost) in answers.items()
+        for name, (label, cost) in results.items()
     }
 
 
 def comparison(results: dict[str, Result], dense_macs: int) -> Table:
-    """One row per way, with the speed beside that of the last network in the same engine."""
+    """One row per way, with its speed-up over the last network in the same engine."""
     table = Table("", "accuracy", "M MACs", "share", "images/s", "speed-up")
     table.caption = "MACs per image, their share of the last network's, and the speed over it"
     for column in table.columns[1:]:
@@ -132,7 +132,7 @@ def comparison(results: dict[str, Result], dense_macs: int) -> Table:
 
 
 def exits(fast: CompiledCascade, images: Tensor, labels: Tensor) -> Table:
-    """Where the images stop at the default operating point, and how often that exit is right."""
+    """Share and accuracy of each exit at the default operating point."""
     result = fc.evaluate(fast, (images, labels))
     table = Table("exit", "network", "cost there", "share", "accuracy", title='exits at "default"')
     for column in table.columns[2:]:
@@ -149,7 +149,7 @@ def exits(fast: CompiledCascade, images: Tensor, labels: Tensor) -> Table:
 
 
 def draw(cascade: fc.Cascade, data: tuple[Tensor, Tensor]) -> None:
-    """Cost and accuracy on these images: the cascade's curve, its networks alone, its operating points."""
+    """Plot accuracy against cost: the cascade's curve, its networks alone, its operating points."""
     own, confident = traces(cascade, data, [None, "max_prob"])
     level = cascade.thresholds().numpy()
     shifts = np.linspace(-2 * LOG_ODDS_LIMIT, 2 * LOG_ODDS_LIMIT, 241)
@@ -167,7 +167,7 @@ def draw(cascade: fc.Cascade, data: tuple[Tensor, Tensor]) -> None:
 
 
 def sweep(seen: Trace, thresholds: list[NDArray[np.float32]]) -> list[fc.Evaluation]:
-    """Thresholds that were chosen without a look at these labels, evaluated from bold to careful."""
+    """Results for thresholds chosen without these labels, from the lowest cost to the highest."""
     return [seen.run(t.tolist()) for t in thresholds]
 
 

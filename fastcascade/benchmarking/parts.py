@@ -1,4 +1,4 @@
-"""Parts of a plan as plans of their own, so that the same engine can time them."""
+"""Parts of a plan as separate plans that the same engine can time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["stage_alone", "stage_with_exit", "without_stage"]
 
 
 def stage_alone(plan: Plan, k: int) -> Plan:
-    """Stage k as a cascade of one stage; it reads images of its own input's shape.
+    """Stage k as a cascade of one stage that reads images of the shape of its input.
 
     Raises:
         InvalidArgument: the stage reads a vector, or an opaque stage's features, whose shape is not known.
@@ -36,14 +36,14 @@ def stage_alone(plan: Plan, k: int) -> Plan:
 
 
 def stage_with_exit(plan: Plan, k: int) -> Plan:
-    """Stage k with its selector, before a stage that nothing needs to reach."""
+    """Stage k with its selector, followed by a stage that no image needs to reach."""
     alone = stage_alone(plan, k)
     first = replace(alone.stages[0], selector=plan.stages[k].selector)
     return _plan_of(plan, [k, k], [first, alone.stages[0]], alone.input)
 
 
 def without_stage(plan: Plan, k: int) -> Plan | None:
-    """The plan with one stage left out; None where the next reads its features, or none is left."""
+    """The plan without one stage; None if the next one reads its features or no stage is left."""
     rest = [j for j in range(len(plan.stages)) if j != k]
     feeds_next = k + 1 < len(plan.stages) and plan.stages[k + 1].input == "previous"
     if not rest or feeds_next:
@@ -52,7 +52,7 @@ def without_stage(plan: Plan, k: int) -> Plan | None:
 
 
 def _plan_of(plan: Plan, kept: Sequence[int], stages: Sequence[StagePlan], spec: InputSpec) -> Plan:
-    """A plan of changed stages; ``kept`` says which of the plan's each one was."""
+    """A plan of changed stages; ``kept`` gives the number that each had in the plan."""
     last = replace(stages[-1], selector=None, selector_macs=0)
     return replace(
         plan,
