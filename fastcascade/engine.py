@@ -205,15 +205,7 @@ class CompiledCascade(nn.Module):
         self._build(self._lower_again())
 
     def train(self, mode: bool = True) -> CompiledCascade:
-        """Stay in eval mode.
-
-        Raises:
-            InvalidArgument: ``mode`` is True.
-        """
-        if mode:
-            raise InvalidArgument(
-                "a compiled cascade has no training mode; train the cascade itself, then call recompile()"
-            )
+        """Stay in eval mode, so that a module that contains this one can be trained."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledCascade:

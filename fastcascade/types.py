@@ -30,6 +30,9 @@ __all__ = [
 Combine: TypeAlias = Literal["last", "mean"] | tuple[float, ...]
 """How the probabilities of the visited stages are combined: the last, the mean, or a weighted mean."""
 
+MAX_PIXEL = 1e20
+"""Float pixels beyond this count as NaN. Above it, one convolution algorithm overflows where another does not."""
+
 WEIGHT_RANGE = (1e-6, 1e6)
 """Allowed weights of a stage; float32 represents their sums and logarithms accurately."""
 
@@ -150,12 +153,16 @@ class InputSpec:
         )
 
     def to_float(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """Normalise uint8 images (N, C, H, W) to float32; return float images unchanged.
+        """Normalise uint8 images (N, C, H, W) to float32; leave float images as they are.
+
+        Float values beyond ±:data:`MAX_PIXEL` become NaN.
 
         Args:
             table: the preprocessing table on x's device; made if None.
         """
-        if x.dtype != torch.uint8 or self.preprocess is None:
+        if x.is_floating_point():
+            return torch.where(x.abs() <= MAX_PIXEL, x, math.nan)
+        if self.preprocess is None:
             return x
         if table is None:
             table = self.preprocess.table().to(x.device)

@@ -123,6 +123,8 @@ def test_it_is_a_module_without_state_or_modes(cascade: fc.Cascade, fast: Compil
     assert not fast.training
     fast.eval()
     cascade.train()
+    nn.Sequential(fast, nn.Dropout()).train()
+    assert not fast.training
     assert torch.equal(fast(x).probs, want)
     assert all(module.training for module in cascade.modules())
     assert torch.equal(nn.Sequential(fast)(x).probs, want)
@@ -138,7 +140,6 @@ def test_it_is_a_module_without_state_or_modes(cascade: fc.Cascade, fast: Compil
         lambda m: m.double(),
         lambda m: m.bfloat16(),
         lambda m: m.to(torch.float16),
-        lambda m: m.train(),
     ],
 )
 def test_conversions_that_would_do_nothing_are_refused(
@@ -147,7 +148,7 @@ def test_conversions_that_would_do_nothing_are_refused(
     x = torch.randn(4, *SHAPE)
     want = fast(x).probs
     for module in (fast, nn.Sequential(fast, nn.Linear(4, 4))):
-        with pytest.raises(InvalidArgument, match=r"fc\.compile\(|recompile") as caught:
+        with pytest.raises(InvalidArgument, match=r"fc\.compile\(") as caught:
             convert(module)
         assert "cascade" in str(caught.value)
         assert all((p.device.type, p.dtype) == ("cpu", torch.float32) for p in module.parameters())

@@ -27,7 +27,7 @@ FC_INLINE V clamp(V x, V low, V high) {
   x = x < low ? low : x;
   return x > high ? high : x;
 }
-FC_INLINE V maximum(V a, V b) { return (a != a) | (a > b) ? a : b; }
+FC_INLINE V maximum(V a, V b) { return ((a != a) | (a > b)) ? a : b; }
 
 #include "../generic/all.inl"
 

@@ -2,10 +2,10 @@
 
     python examples/cifar10/train_stages.py cifar10:data --out examples/cifar10/run
 
-The recipe is that of Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU* (arXiv 2404.00498): a whitening
-first convolution, orthogonalised momentum (Muon), label smoothing, alternating flips. Images 0 … 44,999 train;
-the other 5,000 training images only say how good an epoch was. A run that was stopped continues where it was.
-Bfloat16 arithmetic; on two CPU cores 1 PFLOP takes about an hour, and NETWORKS needs the sum of its costs.
+The recipe is that of Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU* (arXiv 2404.00498): a first
+convolution that whitens, orthogonalised momentum (Muon), label smoothing, alternating flips. Images 0 … 44,999
+train; the other 5,000 training images only say how good an epoch was. A run that was stopped continues where it
+was. The arithmetic is bfloat16; two CPU cores do about 1 PFLOP an hour.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ NETWORKS = (
 
 
 def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
-    """About U·Vᵀ of a matrix U·S·Vᵀ, by a quintic Newton–Schulz iteration in bfloat16 (Jordan et al. 2024)."""
+    """About U·Vᵀ of a matrix U·S·Vᵀ: a quintic Newton–Schulz iteration in bfloat16 (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16()
     x = x / (x.norm() + 1e-7)

@@ -66,7 +66,7 @@ class PooledNet(nn.Module):
         super().__init__()
         if len(widths) != 3 or min(widths) < 1 or in_channels < 1:
             raise InvalidArgument(
-                f"widths are {tuple(widths)} with {in_channels} input channels; expected three positive widths"
+                f"widths are {tuple(widths)}, in_channels is {in_channels}; expected three positive widths"
             )
         self.architecture: str | None = None
         self.whiten = nn.Conv2d(in_channels, 8 * in_channels, 2)

@@ -349,3 +349,16 @@ def test_pooling_is_its_definition(
             if kind == "average":
                 want = window.sum((1, 2)) / (declared if include_padding else inside)
             torch.testing.assert_close(got[:, row, column], want)
+
+
+@pytest.mark.parametrize("value", [1e21, 3e38, -1e38, math.inf, -math.inf, math.nan])
+def test_pixels_beyond_the_limit_are_nan_everywhere(backend: str, value: float) -> None:
+    """Invalid on every backend and in the cascade itself; the largest pixel allowed is not."""
+    cascade = independent(fc.MLPSelector())
+    fast = fc.compile(cascade, backend=backend, device="cpu")
+    x = torch.randn(3, *SHAPE)
+    x[1, 0, 2, 3] = value
+    for out in (cascade(x), fast(x)):
+        assert out.label[1] == -1
+        assert out.probs[1].isnan().all()
+        assert (out.label[[0, 2]] >= 0).all()

@@ -147,6 +147,7 @@ class BreadthFirstProgram:
         """
         limits = thresholds.to(self.device, non_blocking=True)
         try:
+            x = self.plan.input.to_float(x) if x.is_floating_point() else x
             parts = [self._run_part(part, limits) for part in x.split(MAX_ROWS)]
         except torch.OutOfMemoryError as error:
             raise FastCascadeError(
