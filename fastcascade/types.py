@@ -31,7 +31,7 @@ Combine: TypeAlias = Literal["last", "mean"] | tuple[float, ...]
 """How the probabilities of the visited stages are combined: the last, the mean, or a weighted mean."""
 
 MAX_PIXEL = 1e20
-"""Float pixels beyond this count as NaN. Above it, one convolution algorithm overflows where another does not."""
+"""Float pixels beyond this count as NaN: above it, one algorithm overflows where another does not."""
 
 WEIGHT_RANGE = (1e-6, 1e6)
 """Allowed weights of a stage; float32 represents their sums and logarithms accurately."""

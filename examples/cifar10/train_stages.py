@@ -3,9 +3,9 @@
     python examples/cifar10/train_stages.py cifar10:data --out examples/cifar10/run
 
 The recipe is that of Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU* (arXiv 2404.00498): a first
-convolution that whitens, orthogonalised momentum (Muon), label smoothing, alternating flips. Images 0 … 44,999
-train; the other 5,000 training images only say how good an epoch was. A run that was stopped continues where it
-was. The arithmetic is bfloat16; two CPU cores do about 1 PFLOP an hour.
+convolution that whitens, orthogonalised momentum (Muon), label smoothing, alternating flips. Images
+0 … 44,999 train; the other 5,000 training images only say how good an epoch was. A run that was stopped
+continues where it was. The arithmetic is bfloat16; two CPU cores do about 1 PFLOP an hour.
 """
 
 from __future__ import annotations
