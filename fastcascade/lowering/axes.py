@@ -25,6 +25,7 @@ __all__ = [
     "size_of",
     "stored_axes",
     "to_stored_order",
+    "with_channels_in_order",
 ]
 
 
@@ -114,6 +115,22 @@ def channel_order(axes: Sequence[Axis]) -> NDArray[np.int64]:
                 along = (along[:, None] + np.arange(factor.size) * factor.step).reshape(-1)
         order = order + along.reshape([-1 if i == position else 1 for i in range(len(axes))])
     return order
+
+
+def with_channels_in_order(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The view of a value whose channels are stored in the order in which ``axes`` run through them."""
+    step = math.prod(factor.size for axis in axes for factor in axis if factor.axis == 0)
+    ordered = []
+    for axis in axes:
+        factors = []
+        for factor in axis:
+            if factor.axis == 0:
+                step //= factor.size
+                factors.append(Factor(0, factor.size, step))
+            else:
+                factors.append(factor)
+        ordered.append(tuple(factors))
+    return tuple(ordered)
 
 
 def to_stored_order(constant: Tensor, axes: Sequence[Axis], shape: Sequence[int]) -> Tensor:

@@ -27,6 +27,7 @@ from fastcascade.lowering.axes import (
     size_of,
     stored_axes,
     to_stored_order,
+    with_channels_in_order,
 )
 from fastcascade.lowering.operations import Flatten, Op, Reorder, Reshape, Shape
 
@@ -251,33 +252,22 @@ class Translator:
             return value
         shape = (len(order), *self.shapes[value.number][1:])
         reordered = self.emit(Reorder, shape, input=value.number, channels=tuple(map(int, order)))
-        step = len(order)
-        axes = []
-        for axis in value.axes:
-            factors = []
-            for factor in axis:
-                if factor.axis == 0:
-                    step //= factor.size
-                    factor = replace(factor, step=step)
-                factors.append(factor)
-            axes.append(tuple(factors))
-        return replace(reordered, axes=tuple(axes))
+        return replace(reordered, axes=with_channels_in_order(value.axes))
 
     def plain(self, value: Any) -> Value:
         """The operand as a value of the plan that has the view's shape: a map (C, H, W) or a vector (F,)."""
         if not isinstance(value, Value):
             self.refuse("it reads a constant where only a batched value is supported")
-        if not is_row_major(value.axes):
-            value = self.channels_reordered(value)
-        if not is_row_major(value.axes):
-            self.refuse(f"it reads a transposed view of shape {value.shape} per instance")
-        shape = value.shape
-        if shape == self.shapes[value.number]:
-            return value
+        view = value if is_row_major(value.axes) else self.channels_reordered(value)
+        if not is_row_major(view.axes):
+            self.refuse(f"it reads a transposed view of shape {view.shape} per instance")
+        shape = view.shape
+        if shape == self.shapes[view.number]:
+            return view
         if len(shape) == 1:
-            return self.emit(Flatten, shape, input=value.number)
+            return self.emit(Flatten, shape, input=view.number)
         if len(shape) == 3:
-            return self.emit(Reshape, shape, input=value.number, shape=shape)
+            return self.emit(Reshape, shape, input=view.number, shape=shape)
         self.refuse(f"it reads a view of shape {shape} per instance")
 
     def image(self, value: Any) -> Value:

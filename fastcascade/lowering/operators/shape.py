@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcascade.lowering.axes import Axis, Factor, channel_order, stored_axes
+from fastcascade.lowering.axes import Factor, channel_order, stored_axes, with_channels_in_order
 from fastcascade.lowering.operations import Concat, Flip, Pad, Reorder, Slice
 from fastcascade.lowering.translator import Translator, Value, lowers
 
@@ -127,18 +127,9 @@ def _take_channels(t: Translator, value: Value, axis: int, indices: range) -> Va
         result = t.emit(Slice, chosen, input=value.number, **bounds)
     else:
         result = t.emit(Reorder, chosen, input=value.number, channels=tuple(map(int, order)))
-    lengths = {axis: (Factor(0, len(indices)),) if len(indices) > 1 else ()}
-    axes: list[Axis] = [lengths.get(i, old) for i, old in enumerate(value.axes)]
-    step = len(order)
-    for i, old in enumerate(axes):
-        factors = []
-        for factor in old:
-            if factor.axis == 0:
-                step //= factor.size
-                factor = replace(factor, step=step)
-            factors.append(factor)
-        axes[i] = tuple(factors)
-    return replace(result, axes=tuple(axes))
+    chosen_axes = list(value.axes)
+    chosen_axes[axis] = (Factor(0, len(indices)),) if len(indices) > 1 else ()
+    return replace(result, axes=with_channels_in_order(chosen_axes))
 
 
 def parts_along(t: Translator, value: Value, axis: int) -> list[Value]:
