@@ -93,7 +93,7 @@ def speeds_table(results: Results) -> str:
     """Images/s at batch 256: ours, each fp32 runtime, and the fastest fp32 engine of PyTorch."""
     runtimes = [name for name in FP32_PEERS if name not in PYTORCH]
     rows = []
-    for key, entry in results["cases"].items():
+    for key, entry in sorted(results["cases"].items(), key=lambda case: case[0].startswith("cascade:")):
         if " batch 256 " in key:
             rates = {name: e["images_per_s"] for name, e in entry["engines"].items() if "refused" not in e}
             columns = [rates.get(name) for name in (OURS, *runtimes)]

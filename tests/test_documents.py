@@ -41,6 +41,14 @@ def test_tables_are_those_of_the_stored_results(measure: ModuleType, document: s
     assert measure.write_tables(text, RESULTS) == text, "measure.py writes these tables"
 
 
+def test_an_empty_table_is_filled_and_the_text_around_it_kept(measure: ModuleType) -> None:
+    empty = "a\n<!-- operating points -->\n<!-- end -->\nb\n<!-- networks -->\n<!-- end -->\nc\n"
+    written = measure.write_tables(empty, RESULTS)
+    assert [line for line in written.splitlines() if not line.startswith(("|", "<"))] == ["a", "b", "c"]
+    assert written.count("| network alone |") == 1
+    assert measure.write_tables(written, RESULTS) == written
+
+
 def test_the_demo_in_the_readme_shows_the_stored_accuracies() -> None:
     shipped, dense = RESULTS["shipped_images"], RESULTS["dense_macs"]
     rows = [

@@ -133,8 +133,10 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
 def write_tables(text: str, report: dict[str, Any]) -> str:
     """A document with the tables between ``<!-- NAME -->`` and ``<!-- end -->`` made from the results."""
     for name, table in tables(report).items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(
+            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL
+        )
     return text
 
 
