@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "storage": {"errors"},
     "model": {"errors", "types", "storage", "kernels"},
     "data": {"errors", "types", "storage"},
-    "evaluation": {"errors", "types", "storage", "kernels", "model", "data"},
+    "evaluation": {"errors", "types", "storage", "kernels", "model", "data", "lowering", "engine"},
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},

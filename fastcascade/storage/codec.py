@@ -17,10 +17,13 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError
 
-__all__ = ["NOT_SAVED", "Reader", "encode", "refuse"]
+__all__ = ["ADDED", "NOT_SAVED", "Reader", "encode", "refuse"]
 
 NOT_SAVED = MappingProxyType({"saved": False})
 """``field(metadata=NOT_SAVED)`` keeps a field out of files."""
+
+ADDED = MappingProxyType({"added": True})
+"""``field(default=…, metadata=ADDED)`` may be missing from files written before the field existed."""
 
 _LARGEST = 2**53
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -126,6 +129,9 @@ class Reader:
             tag = value.pop(_TAG, None)
             cls = variants.get(str(tag)) or refuse(f"{path}.{_TAG}", tag, f"one of {sorted(variants)}")
         expected = _saved_fields(cls)
+        for f in fields(cls):
+            if f.name not in value and f.metadata.get("added", False):
+                del expected[f.name]
         if set(value) != set(expected):
             refuse(path, sorted(value), f"the fields {sorted(expected)}")
         return cls(
