@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class TrainingConfig:
     Attributes:
         stages: registry names, from small to large.
         num_classes, input_shape, combine, mean, std: of the cascade.
-        features: of the MLP selector, or score: of a confidence threshold.
+        features: of the MLP selector, or score: of a threshold rule, or selector: "auto" for the better.
         splits: [first, end) image numbers of "train", "validation" (selector) and "calibration".
         objective, alpha: of :func:`fastcascade.fit`.
         recipe: overrides of :class:`Recipe`'s defaults.
@@ -58,8 +58,9 @@ class TrainingConfig:
     combine: Combine = "last"
     features: FeatureKind = "stats"
     score: ScoreKind | None = None
+    selector: Literal["auto"] | None = None
     objective: Objective = "exact"
-    alpha: float = 0.3
+    alpha: float = 0.05
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     operating_points: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -67,7 +68,14 @@ class TrainingConfig:
         """The untrained cascade, its weights drawn from the recipe's seed."""
         torch.manual_seed(int(self.recipe.get("seed", 0)))
         stages = [build_network(name, self.num_classes) for name in self.stages]
-        selector: Selector | None = MLPSelector(self.features)
+        if self.selector not in (None, "auto") or (
+            self.selector and (self.score or self.features != "stats")
+        ):
+            raise InvalidArgument(
+                f"selector is {self.selector!r}, score {self.score!r}, features {self.features!r}; expected "
+                'selector = "auto" alone, or a score, or features'
+            )
+        selector: Selector | Literal["auto"] = self.selector or MLPSelector(self.features)
         if self.score is not None:
             selector = ThresholdSelector(self.score)
         return Cascade(
