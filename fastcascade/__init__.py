@@ -6,6 +6,7 @@ from fastcascade.engine import compile
 from fastcascade.errors import FastCascadeError
 from fastcascade.evaluation.calibration import calibrate
 from fastcascade.evaluation.evaluation import evaluate
+from fastcascade.evaluation.stage_choice import choose_stages
 from fastcascade.lowering.export import plan
 from fastcascade.lowering.plan_file import load_plan
 from fastcascade.model.cascade import Cascade, Stage
@@ -29,6 +30,7 @@ __all__ = [
     "ThresholdSelector",
     "benchmark",
     "calibrate",
+    "choose_stages",
     "compile",
     "evaluate",
     "fit",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from fastcascade.lowering.plan import Plan
     from fastcascade.model.cascade import Cascade
     from fastcascade.prediction.predictions import Prediction
-    from fastcascade.types import OperatingPoint
+    from fastcascade.types import OperatingPoint, SelectorComparison
 
 __all__ = ["app", "main"]
 
@@ -497,10 +497,66 @@ def inspect(model: Model) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for line in str(described).splitlines():
         console.print(plain(line))
+    if not isinstance(loaded, Plan):
+        console.print("temperatures:", " ".join(f"{t:.3f}" for t in loaded.temperatures.tolist()))
+        if loaded.comparison is not None:
+            console.print(comparison_table(loaded.comparison))
     if described.classes is not None:
         console.print("classes:", plain(", ".join(described.classes)))
     if described.operating_points:
         console.print(operating_points_table(described.operating_points, described.dense_macs))
+
+
+def comparison_table(comparison: SelectorComparison) -> Table:
+    """Held-out accuracy of the learned selector and of threshold rules at the same cost."""
+    title = (
+        f"stop scores at matched cost, {comparison.n:,} images; learned − {comparison.best_rule}: "
+        f"{100 * comparison.gain:+.2f} ± {100 * comparison.standard_error:.2f} points"
+    )
+    table = Table("score", *(f"{share:.0%} of dense" for share in comparison.budgets), title=title)
+    for name, row in comparison.accuracy.items():
+        table.add_row(printable(name), *(f"{accuracy:.2%}" for accuracy in row))
+    return table
+
+
+@app.command(epilog="Example: fastcascade choose pool.npz --budget 3e7")
+def choose(
+    pool: Annotated[
+        Path,
+        typer.Argument(
+            metavar="POOL",
+            help="npz file with logits (K, N, C), labels (N,), macs (K,) and, if you like, names (K,)",
+        ),
+    ],
+    budget: Annotated[
+        list[float] | None, typer.Option(help="mean cost per image; again for more; a curve if left out")
+    ] = None,
+    max_stages: Annotated[int, typer.Option(min=1, max=5, help="longest cascade")] = 3,
+    folds: Annotated[int, typer.Option(min=2, help="of the cross-validation")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Which of many trained classifiers make the best cascade, from what they say on held-out images."""
+    import dataclasses
+
+    from fastcascade.evaluation.stage_choice import read_pool, stage_choices
+
+    choices = stage_choices(**read_pool(pool), budgets=budget, max_stages=max_stages, folds=folds)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(choice) for choice in choices], indent=1))
+        return
+    table = Table("budget", "stages", "combine", "thresholds", "held-out accuracy", "mean cost", "stop at")
+    for c in choices:
+        combine = c.combine if isinstance(c.combine, str) else " : ".join(f"{w:.2g}" for w in c.combine)
+        table.add_row(
+            f"{c.budget_macs:,.0f}",
+            printable(" → ".join(c.names)),
+            combine,
+            " ".join(f"{t:.3f}" for t in c.thresholds),
+            f"{c.held_out_accuracy:.2%}",
+            f"{c.held_out_macs:,.0f}",
+            " ".join(f"{share:.0%}" for share in c.exit_shares),
+        )
+    Console().print(table)
 
 
 OPTIONAL = {

@@ -21,6 +21,7 @@ __all__ = [
     "Normalize",
     "OperatingPoint",
     "OperatingPointLike",
+    "SelectorComparison",
     "checked_combine",
     "forced_exit",
     "resolve_thresholds",
@@ -191,6 +192,29 @@ class OperatingPoint:
     exit_shares: tuple[float, ...]
     n: int
     risk: float | None = None
+
+
+@dataclass(frozen=True)
+class SelectorComparison:
+    """The learned selector against threshold rules at matched cost, on folds that fitted neither.
+
+    Attributes:
+        budgets: (B,) mean costs, as shares of the dense cost.
+        accuracy: name → (B,) held-out accuracy: "learned", "max_prob", "margin", "entropy".
+        best_rule: the rule with the highest mean accuracy over the budgets.
+        gain: mean accuracy over the budgets of the learned selector minus that of the best rule, with
+        standard_error: of that difference, paired over the images.
+        steps: training steps that the held-out folds preferred; 0 leaves the selector at its first rule.
+        n: number of images.
+    """
+
+    budgets: tuple[float, ...]
+    accuracy: Mapping[str, tuple[float, ...]]
+    best_rule: str
+    gain: float
+    standard_error: float
+    steps: int
+    n: int
 
 
 OperatingPointLike = str | OperatingPoint | Tensor | Sequence[float] | None

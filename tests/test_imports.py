@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "storage": {"errors"},
     "model": {"errors", "types", "scale", "storage", "kernels"},
     "data": {"errors", "types", "storage"},
-    "evaluation": {"errors", "text", "types", "storage", "kernels", "model", "data"},
+    "evaluation": {*{"errors", "text", "types", "storage", "kernels", "model", "data", "lowering", "engine"}},
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},

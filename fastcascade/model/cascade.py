@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.model.cost import count_macs, eval_mode
-from fastcascade.model.selector import Selector
+from fastcascade.model.selector import MLPSelector, Selector
 from fastcascade.scale import ScaleCheck
 from fastcascade.types import (
     CascadeOutput,
@@ -28,6 +28,7 @@ from fastcascade.types import (
     Normalize,
     OperatingPoint,
     OperatingPointLike,
+    SelectorComparison,
     checked_combine,
     resolve_thresholds,
     stage_weights,
@@ -119,7 +120,8 @@ class Cascade(nn.Module):
 
     Args:
         stages: modules (each reads the image) or :class:`Stage`.
-        selector: None if and only if there is one stage.
+        selector: None if and only if there is one stage. "auto" is an :class:`fastcascade.MLPSelector` that
+            :func:`fastcascade.fit` replaces by a threshold rule if that is as good on held-out images.
         num_classes: at least 2; every stage must return this many logits.
         input_shape: (C, H, W) of one image.
         combine: "last" returns the probabilities of the stage where an instance stops, "mean" their mean
@@ -135,6 +137,9 @@ class Cascade(nn.Module):
         temperatures: (K,) buffer of the stages' temperatures T_k: p_k = softmax(z_k / T_k). 1 until
             :func:`fastcascade.fit` finds them on held-out images (Guo et al. 2017, arXiv 1706.04599).
         operating_points: named thresholds stored by :func:`fastcascade.calibrate`.
+        auto_selector: whether the selector was given as "auto".
+        comparison: held-out accuracy of the learned selector and of threshold rules; None before
+            :func:`fastcascade.fit`.
         seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has used.
         scale_check: warns once if float images are not normalised; see :class:`fastcascade.scale.ScaleCheck`.
 
@@ -158,7 +163,7 @@ class Cascade(nn.Module):
     def __init__(
         self,
         stages: Sequence[nn.Module],
-        selector: nn.Module | None,
+        selector: nn.Module | Literal["auto"] | None,
         num_classes: int,
         input_shape: tuple[int, int, int],
         combine: Combine | Sequence[float] = "last",
@@ -167,6 +172,9 @@ class Cascade(nn.Module):
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(_checked_stages(stages))
+        self.auto_selector = isinstance(selector, str) and selector == "auto"
+        if self.auto_selector:
+            selector = MLPSelector() if len(self.stages) > 1 else None
         self.selector = _checked_selector(selector)
         self.num_classes = num_classes
         shape = tuple(input_shape) if isinstance(input_shape, Sequence) else input_shape
@@ -175,11 +183,12 @@ class Cascade(nn.Module):
         self.classes = _checked_classes(classes)
         self.scale_check = ScaleCheck(self.input)
         self.operating_points: dict[str, OperatingPoint] = {}
+        self.comparison: SelectorComparison | None = None
         self.seen_images = np.empty(0, np.uint64)
         self.register_buffer("temperatures", torch.ones(len(self.stages)))
         self._check_arguments()
-        if isinstance(selector, Selector):
-            selector.build(len(self.stages), num_classes)
+        if isinstance(self.selector, Selector):
+            self.selector.build(len(self.stages), num_classes)
         self._count_costs()
 
     def _check_arguments(self) -> None:
@@ -221,10 +230,7 @@ class Cascade(nn.Module):
             chains.append(backbone + exit_macs)
         overrides = [self.stage(k).macs for k in range(len(self.stages))]
         self.stage_macs = tuple(c if o is None else o for c, o in zip(counted, overrides, strict=True))
-        self.selector_macs = tuple(
-            0 if self.selector is None else cast(Selector, self.selector).macs(k, self.num_classes)
-            for k in range(len(self.stages) - 1)
-        )
+        self._count_selector()
         # Stage(macs=…) replaces the counted cost of the stage itself, not of the segments before it.
         costs = zip(chains, counted, self.stage_macs, strict=True)
         self.single_macs = tuple(chain - own + macs for chain, own, macs in costs)
@@ -247,6 +253,39 @@ class Cascade(nn.Module):
                 "Wrap it in a module that returns the logits alone"
             )
         return out, macs
+
+    def _count_selector(self) -> None:
+        self.selector_macs = tuple(
+            0 if self.selector is None else cast(Selector, self.selector).macs(k, self.num_classes)
+            for k in range(len(self.stages) - 1)
+        )
+
+    def replace_selector(self, selector: nn.Module) -> None:
+        """Take another selector. Operating points and the comparison go, for they are the old one's.
+
+        Args:
+            selector: as in the constructor, but not "auto"; moved to the cascade's device.
+
+        Raises:
+            InvalidArgument: the cascade has one stage.
+
+        Example:
+            >>> from fastcascade.model.resnet import resnet_cifar
+            >>> from fastcascade.model.selector import MLPSelector, ThresholdSelector
+            >>> cascade = Cascade([resnet_cifar(8), resnet_cifar(14)], MLPSelector(), 10, (3, 32, 32))
+            >>> cascade.replace_selector(ThresholdSelector("margin"))
+            >>> cascade.selector_macs
+            (0,)
+        """
+        if self.selector is None:
+            raise InvalidArgument("a cascade of one stage has no selector to replace")
+        self.selector = selector
+        if isinstance(selector, Selector):
+            selector.build(len(self.stages), self.num_classes)
+        selector.to(self.device)
+        self.operating_points.clear()
+        self.comparison = None
+        self._count_selector()
 
     def stage(self, k: int) -> Stage:
         """Stage k, typed."""
@@ -429,12 +468,12 @@ def _checked_stages(stages: object) -> list[Stage]:
     return checked
 
 
-def _checked_selector(selector: nn.Module | None) -> nn.Module | None:
+def _checked_selector(selector: nn.Module | str | None) -> nn.Module | None:
     if selector is None or (isinstance(selector, nn.Module) and hasattr(selector, "macs")):
         return selector
     raise InvalidArgument(
-        f"selector is {selector!r}; expected None, fc.MLPSelector(), fc.ThresholdSelector(score), or a "
-        "module with forward(k, log_probs, previous_label) and macs(k, num_classes)"
+        f"selector is {selector!r}; expected None, 'auto', fc.MLPSelector(), fc.ThresholdSelector(score), "
+        "or a module with forward(k, log_probs, previous_label) and macs(k, num_classes)"
     )
 
 

@@ -116,6 +116,49 @@ class MLPSelector(Selector):
         self.b1.zero_()
         self.b2.zero_()
 
+    @property
+    def rules(self) -> tuple[ScoreKind, ...]:
+        """The threshold rules that :meth:`start_at` can express."""
+        if self.hidden < 2 or self.features == "probs":
+            return ()
+        return get_args(ScoreKind) if self.features == "stats" else ("max_prob", "margin")
+
+    @torch.no_grad()
+    def start_at(self, rule: ScoreKind, seed: int) -> None:
+        """Make the score a threshold rule, exactly for "max_prob" and "entropy", closely for "margin".
+
+        Two hidden units carry the rule, as x = relu(x) − relu(−x); for the margin relu(−l₂) − relu(−l₁),
+        where l₁ and l₂ are the log-odds of the top two classes, which is within log 2 of it. The other units
+        start at random and count for nothing. Call :meth:`standardise` first.
+
+        Raises:
+            InvalidArgument: the features or the width do not allow this rule.
+        """
+        if rule not in self.rules:
+            raise InvalidArgument(
+                f"features={self.features!r} with {self.hidden} hidden units cannot start at {rule!r}; "
+                f"expected one of {self.rules}"
+            )
+        self.reset(seed)
+        self.w2.zero_()
+        # (hidden unit, feature, sign, output weight)
+        units = {
+            "max_prob": ((0, 0, 1.0, 1.0), (1, 0, -1.0, -1.0)),
+            "margin": ((0, 0, -1.0, -1.0), (1, 1, -1.0, 1.0)),
+            "entropy": ((0, 2, 1.0, -1.0), (1, 2, -1.0, 1.0)),
+        }[rule]
+        for unit, feature, sign, weight in units:
+            self.w1[:, unit] = 0
+            self.w1[:, unit, feature] = sign * self.std[:, feature]
+            self.b1[:, unit] = sign * self.mean[:, feature]
+            self.w2[:, unit] = weight
+
+    @torch.no_grad()
+    def scale_scores(self, k: int, scale: Tensor | float, shift: Tensor | float) -> None:
+        """Turn stage k's score u into scale·u + shift."""
+        self.w2[k] *= scale
+        self.b2[k] = scale * self.b2[k] + shift
+
     @torch.no_grad()
     def standardise(self, k: int, stage_features: Tensor) -> None:
         """Set stage k's mean and std from (n, F) features; a constant feature keeps std 1."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -21,8 +21,8 @@ from fastcascade.model.cascade import Cascade, Stage
 from fastcascade.model.registry import build_module
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
 from fastcascade.storage.bundle import BundleFormat, bundle_exists, load_bundle, save_bundle
-from fastcascade.storage.codec import Reader, encode
-from fastcascade.types import Combine, InputSpec, OperatingPoint
+from fastcascade.storage.codec import ADDED, Reader, encode
+from fastcascade.types import Combine, InputSpec, OperatingPoint, SelectorComparison
 
 __all__ = ["cascade_exists", "load_cascade", "save_cascade"]
 
@@ -89,6 +89,8 @@ class _Cascade:
     operating_points: Mapping[str, OperatingPoint]
     costs: _Costs
     seen_images: Tensor  # (n,) uint64, increasing
+    auto_selector: bool = field(default=False, metadata=ADDED)
+    comparison: SelectorComparison | None = field(default=None, metadata=ADDED)
 
 
 def cascade_exists(directory: str | Path) -> bool:
@@ -122,6 +124,8 @@ def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = Fals
         operating_points=cascade.operating_points,
         costs=_Costs(cascade.stage_macs, cascade.selector_macs, cascade.dense_macs),
         seen_images=torch.from_numpy(cascade.seen_images.copy()),
+        auto_selector=cascade.auto_selector,
+        comparison=cascade.comparison,
     )
     custom = [name for name, _ in _custom_modules(saved)]
     if len(set(custom)) != len(custom):
@@ -214,6 +218,8 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
     except (FastCascadeError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(f"{directory} holds parts that do not make a cascade: {error}") from error
     cascade.temperatures.copy_(temperatures)
+    cascade.auto_selector = saved.auto_selector
+    cascade.comparison = saved.comparison
     cascade.operating_points = dict(saved.operating_points)
     cascade.seen_images = saved.seen_images.numpy()
     return cascade

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError
 
-__all__ = ["NOT_SAVED", "Reader", "encode"]
+__all__ = ["ADDED", "NOT_SAVED", "Reader", "encode"]
 
 NOT_SAVED = MappingProxyType({"saved": False})
 """``field(metadata=NOT_SAVED)`` omits a field from files."""
+
+ADDED = MappingProxyType({"added": True})
+"""``field(default=…, metadata=ADDED)`` may be missing from files written before the field existed."""
 
 _MAX_INT = 2**53
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -126,6 +129,9 @@ class Reader:
             tag = value.pop(_TAG, None)
             cls = variants.get(str(tag)) or _reject(f"{path}.{_TAG}", tag, f"one of {sorted(variants)}")
         expected = _saved_fields(cls)
+        for f in fields(cls):
+            if f.name not in value and f.metadata.get("added", False):
+                del expected[f.name]
         if set(value) != set(expected):
             _reject(path, sorted(value), f"the fields {sorted(expected)}")
         return cls(

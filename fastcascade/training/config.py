@@ -81,6 +81,8 @@ class CascadeTable(BaseModel):
             over the stages visited; a list of one weight per stage makes it a weighted mean.
         features: inputs of the learned selector.
         score: stop on this confidence score instead of a learned selector; excludes ``features``.
+        selector: ``"auto"`` compares the learned selector with the confidence scores on held-out images and
+            keeps the better one; excludes ``features`` and ``score``.
     """
 
     model_config = STRICT
@@ -93,6 +95,7 @@ class CascadeTable(BaseModel):
     combine: Literal["last", "mean"] | tuple[float, ...] = "last"
     features: FeatureKind = "stats"
     score: ScoreKind | None = None
+    selector: Literal["auto"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> CascadeTable:
@@ -105,6 +108,8 @@ class CascadeTable(BaseModel):
         checked_combine(self.combine, len(self.stages))
         if self.score is not None and "features" in self.model_fields_set:
             raise ValueError("features and score exclude each other; remove one")
+        if self.selector is not None and {"features", "score"} & self.model_fields_set:
+            raise ValueError("selector = 'auto' chooses by itself; remove features and score")
         if self.score is None and self.features == "topk" and self.num_classes < 3:
             raise ValueError("features = 'topk' needs at least 3 classes; use 'stats'")
         return self
@@ -152,7 +157,7 @@ class TrainTable(BaseModel):
     model_config = STRICT
 
     objective: Objective = "exact"
-    alpha: Annotated[float, Ge(0)] = 0.3
+    alpha: Annotated[float, Ge(0)] = 0.05
 
 
 class OperatingPointTable(BaseModel):
@@ -214,7 +219,7 @@ class TrainingConfig(BaseModel):
         torch.manual_seed(self.recipe.seed)
         table = self.cascade
         stages = [build_network(name, table.num_classes) for name in table.stages]
-        selector: Selector | None = MLPSelector(table.features)
+        selector: Selector | Literal["auto"] = table.selector or MLPSelector(table.features)
         if table.score is not None:
             selector = ThresholdSelector(table.score)
         return Cascade(

@@ -4,13 +4,15 @@ Notation: K exits, N instances, C classes. A selector's scores u (K−1, N) defi
 
     π(k) = σ(u_k) ∏_{j<k} (1 − σ(u_j)),   σ(u_{K−1}) := 1,
 
-and stopping at k earns the reward r_k = −CE(q_k, y) − α·cost_k/dense (Guan et al. 2018). All three
-objectives raise the expected reward E_{k∼π}[r_k]; they differ in the gradient. Losses are means over
+and stopping at k earns the reward r_k = −ℓ(q_k, y) − α·cost_k/dense. In the paper (Guan et al. 2018) the
+loss ℓ is the cross-entropy; here it is bounded, for a few confident mistakes would outweigh all else. All
+three objectives raise the expected reward E_{k∼π}[r_k]; they differ in the gradient. Losses are means over
 instances.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from fastcascade.errors import InvalidArgument
 
 __all__ = [
+    "BOUND",
     "Baseline",
     "Objective",
     "auxiliary_loss",
@@ -38,20 +41,37 @@ Objective = Literal["exact", "reinforce", "imitation"]
 Baseline = Literal["none", "moving_average", "greedy"]
 
 
-def rewards(log_probs: Tensor, labels: Tensor, cost_shares: Tensor, alpha: float) -> Tensor:
-    """What stopping at each exit earns.
+BOUND = 2.0
+"""Largest loss of a wrong answer, in nats."""
+
+
+def rewards(
+    log_probs: Tensor, labels: Tensor, cost_shares: Tensor, alpha: float, bound: float = BOUND
+) -> Tensor:
+    """What stopping at each exit earns: −ℓ(q_k, y) − α·cost_k/dense.
+
+    The loss is the generalised cross-entropy of Zhang and Sabuncu (2018, arXiv 1805.07836),
+    ℓ = bound·(1 − q_y^(1/bound)): the cross-entropy where q_y is near 1, ``bound`` where it is 0.
 
     Args:
         log_probs: (K, N, C) combined log-probabilities log q_k.
         labels: (N,) int64 true classes.
         cost_shares: (K,) accumulated cost of each exit over the dense cost.
         alpha: price of one dense cost, in nats.
+        bound: in nats; infinite for the cross-entropy itself.
 
     Returns:
         (K, N) r_k, differentiable in ``log_probs``.
+
+    Example:
+        >>> q = torch.tensor([[[0.999, 0.001]], [[1e-6, 1.0]]]).log()
+        >>> rewards(q, torch.tensor([0]), torch.tensor([0.5, 1.5]), alpha=0.1).squeeze(1)
+        tensor([-0.0510, -2.1480])
     """
     exits = log_probs.shape[0]
     log_likelihood = log_probs.gather(2, labels.expand(exits, -1)[:, :, None]).squeeze(2)
+    if bound < math.inf:
+        log_likelihood = bound * torch.expm1(log_likelihood / bound)
     return log_likelihood - alpha * cost_shares.to(log_probs)[:, None]
 
 

@@ -73,7 +73,7 @@ class Recipe:
         crop_padding: random shifts by up to so many pixels, with random mirroring; 0 turns both off.
         baseline: of REINFORCE.
         detach_probs: keep the policy's gradient out of the stages.
-        selector_steps: full-batch Adam steps of the refit.
+        selector_steps: full-batch Adam steps of the refit, at most.
         autocast: bfloat16 arithmetic; None means where the device is faster with it.
         seed: of every random choice.
 
@@ -97,7 +97,7 @@ class Recipe:
     crop_padding: Annotated[int, Ge(0)] = 4
     baseline: Baseline = "moving_average"
     detach_probs: bool = False
-    selector_steps: Annotated[int, Ge(0)] = 500
+    selector_steps: Annotated[int, Ge(0)] = 200
     autocast: bool | None = None
     seed: Annotated[int, Ge(0)] = 0
 
@@ -170,6 +170,7 @@ class _Trainer:
     ) -> list[dict[str, Any]]:
         """Run all phases from where the checkpoint stands; returns the metrics of every epoch."""
         phases = _phases(self.cascade, self.recipe)
+        self.cascade.temperatures.fill_(1.0)  # they are fitted on held-out images, at the end
         position, stored = Position(), list[OptimizerState]()
         if checkpoint_dir is not None:
             position, stored = load_checkpoint(checkpoint_dir, settings, self.cascade)
@@ -384,7 +385,7 @@ def fit(
     train: Data | None,
     val: Data,
     objective: Objective = "exact",
-    alpha: float = 0.3,
+    alpha: float = 0.05,
     freeze_stages: bool = False,
     refit_selector: bool = True,
     checkpoint_dir: str | Path | None = None,
@@ -394,18 +395,22 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train a cascade in place.
 
-    Pretrains the stages, trains stages and selector jointly for ``objective``, then refits the selector on
-    ``val``. Bits are a function of the arguments and the number of threads: a run that was killed and
-    started again with the same ``checkpoint_dir`` ends where the uninterrupted one does. Under torchrun,
-    every process calls this with the same arguments.
+    Pretrains the stages, trains stages and selector jointly for ``objective``, then fits temperatures and
+    selector on ``val`` (see :func:`fastcascade.training.refit.fit_selector`), where it also compares the
+    selector with threshold rules: ``cascade.comparison``. Operating points stored before are dropped.
+
+    Bits are a function of the arguments and the number of threads: a run that was killed and started again
+    with the same ``checkpoint_dir`` ends where the uninterrupted one does. Under torchrun, every process
+    calls this with the same arguments.
 
     Args:
         train: images and labels; None only with ``freeze_stages``.
         val: held out from the stages: the selector is fitted on it, and it is what the metrics are of.
         objective: "exact" (closed-form expectation), "reinforce" (the paper) or "imitation".
-        alpha: price of one dense cost in nats of cross-entropy.
-        freeze_stages: train the selector only, on ``val``, or on ``train`` if given.
-        refit_selector: fit the selector on ``val`` at the end.
+        alpha: price of one dense cost in nats. Thresholds choose the trade-off afterwards, so a small one
+            serves all budgets (docs/selection.md).
+        freeze_stages: fit temperatures and selector only, on ``val``, or on ``train`` if given.
+        refit_selector: fit temperatures and selector on ``val`` at the end; otherwise the temperatures are 1.
         checkpoint_dir: where to resume from and to write ``checkpoint.json`` and ``metrics.jsonl``.
         recipe: see :class:`Recipe`.
         progress: draw a bar on standard error.
@@ -418,7 +423,11 @@ def fit(
 
     Raises:
         InvalidArgument: no training data, unlabelled data, or a checkpoint made with other settings.
-        DataError: the loss became non-finite.
+        DataError: the loss became non-finite, or no held-out image has finite logits.
+
+    Warns:
+        UserWarning: as :func:`fastcascade.training.refit.fit_selector`; or frozen stages that seem to have
+            been trained on the images given.
 
     Example:
         >>> import fastcascade as fc
@@ -445,7 +454,7 @@ def fit(
             fitted_on = _labelled(cascade, train, "train")
             _warn_if_already_learned(cascade, fitted_on)
             seen.append(image_hashes(fitted_on[0]))
-        _fit_selector(cascade, fitted_on, objective, alpha, recipe, shares)
+        _fit_selector(cascade, fitted_on, objective, alpha, recipe, shares, progress)
     else:
         training = _labelled(cascade, train, "train")
         seen.append(image_hashes(training[0]))
@@ -461,7 +470,7 @@ def fit(
             directory = None if checkpoint_dir is None else Path(checkpoint_dir)
             history = trainer.run(directory, settings, progress)
         if refit_selector:
-            _fit_selector(cascade, held_out, objective, alpha, recipe, shares)
+            _fit_selector(cascade, held_out, objective, alpha, recipe, shares, progress)
     cascade.seen_images = np.unique(np.concatenate([cascade.seen_images, *seen]))
     return history
 
@@ -485,12 +494,11 @@ def _fit_selector(
     alpha: float,
     recipe: Recipe,
     cost_shares: Tensor,
+    progress: bool,
 ) -> None:
-    if cascade.selector is None:
-        return
     fit_selector(
         cascade,
-        collect_logits(cascade, data[0]),
+        collect_logits(cascade, data[0], compiled=None, progress=progress and rank() == 0),
         data[1],
         objective,
         alpha,
