@@ -24,27 +24,14 @@ ROOMS: dict[str, set[str]] = {
     "storage": {"errors"},
     "model": {"errors", "types", "scale", "storage", "kernels"},
     "data": {"errors", "types", "storage"},
-    "evaluation": {*{"errors", "text", "types", "storage", "kernels", "model", "data", "lowering", "engine"}},
+    "evaluation": set("errors text types storage kernels model data lowering engine".split()),
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
     "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},
     "prediction": {"errors", "types", "storage", "data", "engine"},
-    "benchmarking": {
-        *{
-            "errors",
-            "text",
-            "types",
-            "storage",
-            "model",
-            "data",
-            "evaluation",
-            "lowering",
-            "backends",
-            "engine",
-        }
-    },
+    "benchmarking": set("errors text types storage model data evaluation lowering backends engine".split()),
 }
 """For each folder or module of the package, the others that it may import. There is no cycle."""
 
