@@ -447,11 +447,16 @@ class Cascade(nn.Module):
             self.scale_check(x)
         return self.input.to_float(x).to(self.dtype)
 
-    def save(self, directory: str | Path, overwrite: bool = False) -> None:
-        """Save as JSON and safetensors; see :func:`fastcascade.load`."""
+    def save(self, directory: str | Path, overwrite: bool = False, half: bool = False) -> None:
+        """Save as JSON and safetensors, for :func:`fastcascade.load`.
+
+        Args:
+            overwrite: replace a cascade that is there.
+            half: store the stages' weights as float16, which halves the file. They load as float32.
+        """
         from fastcascade.model.store import save_cascade
 
-        save_cascade(self, directory, overwrite=overwrite)
+        save_cascade(self, directory, overwrite=overwrite, half=half)
 
 
 def _checked_stages(stages: object) -> list[Stage]:

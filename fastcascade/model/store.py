@@ -91,6 +91,7 @@ class _Cascade:
     seen_images: Tensor  # (n,) uint64, increasing
     auto_selector: bool = field(default=False, metadata=ADDED)
     comparison: SelectorComparison | None = field(default=None, metadata=ADDED)
+    half: bool = field(default=False, metadata=ADDED)  # float32 stages are stored as float16
 
 
 def cascade_exists(directory: str | Path) -> bool:
@@ -98,22 +99,27 @@ def cascade_exists(directory: str | Path) -> bool:
     return bundle_exists(directory, FORMAT)
 
 
-def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = False) -> None:
+def save_cascade(
+    cascade: Cascade, directory: str | Path, overwrite: bool = False, half: bool = False
+) -> None:
     """Save as ``cascade.json`` and ``cascade-<sha256>.safetensors``.
 
     Args:
         directory: created if missing; unrelated files in it are kept.
         overwrite: replace an existing cascade.
+        half: store the stages' float32 weights as float16. They load as float32, rounded.
 
     Raises:
-        InvalidArgument: a cascade exists, two custom modules have the same name, or a module has state that
-            is not tensors.
+        InvalidArgument: a cascade exists, two custom modules have the same name, a module has state that is
+            not tensors, or a weight is too large for float16.
         SaveError: the operating system reported an error; an existing cascade is intact.
     """
     tensors = dict(cascade.state_dict())
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InvalidArgument(f"{name} is a {type(value).__name__}; only tensors can be saved")
+        if half and name.startswith("stages.") and value.dtype == torch.float32:
+            tensors[name] = _halved(name, value)
     saved = _Cascade(
         stages=tuple(_describe_stage(cascade, k) for k in range(len(cascade.stages))),
         selector=_describe_selector(cascade.selector),
@@ -126,11 +132,22 @@ def save_cascade(cascade: Cascade, directory: str | Path, overwrite: bool = Fals
         seen_images=torch.from_numpy(cascade.seen_images.copy()),
         auto_selector=cascade.auto_selector,
         comparison=cascade.comparison,
+        half=half,
     )
     custom = [name for name, _ in _custom_modules(saved)]
     if len(set(custom)) != len(custom):
         raise InvalidArgument(f"custom modules have the names {custom}; give each Stage its own name")
     save_bundle(directory, FORMAT, encode(saved, tensors), tensors, overwrite=overwrite)
+
+
+def _halved(name: str, weight: Tensor) -> Tensor:
+    rounded = weight.half()
+    if not bool((rounded.isfinite() | ~weight.isfinite()).all()):
+        largest = float(weight.abs().max())
+        raise InvalidArgument(
+            f"{name} has a weight of {largest:.3g}, too large for float16; save without half"
+        )
+    return rounded
 
 
 def _describe_stage(cascade: Cascade, k: int) -> _Stage:
@@ -197,6 +214,8 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
         _check_saved(saved)
     except InvalidArgument as error:
         raise FileFormatError(f"{directory} does not hold a valid cascade: {error}") from error
+    if saved.half:
+        tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     custom = dict(modules or {})
     _check_custom_modules(saved, custom)
     loader = _Loader({name: tensors[name] for name in reader.unused}, custom, saved.num_classes)

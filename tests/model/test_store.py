@@ -342,3 +342,26 @@ def test_a_flipped_bit_or_a_cut_end_loads_identically_or_is_refused(
     except FileFormatError:
         return
     assert same(loaded, cascade)
+
+
+def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path: Path) -> None:
+    cascade = fc.Cascade([resnet_cifar(8), resnet_cifar(14)], fc.MLPSelector(), 10, (3, 32, 32))
+    cascade.save(tmp_path / "full")
+    cascade.save(tmp_path / "half", half=True)
+    size = {name: sum(f.stat().st_size for f in (tmp_path / name).iterdir()) for name in ("full", "half")}
+    assert size["half"] < 0.6 * size["full"]
+    loaded = fc.load(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    for (name, want), got in zip(cascade.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert got.dtype == want.dtype
+        rounded = want.half().float() if name.startswith("stages.") and want.is_floating_point() else want
+        assert torch.equal(got, rounded), name
+
+
+def test_weights_too_large_for_half_precision_are_named(tmp_path: Path) -> None:
+    cascade = fc.Cascade([resnet_cifar(8)], None, 10, (3, 32, 32))
+    with torch.no_grad():
+        cascade.stage(0).module.head[-1].weight[0, 0] = 1e6  # type: ignore[index]
+    with pytest.raises(InvalidArgument, match=r"stages\.0\.module\.head.*1e\+06.*without half"):
+        cascade.save(tmp_path / "model", half=True)
+    assert not (tmp_path / "model").exists()
