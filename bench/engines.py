@@ -26,8 +26,9 @@ BF16_PEERS = tuple(peer.name for peer in PEERS if not peer.counts_as_fp32)
 ONE_THREAD = "fastcascade, 1 thread"
 AVX2_OURS, AVX2_PEER = "fastcascade, AVX2", "OpenVINO, AVX2"
 LAST = "plain eager, last network on everything"
-BEST_LAST = ("eager channels_last", "torch.compile")
-"""PyTorch's own ways that a cascade's last network is also run with, each at its best schedule."""
+_TUNED_LAST = ("eager channels_last", "torch.compile")
+BEST_LAST = tuple(f"{name}, last network on everything" for name in _TUNED_LAST)
+"""PyTorch on the last network of a cascade, for every image, at its best schedule."""
 
 PYTORCH = ("plain eager", "eager", "eager channels_last", "torch.compile")
 """PyTorch's own fp32 engines."""
@@ -44,7 +45,7 @@ def engines_for(case: Case, everyone: bool) -> list[Engine]:
     peers = [Engine(p.name, p.name, p.tolerance) for p in PEERS if p.name not in skipped]
     engines = [Engine(OURS, OURS), *peers]
     if case.is_cascade:
-        last = [Engine(f"{p}, last network on everything", p, last_only=True) for p in BEST_LAST]
+        last = [Engine(name, p, last_only=True) for name, p in zip(BEST_LAST, _TUNED_LAST, strict=True)]
         return [*engines, Engine(LAST, "plain eager", last_only=True), *last]
     if case.batch in (1, 256):
         engines.append(Engine(ONE_THREAD, OURS, threads=1))
