@@ -1,4 +1,4 @@
-"""Cascades of image classifiers with learned early exit, run in batches at the speed their FLOPs promise."""
+"""Cascades of image classifiers with learned early exit, run in batches on custom CPU and GPU kernels."""
 
 from fastcascade.benchmarking.runner import benchmark
 from fastcascade.data.sources import load_data
