@@ -65,7 +65,7 @@ def test_the_demo_in_the_readme_shows_the_stored_accuracies() -> None:
     assert [row for row in cells if row[0] in [name for name, *_ in expected]] == expected
 
     default = next(p for p in shipped["operating_points"] if p["operating_point"] == "default")
-    exits = re.findall(r"│ \d+ +│ stage\d+ +│ +[\d.]+ M MACs │ +([\d.]+%) │ +([\d.]+%) │", README)
+    exits = re.findall(r"│ \d+ +│ [\w-]+ +│ +[\d.]+ M MACs │ +([\d.]+%) │ +([\d.]+%) │", README)
     pairs = zip(default["exit_shares"], default["exit_accuracy"], strict=True)
     assert exits == [(f"{share:.1%}", f"{right:.1%}") for share, right in pairs]
 

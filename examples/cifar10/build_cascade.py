@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import SPLITS
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -46,7 +47,6 @@ COMBINES: tuple[Combine, ...] = (
     (0.1, 0.6, 1, 1.2),
 )
 SEEDS = range(6)
-SPLITS = {"validation": (TRAIN_IMAGES, 47_500), "calibration": (47_500, 50_000)}
 
 
 def trained_stages(run: Path) -> list[fc.Stage]:
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "model")
     arguments = parser.parse_args()
     data = load_data(arguments.source, "train")
-    images, labels = arrays(data.take(range(TRAIN_IMAGES, 50_000)), 10)
+    images, labels = arrays(data.take(range(TRAIN_IMAGES, len(data))), 10)
     assert labels is not None
     stages = trained_stages(arguments.run)
     logits = collect_logits(
@@ -119,11 +119,12 @@ def main() -> None:
     best = max(scores, key=lambda combine: sum(scores[combine]))
     Console().print(table, f"chosen: {best}")
 
-    half = len(labels) // 2
+    parts = {name: slice(begin - TRAIN_IMAGES, end - TRAIN_IMAGES) for name, (begin, end) in SPLITS.items()}
+    fitted, calibrated = parts["validation"], parts["calibration"]
     cascade = cascade_of(stages, "auto", best, data.classes)
-    fc.fit(cascade, None, (images[:half], labels[:half]), freeze_stages=True)
+    fc.fit(cascade, None, (images[fitted], labels[fitted]), freeze_stages=True)
     for name, macs in BUDGETS.items():
-        fc.calibrate(cascade, (images[half:], labels[half:]), name=name, budget_macs=macs)
+        fc.calibrate(cascade, (images[calibrated], labels[calibrated]), name=name, budget_macs=macs)
     cascade.save(arguments.out, overwrite=True, half=True)
     print(fc.load(arguments.out).operating_points)
 

@@ -1,10 +1,10 @@
 """Measure the trained cascade on the 10,000 test images against its last network alone.
 
-    python examples/cifar10/measure.py cifar10:data [--earlier last-before-joint.safetensors]
+    python examples/cifar10/measure.py cifar10:data
 
 Writes results.json (accuracies, costs, paired 95 % intervals, and the same for test-images.npz alone),
-logits.safetensors (every stage on the validation, calibration and test images, for the selection study), and
-the tables of README.md here and in the root folder.
+logits.safetensors (every stage on the validation, calibration and test images) and the tables of README.md
+here and in the root folder. Adds a line to test-looks.jsonl: when, at which commit, and what was seen.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fastcascade as fc
@@ -25,58 +27,40 @@ from fastcascade.data.batches import arrays
 from fastcascade.data.sources import load_data
 from fastcascade.evaluation.curve import paired_interval
 from fastcascade.evaluation.evaluation import Trace
+from fastcascade.evaluation.logits import collect_logits
 from fastcascade.storage.files import write_atomically
-from fastcascade.training.config import read_config
-from fastcascade.training.refit import collect_logits
 
 HERE = Path(__file__).parent
 DOCUMENTS = (HERE / "README.md", HERE.parents[1] / "README.md")
 SHIPPED_IMAGES = HERE / "test-images.npz"
 """The first of the test images."""
-PARTS = ("validation", "calibration", "test")
+SPLITS = {"validation": (45_000, 47_500), "calibration": (47_500, 50_000)}
+"""The training images that no stage was trained on: for temperatures and selector, and for thresholds."""
+
+RESNET_110_MACS = 252.9e6
 
 
 def all_logits(cascade: fc.Cascade, source: str) -> dict[str, Tensor]:
     """Logits (K, N, 10) and labels ``y_*`` (N,) of the images that no stage was trained on."""
-    splits = read_config(HERE / "config.toml").splits.spans()
     images, labels = arrays(load_data(source, "train"))
-    parts = {name: (images[slice(*splits[name])], labels[slice(*splits[name])]) for name in PARTS[:2]}
+    parts = {name: (images[slice(*span)], labels[slice(*span)]) for name, span in SPLITS.items()}
     parts["test"] = arrays(load_data(source, "test"))
     result = {}
     for name, (x, y) in parts.items():
-        result[name] = collect_logits(cascade, cascade.input.nchw(x)).contiguous()
+        result[name] = collect_logits(cascade, cascade.input.nchw(x), compiled=True).contiguous()
         result[f"y_{name}"] = y
     return result
 
 
-def earlier_labels(cascade: fc.Cascade, weights: Path, source: str) -> Tensor:
-    """(N,) labels of the test images by the last network as it was before the joint phase."""
-    last = cascade.stage(len(cascade.stages) - 1)
-    after = {name: value.clone() for name, value in last.module.state_dict().items()}
-    last.module.load_state_dict(load_file(weights))
-    images, _ = arrays(load_data(source, "test"))
-    labels = collect_logits(cascade, cascade.input.nchw(images))[-1].argmax(1)
-    last.module.load_state_dict(after)
-    return labels
-
-
-def report_of(cascade: fc.Cascade, logits: dict[str, Tensor], earlier: Tensor | None) -> dict[str, Any]:
-    """What results.json holds.
-
-    Args:
-        earlier: labels of the last network before the joint phase. The better of the two is the baseline.
-    """
+def report_of(cascade: fc.Cascade, logits: dict[str, Tensor]) -> dict[str, Any]:
+    """What results.json holds."""
     truth = logits["y_test"]
     trace = Trace.from_logits(cascade, logits["test"], truth)
-    alone = {"after the joint phase": logits["test"][-1].argmax(1)}
-    if earlier is not None:
-        alone["before the joint phase"] = earlier
-    right = {name: (labels == truth).numpy() for name, labels in alone.items()}
-    better = max(right, key=lambda name: right[name].mean())
+    last = (logits["test"][-1].argmax(1) == truth).numpy()
     points = []
     for name, point in cascade.operating_points.items():
         correct = trace.correct[trace.exits(point), range(trace.n)]
-        difference, low, high = paired_interval(correct, right[better])
+        difference, low, high = paired_interval(correct, last)
         row = point_figures(cascade, trace, name)
         points.append({**row, "difference": difference, "interval_95": [low, high]})
     with np.load(SHIPPED_IMAGES) as shipped:
@@ -85,7 +69,7 @@ def report_of(cascade: fc.Cascade, logits: dict[str, Tensor], earlier: Tensor | 
     return {
         "n": trace.n,
         "dense_macs": cascade.dense_macs,
-        "last_network": {name: float(r.mean()) for name, r in right.items()},
+        "last_network": float(last.mean()),
         "stages": [{"macs": m, "accuracy": a} for m, a in trace.single_stages()],
         "operating_points": points,
         "shipped_images": {
@@ -102,6 +86,7 @@ def point_figures(cascade: fc.Cascade, trace: Trace, name: str) -> dict[str, Any
     return {
         "operating_point": name,
         "accuracy": result.accuracy,
+        "mean_macs": result.mean_macs,
         "share_of_dense_macs": result.mean_macs / cascade.dense_macs,
         "exit_shares": list(result.exit_shares),
         "exit_accuracy": list(result.exit_accuracy),
@@ -110,20 +95,22 @@ def point_figures(cascade: fc.Cascade, trace: Trace, name: str) -> dict[str, Any
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
     """Markdown tables of the documents, by name."""
-    last = max(report["last_network"].values())
+
+    def row(name: str, accuracy: float, macs: float, difference: str) -> str:
+        share = f"{macs / RESNET_110_MACS:.0%}".replace("%", " %")
+        return f"| {name} | {100 * accuracy:.2f} % | {macs / 1e6:.1f} M | {share} | {difference} |"
+
     points = [
-        "| | test accuracy | MACs, of the last network's | difference in points (95 %, paired) |",
-        "|---|---|---|---|",
-        f"| last network alone | {100 * last:.2f} % | 100 % | |",
+        "| | test accuracy | MACs | of ResNet-110's | difference in points (95 %, paired) |",
+        "|---|---|---|---|---|",
+        row("last network alone", report["last_network"], report["dense_macs"], ""),
     ]
-    for row in report["operating_points"]:
+    for point in report["operating_points"]:
         difference, low, high = (
-            f"{100 * x:+.2f}".replace("-", "−") for x in (row["difference"], *row["interval_95"])
+            f"{100 * x:+.2f}".replace("-", "−") for x in (point["difference"], *point["interval_95"])
         )
-        points.append(
-            f"| `{row['operating_point']}` | {100 * row['accuracy']:.2f} % "
-            f"| {100 * row['share_of_dense_macs']:.1f} % | {difference} ({low} … {high}) |"
-        )
+        interval = f"{difference} ({low} … {high})"
+        points.append(row(f"`{point['operating_point']}`", point["accuracy"], point["mean_macs"], interval))
     stages = ["| network alone | MACs | test accuracy |", "|---|---|---|"]
     for k, stage in enumerate(report["stages"]):
         stages.append(f"| {k} | {stage['macs'] / 1e6:.1f} M | {100 * stage['accuracy']:.2f} % |")
@@ -140,19 +127,33 @@ def write_tables(text: str, report: dict[str, Any]) -> str:
     return text
 
 
+def record_look(report: dict[str, Any]) -> None:
+    """Append the date, the commit and the accuracies seen to test-looks.jsonl."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    seen = {point["operating_point"]: point["accuracy"] for point in report["operating_points"]}
+    look = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "commit": commit or None,
+        "script": "measure.py",
+        "accuracy": {"last network": report["last_network"], **seen},
+    }
+    with (HERE / "test-looks.jsonl").open("a") as file:
+        file.write(json.dumps(look) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="CIFAR-10, for example cifar10:data")
     parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--earlier", type=Path, help="weights of the last network before the joint phase")
     arguments = parser.parse_args()
     cascade = fc.load(arguments.model)
     logits = all_logits(cascade, arguments.source)
     save_file(logits, HERE / "logits.safetensors")
-    earlier = earlier_labels(cascade, arguments.earlier, arguments.source) if arguments.earlier else None
-    report = report_of(cascade, logits, earlier)
+    report = report_of(cascade, logits)
+    record_look(report)
     write_atomically(HERE / "results.json", (json.dumps(report, indent=1) + "\n").encode())
     for document in DOCUMENTS:
         document.write_text(write_tables(document.read_text(), report))

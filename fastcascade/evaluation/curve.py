@@ -8,12 +8,12 @@ and selector before it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from fastcascade.model.selector import ScoreKind
 from fastcascade.storage.files import write_atomically
 from fastcascade.text import plot_label
 from fastcascade.types import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "Curves",
@@ -52,11 +55,13 @@ class Curves:
         cascades: name → evaluations in order of cost.
         single_stages: (MACs, accuracy) of every stage used alone.
         points: operating point name → its evaluation.
+        references: name → (MACs, accuracy) of something published; without an accuracy, a budget.
     """
 
     cascades: dict[str, list[Evaluation]]
     single_stages: list[tuple[int, float]]
     points: dict[str, Evaluation]
+    references: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
 
 def cost_accuracy_curve(selection: Trace, report: Trace | None = None, steps: int = 24) -> list[Evaluation]:
@@ -193,6 +198,8 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
             axes.plot(x, y, line, color=colour, linewidth=2, label=plot_label(name), zorder=top)
         singles = [(macs / 1e6, 100 * accuracy) for macs, accuracy in curves.single_stages]
         axes.plot(*zip(*singles, strict=True), "s", color=_INK, markersize=6, label="single stages")
+        for name, (macs, accuracy) in curves.references.items():
+            _mark_reference(axes, plot_label(name), macs / 1e6, accuracy)
         by_cost = sorted(curves.points.items(), key=lambda item: item[1].mean_macs)
         # Names of neighbours on opposite sides of the curve do not meet.
         sides = cycle([((-6, 7), "right"), ((6, -14), "left")])
@@ -215,3 +222,22 @@ def plot_curves(curves: Curves, path: str | Path, title: str = "Cost and accurac
         picture = BytesIO()
         figure.savefig(picture, format=kind, dpi=150, facecolor="white", metadata=metadata)
     write_atomically(path, picture.getvalue())
+
+
+def _mark_reference(axes: Axes, label: str, millions: float, accuracy: float | None) -> None:
+    """A diamond at a published accuracy, or a vertical line at a budget."""
+    if accuracy is None:
+        axes.axvline(millions, color=_INK, linewidth=1, linestyle=":", zorder=1)
+        axes.annotate(
+            f" {label}",
+            (millions, 0.02),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            rotation=90,
+            va="bottom",
+        )
+        return
+    axes.plot(
+        millions, 100 * accuracy, "D", color=_STYLES[1][0], markeredgecolor=_INK, markersize=7, zorder=3
+    )
+    axes.annotate(label, (millions, 100 * accuracy), xytext=(0, -14), textcoords="offset points", ha="center")

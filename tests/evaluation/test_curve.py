@@ -118,7 +118,8 @@ def small_curves() -> Curves:
     costs = np.array([10_000_000, 30_000_000])
     scores = np.array([[4.0, 1.0, 2.0, 3.0]], np.float32)
     t = Trace(labels, labels, scores, costs, costs, np.zeros(4, np.int64))
-    return Curves({"cascade": cost_accuracy_curve(t)}, t.single_stages(), {"fast": t.run([3.5])})
+    references = {"published": (40.0, 0.9), "budget": (20.0, None)}
+    return Curves({"cascade": cost_accuracy_curve(t)}, t.single_stages(), {"fast": t.run([3.5])}, references)
 
 
 def test_picture(tmp_path: Path) -> None:
