@@ -209,7 +209,8 @@ def against_rules(family: Family, combine: Combine, seed: int) -> dict[str, list
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
     first, second = order[: len(y) // 2], order[len(y) // 2 :]
     rows = {}
-    for name, settings in (("learned", {}), ("learned, plain cross-entropy, T = 1", PLAIN)):
+    ways = {"learned": {}, "learned, plain cross-entropy, T = 1": PLAIN}
+    for name, settings in list(ways.items())[: 2 if combine == "last" else 1]:
         cascade = family.cascade(fc.MLPSelector(), combine)
         fit_selector(cascade, z[:, first], y[first], alpha=ALPHA, seed=seed, **settings)
         rules: tuple[Any, ...] = (None,) if settings else (None, "max_prob", "margin", "entropy")

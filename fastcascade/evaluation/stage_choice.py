@@ -157,8 +157,8 @@ def stage_choices(
             f"got {len(pool.labels)} images; {folds} folds need at least {10 * folds}, ten for each"
         )
     if budgets is None:
-        budgets = np.geomspace(pool.macs.min(), pool.macs.max(), 12).tolist()
-        budgets[0], budgets[-1] = float(pool.macs.min()), float(pool.macs.max())
+        inner = np.geomspace(pool.macs.min(), pool.macs.max(), 12)[1:-1].tolist()  # its ends are rounded
+        budgets = [float(pool.macs.min()), *inner, float(pool.macs.max())]
     for budget in budgets:
         if not pool.macs.min() <= budget < math.inf:
             raise CalibrationError(

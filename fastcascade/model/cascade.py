@@ -151,7 +151,7 @@ class Cascade(nn.Module):
             selector = MLPSelector() if len(self.stages) > 1 else None
         elif isinstance(selector, str):
             raise InvalidArgument(f"selector is {selector!r}; expected 'auto', a module or None")
-        self.selector = cast("nn.Module | None", selector)
+        self.selector = selector
         self.num_classes = num_classes
         self.input = InputSpec(cast(tuple[int, int, int], tuple(input_shape)), preprocess)
         self.combine = checked_combine(combine, len(self.stages))
