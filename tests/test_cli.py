@@ -26,7 +26,7 @@ from fastcascade.backends.gpu.while_loops import unavailable_reason
 from fastcascade.backends.registry import NAMES, load_backend
 from fastcascade.model.registry import build_network
 
-COMMANDS = "train calibrate evaluate predict bench report inspect doctor download".split()
+COMMANDS = "train calibrate evaluate predict bench report inspect choose doctor download".split()
 N = 40
 
 
@@ -195,6 +195,35 @@ def test_calibrate_that_cannot_be_met_changes_nothing(run: Run, model: Path, ima
     assert done.status == 1
     assert "cannot be met" in done.err
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_inspect_shows_temperatures_and_the_comparison(run: Run, model: Path) -> None:
+    cascade = fc.load(model)
+    cascade.temperatures.copy_(torch.tensor([2.5, 0.75]))
+    rows = dict.fromkeys(("learned", "max_prob", "margin", "entropy"), (0.5, 0.625))
+    cascade.comparison = fc.types.SelectorComparison((0.25, 0.5), rows, "margin", 0.0, 0.002, 0, 400)
+    cascade.save(model, overwrite=True)
+    shown = run("inspect", model).out
+    assert "temperatures: 2.500 0.750" in shown
+    assert "learned − margin: +0.00 ± 0.20 points" in shown
+    assert "25% of dense" in shown
+    assert shown.count("62.50%") == 4
+
+
+def test_choose_prints_a_curve_or_json(run: Run, tmp_path: Path) -> None:
+    truth = np.arange(200) % 4
+    noise = np.random.default_rng(0).normal(size=(2, 200, 4))
+    logits = (np.eye(4)[truth] * np.array([2.0, 6.0])[:, None, None] + noise).astype(np.float32)
+    pool = tmp_path / "pool.npz"
+    np.savez(pool, logits=logits, labels=truth, macs=[1e6, 9e6], names=["small", "large"])
+    done = run("choose", pool)
+    assert done.status == 0
+    assert "small → large" in done.out
+    chosen = json.loads(run("choose", pool, "--budget", 5e6, "--json").out)
+    assert [c["budget_macs"] for c in chosen] == [5e6]
+    refused = run("choose", pool, "--budget", 5)
+    assert refused.status == 1
+    assert "cheapest classifier costs 1,000,000" in refused.err.replace("\n", " ")
 
 
 def test_inspect_shows_cascades_and_plans(run: Run, model: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The selection study: which selector decides best, on the same stages and at the same accumulated cost.
 
-Reads the saved logits of the trained stages and rewrites the tables of docs/selection.md:
+Reads the saved logits of two families of stages and rewrites tables of docs/selection.md, all or some:
 
     python examples/cifar10/study.py
+    python examples/cifar10/study.py --tables rules
 
 Every row repeats five times: the 5,000 held-out images are split at random into one half that fits the
 selector and one that finds the thresholds for each budget; accuracy is then measured on the test images.
@@ -11,10 +12,13 @@ selector and one that finds the thresholds for each budget; accuracy is then mea
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +30,7 @@ import fastcascade as fc
 from fastcascade.errors import CalibrationError
 from fastcascade.evaluation.calibration import find_thresholds
 from fastcascade.evaluation.evaluation import Trace
+from fastcascade.evaluation.temperature import fit_temperatures
 from fastcascade.model.store import load_cascade
 from fastcascade.training.augmentation import uniforms
 from fastcascade.training.objective import greedy_exit, objective_loss, rewards
@@ -40,6 +45,16 @@ ALPHA = 0.05
 """Price of one dense cost in nats, low enough to leave the trade-off to the thresholds."""
 
 PRICES = (0.02, 0.05, 0.1, 0.3)
+PLAIN: dict[str, Any] = {
+    "temper": False,
+    "bound": math.inf,
+    "start_at_rule": False,
+    "folds": 0,
+    "steps": 500,
+}
+"""The objectives by themselves, on the paper's reward, from random weights; else all would start alike."""
+
+RULE_BUDGETS = (0.3, 0.45, 0.6)
 COMBINES: dict[str, Combine] = {"last": "last", "mean": "mean", "0.1, 0.5, 1": (0.1, 0.5, 1.0)}
 
 
@@ -84,6 +99,10 @@ class Logits:
     @classmethod
     def load(cls, path: Path) -> Logits:
         t = load_file(path)
+        if "held_out" in t:
+            return cls(
+                (t["held_out"].float(), t["y_held_out"].long()), (t["test"].float(), t["y_test"].long())
+            )
         return cls(
             (
                 torch.cat([t["validation"], t["calibration"]], 1),
@@ -91,6 +110,29 @@ class Logits:
             ),
             (t["test"], t["y_test"]),
         )
+
+
+def overconfident(images: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """Logits three times too large, and one mistake in seven twelve times: stages sure of their mistakes."""
+    z, y = images
+    generator = torch.Generator().manual_seed(seed)
+    mistake = (z.argmax(2) != y) & (torch.rand(z.shape[:2], generator=generator) < 0.15)
+    return z * torch.where(mistake, 12.0, 3.0)[:, :, None], y
+
+
+@dataclass(frozen=True)
+class Family:
+    """Trained stages of which only the cost and the logits are needed."""
+
+    name: str
+    macs: tuple[int, ...]
+    logits: Logits
+
+    def cascade(self, selector: nn.Module, combine: Combine) -> fc.Cascade:
+        """Stages that lend their cost."""
+        nets = [nn.Sequential(nn.Flatten(), nn.Linear(4, 10)) for _ in self.macs]
+        stages = [fc.Stage(net, macs=macs) for net, macs in zip(nets, self.macs, strict=True)]
+        return fc.Cascade(stages, selector, 10, (1, 2, 2), combine)
 
 
 def with_selector(trained: fc.Cascade, selector: nn.Module, combine: Combine) -> fc.Cascade:
@@ -119,7 +161,14 @@ def accuracies(
     first, second = order[: len(y) // 2], order[len(y) // 2 :]
     if method.objective:
         fit_selector(
-            cascade, z[:, first], y[first], method.objective, alpha, baseline=method.baseline, seed=seed
+            cascade,
+            z[:, first],
+            y[first],
+            method.objective,
+            alpha,
+            baseline=method.baseline,
+            seed=seed,
+            **PLAIN,
         )
     calibration = Trace.from_logits(cascade, z[:, second], y[second])
     test = Trace.from_logits(cascade, *logits.test)
@@ -151,6 +200,68 @@ def mean_and_spread(rows: list[list[float]]) -> list[str]:
     return [f"{m:.2f} ± {s:.2f}" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
 
 
+def against_rules(family: Family, combine: Combine, seed: int) -> dict[str, list[float]]:
+    """Test accuracy at each budget of the learned selector, by default and on the plain loss, and of rules.
+
+    One half of the held-out images fits temperatures and selector, the other finds thresholds for all.
+    """
+    z, y = family.logits.held_out
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
+    first, second = order[: len(y) // 2], order[len(y) // 2 :]
+    rows = {}
+    ways = {"learned": {}, "learned, plain cross-entropy, T = 1": PLAIN}
+    for name, settings in list(ways.items())[: 2 if combine == "last" else 1]:
+        cascade = family.cascade(fc.MLPSelector(), combine)
+        fit_selector(cascade, z[:, first], y[first], alpha=ALPHA, seed=seed, **settings)
+        rules: tuple[Any, ...] = (None,) if settings else (None, "max_prob", "margin", "entropy")
+        for rule in rules:
+            found_on = Trace.from_logits(cascade, z[:, second], y[second], rule)
+            judge = Trace.from_logits(cascade, *family.logits.test, rule)
+            row = budget_accuracies(found_on, judge, cascade.dense_macs, RULE_BUDGETS)
+            rows[f"threshold: {rule}" if rule else name] = row
+    return rows
+
+
+def rules_table(families: Sequence[Family]) -> str:
+    """The learned selector against threshold rules; last, its distance to the best of them."""
+    lines = []
+    for family in families:
+        for name, combine in COMBINES.items():
+            found = [against_rules(family, combine, seed) for seed in track(SEEDS, f"{family.name}, {name}")]
+            means = {way: 100 * np.mean([rows[way] for rows in found], 0) for way in found[0]}
+            lines += [
+                [family.name, name, way, *mean_and_spread([rows[way] for rows in found])] for way in means
+            ]
+            best = np.max([row for way, row in means.items() if way.startswith("threshold")], 0)
+            gaps = [f"**{gap:+.2f}**" for gap in means["learned"] - best]
+            lines.append([family.name, name, "**learned − best threshold**", *gaps])
+            print(*lines[-1], file=sys.stderr)
+    return table(["stages", "combine", "selector", *budget_heads(RULE_BUDGETS)], lines)
+
+
+def family_table(families: Sequence[Family]) -> str:
+    """How good and how sure the stages are, on test images."""
+    lines = []
+    for family in families:
+        z, y = family.logits.test
+        temperatures = fit_temperatures(*family.logits.held_out)
+        for k in range(len(z)):
+            sure = z[k].softmax(1).max(1).values.mean()
+            right = (z[k].argmax(1) == y).double().mean()
+            lines.append(
+                [
+                    family.name,
+                    f"{k}",
+                    f"{family.macs[k] / 1e6:.1f} M",
+                    f"{right:.2%}",
+                    f"{sure:.1%}",
+                    f"{temperatures[k]:.2f}",
+                ]
+            )
+    head = ["stages", "stage", "MACs", "accuracy", "mean top probability", "temperature"]
+    return table(head, lines)
+
+
 def gradient_spread(
     trained: fc.Cascade, method: Method, logits: Logits, batches: int = 300
 ) -> tuple[float, float]:
@@ -159,7 +270,7 @@ def gradient_spread(
     cascade = with_selector(trained, fc.MLPSelector(), "mean")
     z, y = logits.held_out
     standardise_features(cascade, z)
-    fit_selector(cascade, z, y, "exact", ALPHA, steps=20)
+    fit_selector(cascade, z, y, "exact", ALPHA, **{**PLAIN, "steps": 20})
     shares = cascade.exit_macs.double() / cascade.dense_macs
     parameters = list(cascade.selector.parameters())
     rng = np.random.default_rng(0)
@@ -182,7 +293,7 @@ def gradient_spread(
 
 
 def reward_of(cascade: fc.Cascade, z: Tensor, y: Tensor, shares: Tensor) -> Tensor:
-    return rewards(cascade.judge(z).log_probs, y, shares, ALPHA).detach()
+    return rewards(cascade.judge(z).log_probs, y, shares, ALPHA, math.inf).detach()
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -253,17 +364,40 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--logits", type=Path, default=HERE / "logits.safetensors")
+    parser.add_argument(
+        "--families",
+        type=Path,
+        nargs="*",
+        default=sorted(HERE.glob("family-*.safetensors")),
+        help="more stages",
+    )
+    parser.add_argument("--tables", nargs="*", help="of these names only; all if left out")
     arguments = parser.parse_args()
     trained, logits = load_cascade(arguments.model), Logits.load(arguments.logits)
-    rewrite_document(
-        {
-            "stages": stage_table(trained, logits),
-            "objectives": accuracy_table(trained, OBJECTIVES, logits),
-            "features": accuracy_table(trained, FEATURES, logits),
-            "prices": price_table(trained, logits),
-            "gradients": gradient_table(trained, logits),
-        }
-    )
+    families = [
+        Family("shipped", trained.stage_macs, logits),
+        Family(
+            "made overconfident",
+            trained.stage_macs,
+            Logits(overconfident(logits.held_out, 1), overconfident(logits.test, 2)),
+        ),
+    ]
+    for path in arguments.families:
+        macs = tuple(load_file(path)["macs"].tolist())
+        families.append(Family(path.stem, macs, Logits.load(path)))
+    tables: dict[str, Callable[[], str]] = {
+        "families": lambda: family_table(families),
+        "rules": lambda: rules_table(families),
+        "stages": lambda: stage_table(trained, logits),
+        "objectives": lambda: accuracy_table(trained, OBJECTIVES, logits),
+        "features": lambda: accuracy_table(trained, FEATURES, logits),
+        "prices": lambda: price_table(trained, logits),
+        "gradients": lambda: gradient_table(trained, logits),
+    }
+    if unknown := set(arguments.tables or ()) - set(tables):
+        raise SystemExit(f"unknown tables {sorted(unknown)}; expected some of {', '.join(tables)}")
+    for name in arguments.tables or tables:
+        rewrite_document({name: tables[name]()})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PLACES = (0.1, 0.25, 0.45, 0.7)
 def rule_scores(rule: ScoreKind, log_probs: torch.Tensor) -> NDArray[np.float32]:
     """(K − 1, N) scores of a threshold rule on combined log-probabilities (K, N, C)."""
     scores = torch.stack([threshold_score(rule, q) for q in log_probs[:-1]])
-    return np.asarray(scores.float().cpu().numpy(), np.float32)
+    return cast("NDArray[np.float32]", scores.float().cpu().numpy())
 
 
 @dataclass(frozen=True)

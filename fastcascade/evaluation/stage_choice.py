@@ -157,8 +157,8 @@ def stage_choices(
             f"got {len(pool.labels)} images; {folds} folds need at least {10 * folds}, ten for each"
         )
     if budgets is None:
-        cheapest, dearest = float(pool.macs.min()), float(pool.macs.max())
-        budgets = [cheapest, *np.geomspace(cheapest, dearest, 12).tolist()[1:-1], dearest]
+        inner = np.geomspace(pool.macs.min(), pool.macs.max(), 12)[1:-1].tolist()  # its ends are rounded
+        budgets = [float(pool.macs.min()), *inner, float(pool.macs.max())]
     for budget in budgets:
         if not pool.macs.min() <= budget < math.inf:
             raise CalibrationError(
@@ -372,8 +372,8 @@ class _Judged:
         """Streeter's greedy before a last classifier: next comes the one that settles most images per cost.
 
         A classifier settles its most confident remaining images, as many as it gets right at ``share`` of
-        the last one's accuracy. As in min-sum set cover (Feige, Lovász, Tetali 2004), the mean cost is
-        within a factor of four of the best order's over the same settled sets.
+        the last one's accuracy. For fixed settled sets this is the greedy of min-sum set cover (Feige,
+        Lovász, Tetali 2004), whose mean cost is within a factor of four of the best order's.
         """
         floor = share * float(self.exit((last,), "last").right[self.chosen].mean())
         left = self.chosen.copy()

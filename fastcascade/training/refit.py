@@ -44,8 +44,8 @@ __all__ = ["collect_logits", "fit_selector", "standardise_features"]
 FEWEST_PER_FOLD = 10
 """Images in a fold below which comparing selectors says nothing."""
 
-CLEARLY = 1.645
-"""Standard errors by which one way must beat another on the same images: 95 % on one side."""
+CLEARLY = 2.24
+"""Standard errors by which one way must beat another on the same images: 95 % on one side, of four tries."""
 
 _SCALING_STEPS = 60
 """Of Adam at 0.1, which turn a rule's scores into log-odds of stopping: two numbers per exit."""

@@ -32,10 +32,21 @@ def test_the_policy_is_the_product_of_its_decisions():
 def test_rewards_are_minus_cross_entropy_minus_priced_cost():
     log_probs = torch.randn(3, 4, 5).log_softmax(2)
     labels = torch.tensor([0, 4, 2, 2])
-    got = rewards(log_probs, labels, torch.tensor([0.1, 0.5, 1.6]), alpha=0.4)
+    got = rewards(log_probs, labels, torch.tensor([0.1, 0.5, 1.6]), alpha=0.4, bound=math.inf)
     for k, i in itertools.product(range(3), range(4)):
         expected = log_probs[k, i, labels[i]] - 0.4 * (0.1, 0.5, 1.6)[k]
         assert float(got[k, i]) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_bounded_loss_is_the_cross_entropy_near_zero_and_never_above_its_bound():
+    q = torch.tensor([1.0, 0.99, 0.5, 1e-3, 1e-30], dtype=torch.float64)
+    log_probs = torch.stack([q, 1 - q], 1).log()[None]
+    labels, free = torch.zeros(5, dtype=torch.long), torch.zeros(1)
+    loss = -rewards(log_probs, labels, free, alpha=0.0, bound=2.0)[0]
+    torch.testing.assert_close(loss, 2 * (1 - q.sqrt()))
+    plain = -rewards(log_probs, labels, free, alpha=0.0, bound=math.inf)[0]
+    assert (loss <= plain.clamp(max=2) + 1e-12).all()
+    assert float(loss[1]) == pytest.approx(float(plain[1]), rel=0.01)
 
 
 def test_sampled_exits_follow_the_policy():

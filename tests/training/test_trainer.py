@@ -126,8 +126,10 @@ def test_frozen_stages_stay_as_they_are_and_training_images_warn():
 def test_the_refit_raises_the_reward_and_needs_no_stages():
     c, (x, y) = cascade(), data(512, 2)
     fc.fit(c, data(512, 1), (x, y), recipe=recipe(joint_epochs=0), refit_selector=False, progress=False)
-    earned = fit_selector(c, collect_logits(c, x), y, alpha=0.3, steps=100)
+    earned = fit_selector(c, collect_logits(c, x), y, alpha=0.3, steps=100, start_at_rule=False, folds=0)
     assert earned[-1] > earned[0] + 0.01
+    started = fit_selector(c, collect_logits(c, x), y, alpha=0.3, steps=100)
+    assert started[-1] > earned[-1] - 0.01  # a rule with the right scale needs few steps, if any
     with pytest.raises(InvalidArgument, match="expected"):
         fit_selector(c, torch.zeros(3, 5, 3), y)
 
