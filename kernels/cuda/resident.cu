@@ -39,8 +39,7 @@ struct ResidentDevice : DeviceContext {
   __device__ void load_matrix(unsigned int (&a)[4], int place) const {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(shared_memory)) + place)
-                 : "memory");
+                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(shared_memory)) + place));
   }
   __device__ void mma(float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) const {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

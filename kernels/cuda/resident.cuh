@@ -536,7 +536,7 @@ FC_FUNCTION ExitArguments exit_arguments(const ResidentCascade& net, int stage) 
 }
 
 // How many threads of a warp can work on each of `parts`: a power of two.
-constexpr int threads_for_each(int parts) {
+constexpr FC_FUNCTION int threads_for_each(int parts) {
   int threads = kWarp;
   while (threads > 1 && threads * parts > kBlockThreads) threads /= 2;
   return threads;
