@@ -268,42 +268,11 @@ def compact_entries(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "gather_rows", rates(gated(run, gather_agreement, gather_rows), 4.0 * width * n + 8 * n)
 
 
-def while_entry(run: Run) -> dict[str, Any]:
-    """What one repetition of a WHILE node takes beside its work: here one launch, which adds 1."""
-    from fastcascade.backends.gpu.while_loops import WhileNodes, unavailable_reason
-
-    reason = unavailable_reason()
-    if reason is not None:
-        return {"skipped": reason}
-    few, many = 1, 1001
-    count, chunk, total = (torch.zeros(1, dtype=torch.int32, device=run.device) for _ in range(3))
-    try:
-        repeat = WhileNodes(run.device).record(count, chunk, 1, lambda: total.add_(1))
-    except RuntimeError as error:
-        return {"refused": str(error)}
-
-    def agreement() -> dict[str, Any]:
-        for wanted in (0, few, many):
-            total.zero_()
-            count.fill_(wanted)
-            repeat()
-            assert int(total) == wanted, f"the body ran {int(total)} times instead of {wanted}"
-        return {}
-
-    entry = gated(run, agreement, repeat)
-    if "seconds" in entry:
-        count.fill_(few)
-        once = statistics.median(run.seconds(repeat) or [])
-        entry["seconds_per_repetition"] = (entry["seconds"] - once) / (many - few)
-        entry["seconds_once"] = once
-    return entry
-
-
 def kernel_entries(run: Run) -> dict[str, Any]:
     """Every kernel but the persistent one, whose unit is a stage."""
     entries = {name: layer_entry(run, layer) for name, layer in layer_cases().items()}
     entries |= {f"exit_head C={classes}": exit_entry(run, classes) for classes in (10, 1000)}
-    return {**entries, **dict(compact_entries(run)), "WHILE node": while_entry(run)}
+    return {**entries, **dict(compact_entries(run))}
 
 
 # ---- dense networks and cascades ----

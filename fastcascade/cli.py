@@ -441,7 +441,6 @@ def doctor() -> None:
     """Print versions, the processor, every backend with its reason if it cannot run, and what is missing."""
     import torch
 
-    from fastcascade.backends.gpu.while_loops import unavailable_reason
     from fastcascade.backends.registry import NAMES, load_backend
 
     console = Console(soft_wrap=True, highlight=False)
@@ -450,7 +449,7 @@ def doctor() -> None:
     )
     isa = torch.backends.cpu.get_cpu_capability()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU with {isa}")
-    for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_TORCH_STAGES"):
+    for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_STAGES"):
         if variable in os.environ:
             console.print(
                 f"{variable}={printable(os.environ[variable])} is set: it is used or an error, never replaced"
@@ -461,16 +460,7 @@ def doctor() -> None:
     packages = Table("package", "version", "needed for", title="optional packages")
     for name, use in OPTIONAL.items():
         packages.add_row(name, _version(name) or "missing", use)
-    repeated = unavailable_reason()
     console.print(backends)
-    console.print(
-        "GPU stages that run through torch: "
-        + (
-            f"one readback of the count each, because {repeated}"
-            if repeated
-            else "in chunks, without readback"
-        )
-    )
     console.print(packages)
 
 

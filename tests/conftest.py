@@ -17,7 +17,7 @@ def _clean_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seed, one thread, no forced backend; ``torch.empty`` and its kin hand out NaN and huge integers."""
     monkeypatch.delenv("FASTCASCADE_BACKEND", raising=False)
     monkeypatch.delenv("FASTCASCADE_ISA", raising=False)
-    monkeypatch.delenv("FASTCASCADE_TORCH_STAGES", raising=False)
+    monkeypatch.delenv("FASTCASCADE_STAGES", raising=False)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "triton": "fastcascade.backends.gpu.triton",
     "cuda": "fastcascade.backends.gpu.cuda",
+    "triton": "fastcascade.backends.gpu.triton",
     "cpu": "fastcascade.backends.cpu",
     "reference": "fastcascade.backends.reference",
 }

@@ -31,7 +31,6 @@ FILES = {
         "gather_rows_quad",
         "gather_rows_byte",
     ),
-    "conditional.cu": ("begin_chunks", "next_chunk"),
 }
 """Every file that is compiled, with its kernels."""
 

@@ -299,7 +299,9 @@ def resident(
     classes = tables.log_probs.shape[1]
     if (channels, height, width) != (first.into.channels, first.into.height, first.into.width):
         raise ValueError(f"images are {(channels, height, width)}; expected {first.into}")
-    if images.dtype not in (torch.uint8, torch.float32) or (images.dtype == torch.uint8) != (pixels is not None):
+    if images.dtype not in (torch.uint8, torch.float32) or (images.dtype == torch.uint8) != (
+        pixels is not None
+    ):
         raise ValueError(f"images are {images.dtype} and a table of pixels is {pixels is not None}")
     if classes != table.plan.classes:
         raise ValueError(f"tables hold {classes} classes; expected {table.plan.classes}")

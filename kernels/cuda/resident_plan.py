@@ -366,7 +366,11 @@ class _Fusion:
     def _pool(self, layer: Layer, work: Pooling) -> None:
         readers = self.readers[layer.output]
         whole = work.kernel == work.source[:2] and work.out[:2] == (1, 1) and work.padding == (0, 0, 0, 0)
-        if layer.output != self.stage.kept and whole and all(isinstance(r.work, Conv) and r.work.logits for r in readers):
+        if (
+            layer.output != self.stage.kept
+            and whole
+            and all(isinstance(r.work, Conv) and r.work.logits for r in readers)
+        ):
             self.pooled[layer.output] = layer
             return
         out = Map(work.out[2], *work.out[:2])
@@ -431,7 +435,9 @@ class _Fusion:
         window = None if pooling is None else pooling.work
         if window is None:
             _require((into.height, into.width) == (1, 1), "a linear layer on more than pooled channels")
-            window = Pooling((1, 1, into.channels), (1, 1, into.channels), "average", (1, 1), (1, 1), (0,) * 4, True)
+            window = Pooling(
+                (1, 1, into.channels), (1, 1, into.channels), "average", (1, 1), (1, 1), (0,) * 4, True
+            )
         assert isinstance(window, Pooling)
         assert layer.weight is not None
         assert layer.vectors is not None
@@ -536,7 +542,10 @@ def plan_resident(
     if machine.capability < (8, 0):
         raise DoesNotFit("ldmatrix and mma of this shape need sm_80")
     flat = [(k, step) for k, steps in enumerate(stages) for step in steps]
-    for warps, most in ((4, 3), (MOST_WARPS, 1)):  # three blocks leave a thread 168 registers, else it has 255
+    for warps, most in (
+        (4, 3),
+        (MOST_WARPS, 1),
+    ):  # three blocks leave a thread 168 registers, else it has 255
         entries, size = _layout(flat, kept, previous, classes, warps)
         if size > machine.shared_block:
             raise DoesNotFit(
@@ -554,7 +563,11 @@ def plan_resident(
 
 
 def _layout(
-    flat: Sequence[tuple[int, Step]], kept: Sequence[int | None], previous: Sequence[bool], classes: int, warps: int
+    flat: Sequence[tuple[int, Step]],
+    kept: Sequence[int | None],
+    previous: Sequence[bool],
+    classes: int,
+    warps: int,
 ) -> tuple[list[Entry], int]:
     """Places of all values; returns the entries and the bytes of shared memory."""
 
@@ -602,7 +615,9 @@ def _layout(
         flags = 0
         if clean.get(own.place) != (own.map, own.size) or own.map is None:
             overlapping = [
-                place for place, (_, size) in clean.items() if place < own.place + own.size and own.place < place + size
+                place
+                for place, (_, size) in clean.items()
+                if place < own.place + own.size and own.place < place + size
             ]
             for place in overlapping:
                 del clean[place]
@@ -638,7 +653,10 @@ def fragments(blocks: Tensor) -> Tensor:
     lane = torch.arange(32)
     n, k = lane // 4, lane % 4 * 2
     parts = [
-        blocks[..., k + pair + half * 8, n + side * 8] for side in (0, 1) for half in (0, 1) for pair in (0, 1)
+        blocks[..., k + pair + half * 8, n + side * 8]
+        for side in (0, 1)
+        for half in (0, 1)
+        for pair in (0, 1)
     ]
     return torch.stack(parts, -1).half()
 

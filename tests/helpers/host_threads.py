@@ -1,7 +1,4 @@
-"""The CUDA kernels on the CPU: ``gpu/host_threads.cpp`` compiled and loaded, as a launcher of its kernels.
-
-Also the WHILE node of a CUDA graph: its loop on the host, around the kernels that decide how long it goes on.
-"""
+"""The CUDA kernels on the CPU: ``gpu/host_threads.cpp`` compiled and loaded, as a launcher of its kernels."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastcascade.kernels.cuda import launch
 
@@ -58,37 +53,3 @@ class HostLaunch(launch.Launch):
         order = int(self.descending)
         unknown = self.library.launch(kernel.encode(), pointers, blocks, threads, order, self.left_out)
         assert not unknown, f"host_threads.cpp has no kernel {kernel}"
-
-
-class HostLoops:
-    """What a WHILE node does, on the host: begin_chunks, then work and next_chunk as long as they say.
-
-    Attributes:
-        recordings: how many loops were recorded; repetitions: of work, per run of a loop.
-    """
-
-    def __init__(self, library: Path) -> None:
-        self.launch = HostLaunch(library)
-        self.recordings = 0
-        self.repetitions: list[int] = []
-
-    def stream(self) -> int:
-        """There is one."""
-        return 0
-
-    def record(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> Callable[[], None]:
-        """As :meth:`fastcascade.backends.gpu.while_loops.Loops.record`; the work runs once here, too."""
-        work()
-        self.recordings += 1
-        value = ctypes.c_uint()
-        handle = ctypes.c_ulonglong(ctypes.addressof(value))
-
-        def repeat() -> None:
-            self.repetitions.append(0)
-            self.launch("begin_chunks", 1, 1, count, chunk, handle)
-            while value.value:
-                self.repetitions[-1] += 1
-                work()
-                self.launch("next_chunk", 1, 1, count, chunk, ctypes.c_int(size), handle)
-
-        return repeat

@@ -1,4 +1,4 @@
-"""The resident kernel in the emulator of ``gpu/emulator``: compiled for a set of plans, and started like a kernel."""
+"""The resident kernel in the emulator of ``gpu/emulator``: compiled for some plans, and started like a kernel."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build(folder: Path, table: ResidentTable, *changes: tuple[str, str]) -> ctyp
         text = text.replace(old, new)
     (folder / "resident.cuh").write_text("#pragma once\n" + text)
     library = folder / "resident.so"
-    options = "-std=c++20 -O2 -march=native -shared -fPIC -pthread -Wall -Wextra -Werror -Wno-unknown-pragmas"
+    options = "-std=c++20 -O1 -march=native -shared -fPIC -pthread -Wall -Wextra -Werror -Wno-unknown-pragmas"
     command = [COMPILER, *options.split(), f"-I{folder}", str(FOLDER / "resident.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))

@@ -2,7 +2,8 @@
 
 The number of active rows stays on the device. Own kernels read it there, so between two stages that run as
 own kernels the host waits for nothing. A stage that runs through torch needs the number once, to size its
-batch, or runs in chunks of a fixed size (:mod:`fastcascade.backends.gpu.torch_stage`); its report says which.
+batch. On NVIDIA GPUs the first stages may run in one launch, exits included
+(:mod:`fastcascade.backends.gpu.resident_stage`); the schedule then begins with what they leave.
 
 Feature rows are kept as (rows, H, W, C) or (rows, F), contiguous: one row is one instance, and a view with
 the channels first is what torch calls channels_last.
@@ -10,7 +11,8 @@ the channels first is what torch calls channels_last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcascade.backends.arithmetic import exact_float32
+from fastcascade.backends.gpu.rows import architecture
 from fastcascade.backends.interface import ExitResults, KernelChoice, StageReport
 from fastcascade.errors import FastCascadeError
 from fastcascade.kernels.reference import ExitTables, MLPWeights, exit_step, exit_tables
@@ -28,6 +31,7 @@ __all__ = [
     "Active",
     "BreadthFirstProgram",
     "ExitKernels",
+    "FirstStages",
     "StageRunner",
     "next_inputs",
 ]
@@ -82,13 +86,35 @@ class StageRunner(Protocol):
         """For ``describe``, without the exit head."""
 
 
+class FirstStages(Protocol):
+    """The first stages with their exits, in one launch.
+
+    Attributes:
+        stages: how many.
+    """
+
+    stages: int
+
+    def run(self, images: Tensor, tables: ExitTables, thresholds: Tensor) -> Any:
+        """Run them on every image; returns the Keep of those that go on, None where no stage is left."""
+
+    def reports(self, isa: str) -> list[StageReport]:
+        """For ``describe``, exit heads included."""
+
+
 def next_inputs(plan: Plan) -> list[str | None]:
     """What the stage after each one reads; None after the last."""
     return [*(stage.input for stage in plan.stages[1:]), None]
 
 
 class BreadthFirstProgram:
-    """A plan lowered to one runner per stage, with one backend's exit head between them."""
+    """A plan lowered to one runner per stage, with one backend's exit head between them.
+
+    Args:
+        runners: of the stages after ``first``.
+        first: runs the stages before, if there are any.
+        notes: of each stage, why it is not among those; None where there is nothing to say.
+    """
 
     def __init__(
         self,
@@ -96,8 +122,12 @@ class BreadthFirstProgram:
         runners: list[StageRunner],
         kernels: ExitKernels,
         device: torch.device,
+        first: FirstStages | None = None,
+        notes: Sequence[str | None] = (),
     ) -> None:
         self.plan = plan
+        self.first = first
+        self.notes = notes or [None] * len(plan.stages)
         self.runners = runners
         self.kernels = kernels
         self.device = device
@@ -132,20 +162,42 @@ class BreadthFirstProgram:
             count=torch.full((1,), n, dtype=torch.int32, device=self.device),
             known=n,
         )
-        for k, runner in enumerate(self.runners):
+        begin = 0
+        if self.first is not None:
+            with self._named(0):
+                active = self._after_first(self.first, images, active, tables, thresholds)
+            begin = self.first.stages
+        for k, runner in enumerate(self.runners, begin):
             if active.known == 0:
                 break
-            try:
+            with self._named(k):
                 active = self._step(k, runner, images, active, tables, thresholds)
-            except (torch.OutOfMemoryError, FastCascadeError):
-                raise
-            except (RuntimeError, ValueError) as error:
-                raise FastCascadeError(
-                    f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. If this is a "
-                    "CUDA error the process cannot use the device any more: restart it, and set "
-                    "CUDA_LAUNCH_BLOCKING=1 to see which kernel failed"
-                ) from error
         return ExitResults(tables.log_probs, tables.label, tables.exit_stage)
+
+    @contextmanager
+    def _named(self, k: int) -> Iterator[None]:
+        """Errors of the device name the stage."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, FastCascadeError):
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise FastCascadeError(
+                f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. If this is a "
+                "CUDA error the process cannot use the device any more: restart it, and set "
+                "CUDA_LAUNCH_BLOCKING=1 to see which kernel failed"
+            ) from error
+
+    def _after_first(
+        self, first: FirstStages, images: Tensor, active: Active, tables: ExitTables, thresholds: Tensor
+    ) -> Active:
+        """What the launch of the first stages leaves."""
+        keep = first.run(images, tables, thresholds)
+        if keep is None:
+            return replace(active, known=0)
+        index, survivors = torch.empty_like(active.index), torch.empty_like(active.count)
+        self.kernels.compact_index(active.index, active.count, keep, index, survivors)
+        return Active(index, survivors, None)
 
     def _step(
         self,
@@ -161,7 +213,7 @@ class BreadthFirstProgram:
         if active.known == 0:
             return active
         keep = self._exit(k, tables, logits, active, thresholds)
-        if k + 1 == len(self.runners):
+        if k + 1 == len(self.plan.stages):
             return active
         survivors = torch.empty_like(active.count)
         if self.plan.stages[k + 1].input == "previous":
@@ -196,10 +248,11 @@ class BreadthFirstProgram:
 
     def describe(self) -> list[StageReport]:
         """One report per stage, the exit head and compaction included."""
-        reports = []
-        for k, runner in enumerate(self.runners):
-            report = runner.report()
-            reports.append(replace(report, kernels=(*report.kernels, *self._exit_choices(k))))
+        reports = [] if self.first is None else self.first.reports(architecture(self.device))
+        for k, runner in enumerate(self.runners, len(reports)):
+            report, note = runner.report(), self.notes[k]
+            notes = () if note is None else (KernelChoice("resident kernel", f"not this stage: {note}"),)
+            reports.append(replace(report, kernels=(*report.kernels, *notes, *self._exit_choices(k))))
         return reports
 
     def _exit_choices(self, k: int) -> list[KernelChoice]:

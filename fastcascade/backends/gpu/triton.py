@@ -11,8 +11,8 @@ import os
 import torch
 
 from fastcascade.backends.gpu.scheduler import BreadthFirstProgram, ExitKernels, StageRunner, next_inputs
-from fastcascade.backends.gpu.torch_stage import torch_stage
-from fastcascade.backends.gpu.while_loops import Choice, choose_loops
+from fastcascade.backends.gpu.stage_ways import VARIABLE, cannot_obey, forced_way
+from fastcascade.backends.gpu.torch_stage import TorchStage
 from fastcascade.backends.interface import Precision
 from fastcascade.errors import InvalidArgument
 from fastcascade.lowering.plan import Plan, StagePlan
@@ -48,20 +48,32 @@ def stage_runner(
     kernels: ExitKernels,
     device: torch.device,
     dtype: torch.dtype,
-    choice: Choice,
 ) -> StageRunner:
-    """The first of: one launch for the stage, a launch per layer, torch. Reasons end up in the report."""
+    """The first of: one launch for the stage, a launch per layer, torch. Reasons end up in the report.
+
+    Raises:
+        BackendUnavailable: the environment wants a way that this stage cannot take.
+    """
     from fastcascade.backends.gpu.layers import no_kernel_reason, stage_layers
     from fastcascade.backends.gpu.per_layer_stage import PerLayerStage
     from fastcascade.backends.gpu.persistent_stage import PersistentStage, per_layer_reason
     from fastcascade.kernels.triton.persistent import layer_table
 
+    way = forced_way()
     reason = no_kernel_reason(stage, next_input)
+    if way == "torch":
+        return TorchStage(stage, f"{VARIABLE}=torch", spec, kernels, device, dtype)
+    if way == "resident":
+        raise cannot_obey(way, stage.name, "only the cuda backend has the resident kernel")
     if reason is not None:
-        return torch_stage(stage, next_input, reason, spec, kernels, device, dtype, choice)
+        if way is not None:
+            raise cannot_obey(way, stage.name, reason)
+        return TorchStage(stage, reason, spec, kernels, device, dtype)
     layers = stage_layers(stage, dtype, device)
     table = layer_table(layers, stage.features if next_input == "previous" else None)
-    reason = per_layer_reason(stage, layers, table)
+    reason = f"{VARIABLE}=layers" if way == "layers" else per_layer_reason(stage, layers, table)
+    if reason is not None and way == "persistent":
+        raise cannot_obey(way, stage.name, reason)
     if reason is not None:
         return PerLayerStage(stage, spec, layers, device, dtype, reason)
     return PersistentStage(stage, spec, layers, table)
@@ -97,9 +109,9 @@ class TritonBackend:
         if threads is not None:
             raise InvalidArgument(f"threads={threads}: the triton backend has no CPU threads; leave it out")
         kernels = exit_kernels()
-        dtype, choice = DTYPES[precision], choose_loops(device)
+        dtype = DTYPES[precision]
         runners = [
-            stage_runner(stage, next_input, plan.input, kernels, device, dtype, choice)
+            stage_runner(stage, next_input, plan.input, kernels, device, dtype)
             for stage, next_input in zip(plan.stages, next_inputs(plan), strict=True)
         ]
         return BreadthFirstProgram(plan, runners, kernels, device)

@@ -284,7 +284,7 @@ class EmulatedContext {
   void converge() {}
 
   template <class T>
-  T shuffle_xor(T value, int mask) {
+  [[gnu::noinline]] T shuffle_xor(T value, int mask) {
     static_assert(sizeof(T) == 4, "shuffles move 32 bits");
     T result;
     block_.together(&value, 4, &result, 4, [&](Block::Exchange& e) {
@@ -294,7 +294,7 @@ class EmulatedContext {
   }
 
   // Lanes 8i … 8i + 7 give the rows of matrix i; lane l gets elements 2(l % 4) and + 1 of row l / 4 of each.
-  void load_matrix(unsigned int (&a)[4], int place) {
+  [[gnu::noinline]] void load_matrix(unsigned int (&a)[4], int place) {
     check(place, 16);
     block_.touch(place, 16, false);
     block_.together(&place, 4, a, 16, [&](Block::Exchange& e) {
@@ -311,7 +311,7 @@ class EmulatedContext {
   // m16n8k16, row.col, f32 += f16 · f16. Lane l, g = l / 4, t = l % 4:
   //   a0 (g, 2t)  a1 (g + 8, 2t)  a2 (g, 2t + 8)  a3 (g + 8, 2t + 8), two columns each
   //   b0 (2t, g)  b1 (2t + 8, g), two rows each;  d0 d1 (g, 2t)  d2 d3 (g + 8, 2t), two columns
-  void mma(float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
+  [[gnu::noinline]] void mma(float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
     struct Operands {
       unsigned int a[4], b[2];
     } own{{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -362,7 +362,7 @@ class EmulatedContext {
     low = half_value(value & 0xffff);
     high = half_value(value >> 16);
   }
-  unsigned int max2(unsigned int a, unsigned int b) const {
+  [[gnu::noinline]] unsigned int max2(unsigned int a, unsigned int b) const {
     unsigned int result = 0;
     for (int shift = 0; shift < 32; shift += 16) {
       const float x = half_value(a >> shift), y = half_value(b >> shift);
@@ -373,7 +373,7 @@ class EmulatedContext {
 
  private:
   template <class T>
-  T load(int place) {
+  [[gnu::noinline]] T load(int place) {
     check(place, sizeof(T));
     block_.access(place, sizeof(T), false);
     T value;
@@ -381,7 +381,7 @@ class EmulatedContext {
     return value;
   }
   template <class T>
-  void store(int place, const T& value) {
+  [[gnu::noinline]] void store(int place, const T& value) {
     check(place, sizeof(T));
     block_.access(place, sizeof(T), true);
     std::memcpy(&block_.memory[place], &value, sizeof value);
