@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from resident_cases import CASES, SLOW_CASES, Case, images, in_widest_gaps
+from resident_cases import CASES, MORE_CASES, SLOW_CASES, WIDE_CASES, Case, images, in_widest_gaps
 from resident_emulator import EmulatedResident, build, missing_emulator, union
 from torch import Tensor
 
@@ -68,13 +68,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The quick cases, compiled once."""
     skip_without_emulator()
     return Built(tmp_path_factory.mktemp("resident"), CASES)
-
-
-@pytest.fixture(scope="session")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The slow ones."""
-    skip_without_emulator()
-    return Built(tmp_path_factory.mktemp("resident"), SLOW_CASES)
 
 
 def run(stages: ResidentStages, x: Tensor, thresholds: Tensor) -> ExitTables:
@@ -167,9 +160,12 @@ def test_cascades_answer_as_the_reference_does(built: Built, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW_CASES)
-def test_large_cascades_answer_as_the_reference_does(large: Built, name: str) -> None:
-    check(large, name, SLOW_CASES[name], blocks=2)
+@pytest.mark.parametrize("cases", [MORE_CASES, SLOW_CASES, WIDE_CASES], ids=["more", "large", "wide"])
+def test_more_cascades_answer_as_the_reference_does(tmp_path: Path, cases: dict[str, Case]) -> None:
+    skip_without_emulator()
+    several = Built(tmp_path, cases)
+    for name, case in cases.items():
+        check(several, name, case, blocks=2)
 
 
 @pytest.mark.parametrize("name", ["ResNet-8 then 14, mean", "four exits of a ResNet-20"])
@@ -218,7 +214,7 @@ def test_nothing_in_nothing_out(built: Built) -> None:
 
 def test_counts_are_those_of_the_estimate(built: Built) -> None:
     """Instructions that the arithmetic of ``estimates.py`` assumes, and conflicts of ldmatrix."""
-    for name in ("ResNet-8", "ResNet-9 of width 8 then 16", "2×2 stem, odd sizes"):
+    for name in ("ResNet-8", "ResNet-9 of width 8", "2×2 stem, odd sizes"):
         _, plan, resident = built.cases[name]
         launch = EmulatedResident(built.library, trace=True)
         run(
@@ -311,7 +307,7 @@ def test_each_kind_of_barrier_is_needed(built: Built) -> None:
     [
         "ResNet-8 then 14, mean",
         "four exits of a ResNet-20",
-        "ResNet-9 of width 8 then 16",
+        "ResNet-9 of width 8",
         "all kinds of pooling",
     ],
 )
@@ -389,7 +385,7 @@ PLANTED_IN_SOURCE = {
 def test_a_fault_planted_in_the_source_shows(tmp_path: Path, fault: str) -> None:
     """The checks that pass on the kernel as it is fail on each of these."""
     skip_without_emulator()
-    names = ["ResNet-9 of width 8 then 16", "2×2 stem, odd sizes"]
+    names = ["ResNet-9 of width 8", "2×2 stem, odd sizes"]
     broken = Built(tmp_path, {name: CASES[name] for name in names}, PLANTED_IN_SOURCE[fault])
     failed = []
     for name in names:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.backends.gpu.resident_stage import choose_resident
-from fastcascade.kernels.cuda.resident_plan import H100, Machine, ResidentPlan
+from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine, ResidentPlan
 from fastcascade.lowering.plan import Plan
 from fastcascade.model.resnet import Head, IdentityResidual, cut_into_segments, resnet9, resnet_cifar
 from fastcascade.testing.networks import randomise_statistics
 
-__all__ = ["CASES", "SLOW_CASES", "Case", "images", "in_widest_gaps"]
+__all__ = ["CASES", "MORE_CASES", "SLOW_CASES", "WIDE_CASES", "Case", "images", "in_widest_gaps"]
 
 NORMALIZE = fc.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 
@@ -153,24 +153,32 @@ def resnets(*depths: int, **options: Any) -> Callable[[], list[nn.Module]]:
 
 CASES: dict[str, Case] = {
     "ResNet-8": Case(independent(resnets(8)), 3),
+    "ResNet-8 then 14, mean": Case(independent(resnets(8, 14), selectors("stats"), combine="mean")),
+    "four exits of a ResNet-20": Case(segments(20, [2, 3, 5], selectors("stats")), 10),
+    "ResNet-9 of width 8": Case(independent(lambda: [resnet9(8, stem=16)]), 3),
+    "2×2 stem, odd sizes": Case(independent(lambda: [pooled_network()]), 4),
+    "all kinds of pooling": Case(independent(lambda: [many_poolings()]), 4),
+}
+"""Of ``make test``; four warps, and one compilation for all of them."""
+
+MORE_CASES: dict[str, Case] = {
     "shortcut B, 100 classes, topk": Case(
         independent(
             lambda: [resnet_cifar(8, 100, shortcut="B") for _ in range(2)], selectors("topk"), classes=100
         )
     ),
-    "ResNet-8 then 14, mean": Case(independent(resnets(8, 14), selectors("stats"), combine="mean")),
-    "four exits of a ResNet-20": Case(segments(20, [2, 3, 5], selectors("stats")), 10),
     "two exits, margin": Case(segments(14, [2], selectors("margin"), combine="last", shortcut="B")),
     "probs, weighted mean": Case(
         independent(resnets(8, 8, 8), selectors("probs"), combine=(0.2, 0.5, 1.0)), 10
     ),
     "max_prob": Case(independent(resnets(8, 8), selectors("max_prob"))),
     "entropy": Case(independent(resnets(8, 8), selectors("entropy"))),
+    "1,000 classes": Case(
+        independent(lambda: [resnet_cifar(8, 1000) for _ in range(2)], selectors("stats"), classes=1000)
+    ),
     "ResNet-9 of width 8 then 16": Case(
         independent(lambda: [resnet9(8, stem=16), resnet9(16)], selectors("stats"), combine="mean")
     ),
-    "2×2 stem, odd sizes": Case(independent(lambda: [pooled_network()]), 4),
-    "all kinds of pooling": Case(independent(lambda: [many_poolings()]), 4),
     "one grey channel, 12×20": Case(
         independent(
             lambda: [nn.Sequential(conv(1, 16), conv(16, 32, stride=2), Head(32, 10))], shape=(1, 12, 20)
@@ -178,7 +186,7 @@ CASES: dict[str, Case] = {
         3,
     ),
 }
-"""Four warps; one compilation for all of them."""
+"""Every selector, and shapes that the quick ones leave out."""
 
 SLOW_CASES: dict[str, Case] = {
     "ResNet-20 on 32×32": Case(independent(resnets(20), shape=(3, 32, 32)), 2),
@@ -197,6 +205,15 @@ SLOW_CASES: dict[str, Case] = {
         6,
     ),
 }
+"""Of the sizes that people use."""
+
+WIDE_CASES: dict[str, Case] = {
+    "ResNet-14 of twice the width": Case(independent(resnets(14, width=32), shape=(3, 32, 32)), 1),
+    "ResNet-14 of twice the width, A100": Case(
+        independent(resnets(14, width=32), shape=(3, 32, 32)), 1, A100
+    ),
+}
+"""Eight warps: one block fills a multiprocessor."""
 
 
 def images(n: int, shape: tuple[int, int, int], seed: int = 2) -> Tensor:

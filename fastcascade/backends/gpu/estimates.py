@@ -100,7 +100,7 @@ def _conflicts(step: Step) -> int:
         + p % step.columns * step.stride
         for p in range(8)
     ]
-    groups = [pixel % 8 for pixel in pixels]
+    groups = [pixel % 8 for pixel in set(pixels)]
     return max(map(groups.count, groups))
 
 
