@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+# Without it torch warns in every matrix product on a GPU while determinism is on, and warnings are errors here.
+# It is read when the first GPU is used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 hypothesis.settings.register_profile("fastcascade", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fastcascade")

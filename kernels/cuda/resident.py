@@ -1,8 +1,8 @@
 """The resident kernel: a whole cascade in one launch; the kernel is in ``resident.cuh``.
 
-:func:`resident_table` turns a plan of stages (``resident_plan.py``) into the integer table and the packed weights
-that the kernel reads; :func:`resident` starts it. The kernel is compiled for the plan's kinds of layers, at the
-first launch, by NVRTC through CuPy.
+:func:`resident_table` turns a plan of stages (``resident_plan.py``) into the integer table and the packed
+weights that the kernel reads; :func:`resident` starts it. NVRTC compiles it through CuPy at the first launch,
+for the plan's types of layers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ResidentTable:
     Attributes:
         layers: (entries, 16) int32; begins: (stages + 1,) int32, of each stage in it.
         weights: fp16 fragments; vectors: float32 biases and linear layers.
-        types, heads: the templates that are compiled in; an entry's first integer is an index into one of them.
+        types, heads: the templates that are compiled in; an entry begins with an index into one of them.
     """
 
     plan: ResidentPlan
@@ -180,8 +180,11 @@ def _window(entry: Entry) -> tuple[int, int]:
     work = entry.step.window
     if work is None or entry.step.kind != "pool":
         return 0, 0
-    first, second = (*work.kernel, *work.stride), work.padding
-    return tuple(sum(n << 8 * i for i, n in enumerate(numbers)) for numbers in (first, second))  # type: ignore
+    first, second = (
+        sum(n << 8 * i for i, n in enumerate(numbers))
+        for numbers in ((*work.kernel, *work.stride), work.padding)
+    )
+    return first, second
 
 
 def resident_source(table: ResidentTable) -> str:
@@ -205,8 +208,8 @@ def resident_exits(
     """The exits of the stages as the kernel reads them, on the CPU; keep the weights alive.
 
     Args:
-        selectors: of each stage, a built-in selector or None at the last exit, and an MLP's weights (contiguous
-            float32, on the device).
+        selectors: of each stage, a built-in selector or None at the last exit, and an MLP's weights
+            (contiguous float32, on the device).
         stage_weights: as the exit head's twin takes them.
     """
     exits = (ResidentExit * len(selectors))()

@@ -61,7 +61,7 @@ class Machine(NamedTuple):
 
     Attributes:
         units: multiprocessors; clock: Hz.
-        shared_block, shared_unit: bytes of shared memory that one block may have, and that one multiprocessor has.
+        shared_block, shared_unit: bytes of shared memory that a block may have, and a multiprocessor has.
         mma_cycles: of a multiprocessor's quarter for one mma.m16n8k16 in fp16.
         l2_bytes: per second, all multiprocessors reading; memory_bytes: of device memory, per second.
     """
@@ -112,7 +112,7 @@ class Map(NamedTuple):
 
 @dataclass(frozen=True)
 class Residual:
-    """What a convolution adds: ``last`` after the activation; ``view`` (step, before, channels) of a strided one."""
+    """What a convolution adds: ``last``: after the activation; ``view``: (step, before, channels)."""
 
     value: int
     last: bool = False
@@ -549,8 +549,8 @@ def plan_resident(
         entries, size = _layout(flat, kept, previous, classes, warps)
         if size > machine.shared_block:
             raise DoesNotFit(
-                f"an image's activations take {size >> 10} KiB of shared memory; a block of this GPU may have "
-                f"{machine.shared_block >> 10}"
+                f"an image's activations take {size >> 10} KiB of shared memory; "
+                f"a block of this GPU may have {machine.shared_block >> 10}"
             )
         blocks = min(machine.shared_unit // (size + BLOCK_RESERVE), most)
         if blocks > 1 or warps == MOST_WARPS:
@@ -649,7 +649,7 @@ def _place(buffers: Sequence[Buffer]) -> None:
 
 
 def fragments(blocks: Tensor) -> Tensor:
-    """B fragments of mma.m16n8k16: (…, 16 k, 16 n) → (…, 32 lanes, 8) fp16: b0, b1 of n < 8, then of n ≥ 8."""
+    """B fragments of mma.m16n8k16: (…, 16 k, 16 n) → (…, 32 lanes, 8) fp16: b0, b1 of n < 8, of n ≥ 8."""
     lane = torch.arange(32)
     n, k = lane // 4, lane % 4 * 2
     parts = [
@@ -662,7 +662,7 @@ def fragments(blocks: Tensor) -> Tensor:
 
 
 def pack_conv(weight: Tensor, groups: int) -> Tensor:
-    """(kernel, kernel, in, out) → (units of channels, fragments, 32, 8): 16 inputs, kernel column, row, group."""
+    """(kernel, kernel, in, out) → (units, fragments, 32, 8), by 16 inputs, kernel column, row, group."""
     kernel, _, inputs, outputs = weight.shape
     blocks = weight.reshape(kernel, kernel, inputs // 16, 16, outputs // (16 * groups), groups, 16)
     # ky, kx, c, k, unit, g, n → unit, c, kx, ky, g, k, n

@@ -22,9 +22,25 @@ from torch import Tensor
 from fastcascade.kernels.layers import Conv, Layer, Pooling, View, Work, padded
 from fastcascade.kernels.triton.launch import launch
 
-__all__ = ["ConvTile", "Kind", "conv_layer", "conv_tile", "elementwise_layer", "kind", "pool_layer", "run"]
+__all__ = [
+    "READS_IMAGE",
+    "ConvTile",
+    "Kind",
+    "conv_layer",
+    "conv_tile",
+    "elementwise_layer",
+    "kind",
+    "pool_layer",
+    "run",
+]
 
 Kind = tuple[int | float, ...]
+
+READS_IMAGE = tl.constexpr(15)
+"""Of a convolution's KIND: whether it reads the caller's images."""
+
+CHANNELS_STORED = tl.constexpr(6)
+"""Of an elementwise layer's KIND: the output's channels as stored, which is where the shifts begin."""
 
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -261,7 +277,7 @@ def pool_layer(KIND: tl.constexpr, x, out, rows, first, step):
 def elementwise_layer(KIND: tl.constexpr, x, other, vectors, out, rows, first, step):
     """:func:`elementwise_tiles` with the constants of a kind; vectors are scale and shift."""
     elementwise_tiles(
-        x, other, vectors, vectors + KIND[6], out, rows, first, step,
+        x, other, vectors, vectors + KIND[CHANNELS_STORED], out, rows, first, step,
         KIND[0], KIND[1], KIND[2], KIND[3], KIND[4], KIND[5], KIND[6], KIND[7], KIND[8], KIND[9], KIND[10],
         KIND[11], KIND[12], KIND[13], KIND[14], KIND[15], KIND[16], KIND[17], KIND[18], KIND[19],
     )  # fmt: skip

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcascade.kernels.layers import Conv, Layer, Pooling, Work
-from fastcascade.kernels.triton.conv import Kind, conv_layer, elementwise_layer, kind, pool_layer
+from fastcascade.kernels.triton.conv import READS_IMAGE, Kind, conv_layer, elementwise_layer, kind, pool_layer
 from fastcascade.kernels.triton.launch import launch
 
 __all__ = ["LayerTable", "layer_table", "persistent"]
@@ -71,7 +71,7 @@ def run_layer(
     vector = vectors + tl.load(entry + 5) * UNIT
     if OPERATION == CONV:
         weight = weights + tl.load(entry + 4) * UNIT
-        if KIND[15]:  # reads images
+        if KIND[READS_IMAGE]:
             conv_layer(
                 KIND, images, weight, vector, other, index, pixels, out,
                 x_image, x_row, x_column, x_channel, 1, 0, 1,

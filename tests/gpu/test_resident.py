@@ -30,8 +30,8 @@ from fastcascade.lowering.plan import Plan
 from fastcascade.types import forced_exit
 
 TWIN, FP32 = 4e-4, 6e-3
-"""Largest error of a log-probability, relative to the largest one: against the twin, which rounds to fp16 in the
-same places (not between a convolution and the sum after it), and against fp32."""
+"""Largest error of a log-probability, relative to the largest one: against the twin, which rounds to fp16 in
+the same places (not between a convolution and the sum after it), and against fp32."""
 
 BAND = 0.03
 """Of an exit's range of scores: images so close to its threshold may stop elsewhere."""
@@ -233,7 +233,7 @@ def test_counts_are_those_of_the_estimate(built: Built) -> None:
 
 
 def cute(lane: Tensor, values: int, strides: tuple[int, ...]) -> Tensor:
-    """Index into a column-major tile as CuTe's layouts give it: strides of lane % 4, lane / 4 and a value's bits."""
+    """Index into a column-major tile as CuTe's layouts give it, by strides of lane % 4, lane / 4, value bits."""
     value = torch.arange(values)
     bits = sum((value >> i & 1) * stride for i, stride in enumerate(strides[2:]))
     return lane[:, None] % 4 * strides[0] + lane[:, None] // 4 * strides[1] + bits
@@ -295,7 +295,7 @@ def race_without(built: Built, name: str, left_out: int) -> bool:
 
 
 def test_each_kind_of_barrier_is_needed(built: Built) -> None:
-    """After the queue, the image, the first layers, and the last four: a layer's, the pool, the sums, the stop."""
+    """After the queue, the image, the first layers; the last layer, the pool, the sums, the stop."""
     count = barriers(built, "ResNet-8", 1)
     chosen = [0, 1, 2, 3, *range(count - 5, count - 1)]  # the last one only ends the queue
     assert [i for i in chosen if not race_without(built, "ResNet-8", i)] == []

@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 def spread(module: nn.Module) -> None:
-    """Small activations, and logits that differ from image to image: rows must not all lie near a threshold."""
+    """Small activations; logits that differ from image to image, so that few rows lie near a threshold."""
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.weight.data *= 0.7

@@ -1,4 +1,4 @@
-"""The resident kernel in the emulator of ``gpu/emulator``: compiled for some plans, and started like a kernel."""
+"""The resident kernel in the emulator of ``gpu/emulator``: compiled for some plans, started like a kernel."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class ResidentChoice(NamedTuple):
 
 
 def machine_of(device: torch.device, template: Machine) -> Machine:
-    """A GPU as the planner sees it; rates that CUDA does not report are the template's, per multiprocessor."""
+    """A GPU as the planner sees it; rates that CUDA does not report are the template's per multiprocessor."""
     properties = torch.cuda.get_device_properties(device)
     share = properties.multi_processor_count / template.units
     return template._replace(
@@ -249,8 +249,9 @@ class ResidentStages:
         at_once = machine.units * layout.blocks
         found = estimate(layout)
         schedule = (
-            f"resident: {self.stages} stage{'s' * (self.stages > 1)} and exits in one launch, {layout.warps} warps and "
-            f"{layout.shared_bytes >> 10} KiB of shared memory an image, {layout.blocks} at once on a multiprocessor"
+            f"resident: {self.stages} stage{'s' * (self.stages > 1)} with exits in one launch; an image has "
+            f"{layout.warps} warps and {layout.shared_bytes >> 10} KiB of shared memory, and "
+            f"{layout.blocks} of them share a multiprocessor"
         )
         below = f"below {at_once:,} images some of {machine.name}'s multiprocessors wait for work"
         reports = []

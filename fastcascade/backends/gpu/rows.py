@@ -23,9 +23,10 @@ def channels_first(rows: Tensor) -> Tensor:
 
 
 def stored_rows(features: Tensor, stage: StagePlan, dtype: torch.dtype) -> Tensor:
-    """Features as own kernels store them; a stage that ran through torch left them unpadded."""
-    channels = padded(stage.shapes[0][0])
-    return F.pad(features, (0, channels - features.shape[-1])).to(dtype).contiguous()
+    """Features as own kernels store them; copied only where a stage through torch left them unpadded."""
+    missing = padded(stage.shapes[0][0]) - features.shape[-1]
+    rows = F.pad(features, (0, missing)) if missing else features  # padding by nothing would copy
+    return rows.to(dtype).contiguous()
 
 
 def kernel_name(layer: Layer) -> str:
