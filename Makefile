@@ -73,7 +73,7 @@ demo: install  ## classify 2,000 images with the trained cascade, in about a min
 	$(say) "classifying the test images of examples/cifar10"
 	@$(bin)/python examples/cifar10/demo.py
 
-.PHONY: test test-all lint typecheck test-gpu
+.PHONY: test test-all lint typecheck test-gpu test-gpu-bare
 test: lint typecheck  ## lint, type-check, tests and doctests against the installed wheel
 	$(say) "running the tests on $$(cd $(outside) && $(bin)/python -c 'import fastcascade; print(fastcascade.__path__[0])')"
 	@$(pytest) -m "not slow" $(CURDIR)/tests
@@ -100,6 +100,10 @@ test-gpu: install  ## on a GPU machine: the GPU tests on the device, then gpu-re
 	@$(pytest) $(CURDIR)/tests/gpu
 	$(say) "measuring the kernels, the cascade and torch beside it: gpu-report.json"
 	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
+
+# No install and no compiler: the sources as they are, with the python that is called.
+test-gpu-bare:  ## ten minutes on a GPU machine without installing anything: gpu-report.json
+	@$(PYTHON) tests/gpu/bare/run.py --output $(CURDIR)/gpu-report.json $(ARGS)
 
 ##### Benchmarks
 

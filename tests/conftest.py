@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
 
-# Without it torch warns in every matrix product on a GPU while determinism is on, and warnings are errors here.
-# It is read when the first GPU is used.
+try:
+    import hypothesis
+except ModuleNotFoundError:  # on a bare GPU machine, whose tests do without it
+    hypothesis = None  # type: ignore[assignment]
+
+# Without it torch warns in every matrix product on a GPU while determinism is on, and warnings are errors
+# here. It is read when the first GPU is used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-hypothesis.settings.register_profile("fastcascade", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("fastcascade")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("fastcascade", deadline=None, print_blob=True)
+    hypothesis.settings.load_profile("fastcascade")
 
 
 @pytest.fixture(autouse=True)

@@ -233,7 +233,7 @@ def test_counts_are_those_of_the_estimate(built: Built) -> None:
 
 
 def cute(lane: Tensor, values: int, strides: tuple[int, ...]) -> Tensor:
-    """Index into a column-major tile as CuTe's layouts give it, by strides of lane % 4, lane / 4, value bits."""
+    """Index into a column-major tile, as CuTe's layouts give it: strides of lane % 4, lane / 4, value bits."""
     value = torch.arange(values)
     bits = sum((value >> i & 1) * stride for i, stride in enumerate(strides[2:]))
     return lane[:, None] % 4 * strides[0] + lane[:, None] // 4 * strides[1] + bits
