@@ -29,7 +29,7 @@ from fastcascade.kernels.reference import ExitTables, exit_tables
 from fastcascade.lowering.plan import Plan
 from fastcascade.types import forced_exit
 
-TWIN, FP32 = 4e-4, 6e-3
+TWIN, FP32 = 1e-3, 6e-3
 """Largest error of a log-probability, relative to the largest one: against the twin, which rounds to fp16 in
 the same places (not between a convolution and the sum after it), and against fp32."""
 
@@ -233,7 +233,7 @@ def test_counts_are_those_of_the_estimate(built: Built) -> None:
 
 
 def cute(lane: Tensor, values: int, strides: tuple[int, ...]) -> Tensor:
-    """Index into a column-major tile, as CuTe's layouts give it: strides of lane % 4, lane / 4, value bits."""
+    """Index into a column-major tile, as CuTe gives it: strides of lane % 4, lane / 4, value bits."""
     value = torch.arange(values)
     bits = sum((value >> i & 1) * stride for i, stride in enumerate(strides[2:]))
     return lane[:, None] % 4 * strides[0] + lane[:, None] // 4 * strides[1] + bits
@@ -369,15 +369,25 @@ def test_a_planted_fault_shows(built: Built, fault: str) -> None:
 
 
 PLANTED_IN_SOURCE = {
-    "goes on after the stop": ("stage < net.stages && !stop", "stage < net.stages"),
-    "pools a row too far": ("lower[half * 2], lower[half * 2 + 1]", "upper[half * 2], upper[half * 2 + 1]"),
+    "goes on after the stop": (
+        "stage < net.stages && !stop",
+        "stage < net.stages",
+        "ResNet-8 then 14, mean",
+    ),
+    "pools one row twice": ("sum[t + 1][g * 2 + n]", "sum[t][g * 2 + n]", "ResNet-9 of width 8"),
     "forgets the last kernel row": (
         "for (int ky = 0; ky < kKernel; ky++)",
         "for (int ky = 0; ky < kKernel - 1; ky++)",
+        "ResNet-8",
     ),
-    "stores over the border": ("(kWidth % kColumns == 0 || result_column(lane) < kWidth)", "true"),
-    "one upper half of the pixels": ("half * (8 / kColumns)) * kTiles", "half) * kTiles"),
+    "stores over the border": (
+        "(kWidth % kColumns == 0 || result_column(lane) < kWidth)",
+        "true",
+        "2×2 stem, odd sizes",
+    ),
+    "one upper half of the pixels": ("half * (8 / kColumns)) * kTiles", "half) * kTiles", "ResNet-8"),
 }
+"""Old text, new text, the case that shows it."""
 
 
 @pytest.mark.slow
@@ -385,12 +395,7 @@ PLANTED_IN_SOURCE = {
 def test_a_fault_planted_in_the_source_shows(tmp_path: Path, fault: str) -> None:
     """The checks that pass on the kernel as it is fail on each of these."""
     skip_without_emulator()
-    names = ["ResNet-9 of width 8", "2×2 stem, odd sizes"]
-    broken = Built(tmp_path, {name: CASES[name] for name in names}, PLANTED_IN_SOURCE[fault])
-    failed = []
-    for name in names:
-        try:
-            check(broken, name, CASES[name])
-        except AssertionError:
-            failed.append(name)
-    assert failed
+    old, new, name = PLANTED_IN_SOURCE[fault]
+    broken = Built(tmp_path, {name: CASES[name]}, (old, new))
+    with pytest.raises(AssertionError):
+        check(broken, name, CASES[name])

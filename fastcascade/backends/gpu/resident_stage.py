@@ -92,9 +92,9 @@ def choose_resident(
             if k == stages:
                 raise DoesNotFit(why)
             lowered.append(_stage(plan, k))
+            found = stage_steps(lowered[-1], plan.input.shape)
             if overflows[k] is not None:
                 raise DoesNotFit(str(overflows[k]))
-            found = stage_steps(lowered[-1], plan.input.shape)
             best = plan_resident(
                 [*steps, found],
                 [s.kept for s in lowered],

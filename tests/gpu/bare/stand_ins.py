@@ -12,6 +12,7 @@ __all__ = ["write_stand_ins"]
 
 RICH = '''"""rich as pip carries it."""
 import pip._vendor.rich as own
+from pip._vendor.rich import get_console, print, reconfigure
 __path__ = own.__path__
 '''
 
