@@ -36,7 +36,7 @@ from fastcascade.kernels.cuda.resident import DeviceResident, ResidentLaunch
 from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine
 from fastcascade.lowering.plan import Plan, StagePlan
 
-__all__ = ["BACKEND", "CudaBackend", "Resident", "exit_kernels", "lower_with"]
+__all__ = ["BACKEND", "CudaBackend", "Resident", "exit_kernels", "lower_with", "without_slower"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -150,10 +150,10 @@ def _choice(plan: Plan, precision: Precision, resident: Resident | None, triton:
         if choice.stages < len(plan.stages):
             raise cannot_obey(way, plan.stages[choice.stages].name, reasons_in_words(choice.reasons))
         return choice
-    return _without_slower(plan, choice, resident.machine) if triton else choice
+    return without_slower(plan, choice, resident.machine) if triton else choice
 
 
-def _without_slower(plan: Plan, choice: ResidentChoice, machine: Machine) -> ResidentChoice:
+def without_slower(plan: Plan, choice: ResidentChoice, machine: Machine) -> ResidentChoice:
     """Leave out last stages that a launch per stage or per layer is estimated to run faster."""
     while choice.plan is not None:
         k = choice.stages - 1
