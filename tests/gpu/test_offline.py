@@ -50,3 +50,51 @@ def test_gates_fail_on_what_they_guard_against() -> None:
         assert offline.failures(wanted, good) == []
     finally:
         del sys.modules["offline"]
+
+
+def ask_triton(code: str) -> str:
+    """What a process that has triton, not interpreting, prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_the_exit_head_is_compiled_once_for_all_stages() -> None:
+    """Stage 0 and 1, and thresholds whose slices begin anywhere, are no reason to compile again."""
+    code = (
+        "from fastcascade.kernels.triton.exit_head import exit_head_kernel as kernel\n"
+        "print([p.name for p in kernel.params if p.do_not_specialize],"
+        " [p.name for p in kernel.params if p.do_not_specialize_on_alignment])"
+    )
+    assert ask_triton(code) == "['stage'] ['threshold']"
+
+
+def test_numbers_of_a_kind_are_read_by_name() -> None:
+    """The positions that kernels name are those that ``kind`` writes."""
+    code = (
+        "from fastcascade.kernels.layers import Conv, ConvShape, Elementwise\n"
+        "from fastcascade.kernels.triton.conv import CHANNELS_STORED, READS_IMAGE, kind\n"
+        "shape = ConvShape(8, 8, 3, 8, 8, 16, (3, 3), corner=(1, 1))\n"
+        "print([kind(Conv(shape, None, 'relu', image=image))[READS_IMAGE.value] for image in (False, True)],"
+        " kind(Elementwise((8, 8, 16), (4, 4, 48), (3, 40)))[CHANNELS_STORED.value])"
+    )
+    assert ask_triton(code) == "[0, 1] 48"
+
+
+def test_a_missing_barrier_fails() -> None:
+    """The persistent kernel without the barrier that ends a layer."""
+    program = Path(__file__).with_name("offline.py")
+    code = (
+        f"import re, sys; sys.path.insert(0, {str(program.parent)!r})\n"
+        "import offline\n"
+        "wanted = offline.Configuration('k', None, {}, {}, barriers=1)\n"
+        "report = offline.Report('k', 'sm_90', 64, 0, 0, 0, 0, barriers=0, machine_barriers=9)\n"
+        "print(offline.failures(wanted, report))"
+    )
+    assert "0 barriers in the source, 1 expected" in ask_triton(code)
+
+
+def test_cublas_gives_the_same_bits_without_a_warning() -> None:
+    """Or every matrix product on a GPU warns while tests poison memory, and warnings are errors."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")

@@ -48,7 +48,7 @@ class TorchStage:
         self.kernels = kernels
         self.dtype = dtype
         if self.stage.module is not None:
-            self.stage.module.to(memory_format=torch.channels_last)
+            self.stage.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
         """See :meth:`StageRunner.run`."""
