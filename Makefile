@@ -107,7 +107,7 @@ test-gpu: install  ## on a machine with a GPU: run the GPU tests, then measure i
 	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
 
 # No install and no compiler: the sources as they are, with the python that is called.
-test-gpu-bare:  ## ten minutes on a GPU machine without installing anything: gpu-report.json
+test-gpu-bare:  ## on a machine with a GPU, installing nothing: test and measure for ten minutes
 	@$(PYTHON) tests/gpu/bare/run.py --output $(CURDIR)/gpu-report.json $(ARGS)
 
 ##### Benchmarks

@@ -10,11 +10,11 @@ import torch
 
 try:
     import hypothesis
-except ModuleNotFoundError:  # on a bare GPU machine, whose tests do without it
+except ModuleNotFoundError:  # on a bare GPU machine, whose tests need none
     hypothesis = None  # type: ignore[assignment]
 
-# Without it torch warns in every matrix product on a GPU while determinism is on, and warnings are errors
-# here. It is read when the first GPU is used.
+# Otherwise torch warns at every matrix product on a GPU while determinism is on, and warnings are errors.
+# It is read when the first GPU is used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if hypothesis is not None:

@@ -212,6 +212,7 @@ FC_FUNCTION void begin_tiles(Context& context, const T& tiling, const ResidentLa
         for (int half = 0; half < 2; half++)
           add_residual<M, View>(context, tiling, layer.residual, t, n, half, sum[t][n]);
   }
+  context.converge();  // lanes outside the map read nothing; ldmatrix and mma need all of them
 }
 
 template <class M, bool kRelu, class T, class Context>

@@ -611,18 +611,18 @@ def _layout(
     clean: dict[int, tuple[Map, int]] = {}  # place → the map there whose border is zero, and its size
     entries = []
     for k, step in flat:
-        buffer = owner[k, step.output] if step.kind == "head" else owner[key(k, step.output)]
+        held = owner[k, step.output] if step.kind == "head" else owner[key(k, step.output)]
         flags = 0
-        if clean.get(buffer.place) != (buffer.map, buffer.size) or buffer.map is None:
+        if clean.get(held.place) != (held.map, held.size) or held.map is None:
             overlapping = [
                 place
                 for place, (_, size) in clean.items()
-                if place < buffer.place + buffer.size and buffer.place < place + size
+                if place < held.place + held.size and held.place < place + size
             ]
             for place in overlapping:
                 del clean[place]
-            if buffer.map is not None:
-                clean[buffer.place] = buffer.map, buffer.size
+            if held.map is not None:
+                clean[held.place] = held.map, held.size
                 flags |= CLEAR_BORDER
         residual = 0
         if step.residual is not None:
@@ -631,8 +631,8 @@ def _layout(
         if step.kind == "pool":
             assert step.window is not None
             flags |= AVERAGE * (step.window.kind == "average") | COUNT_PADDING * step.window.include_padding
-        read_from = 0 if step.kind == "image" else owner[key(k, step.source)].place
-        entries.append(Entry(step, k, read_from, buffer.place, residual, flags))
+        source_place = 0 if step.kind == "image" else owner[key(k, step.source)].place
+        entries.append(Entry(step, k, source_place, held.place, residual, flags))
     return entries, max(buffer.place + buffer.size for buffer in buffers)
 
 

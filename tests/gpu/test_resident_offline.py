@@ -58,7 +58,7 @@ def test_every_network_passes_the_gates(offline: ModuleType, name: str, target: 
 def test_the_gates_fail_on_what_they_guard_against(offline: ModuleType) -> None:
     plan = offline.resident_plan("ResNet-8", offline.MACHINES["sm_90"])
     least = offline.least(plan)
-    assert min(least.values()) > 20
+    assert min(least.values()) >= 20
     good = offline.Code(168, 0, least)
     assert offline.failures(plan, good) == []
     spilled = good._replace(local_bytes=8)

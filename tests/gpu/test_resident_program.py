@@ -12,7 +12,7 @@ from resident_emulator import EmulatedResident, build, missing_emulator
 from torch import nn
 
 import fastcascade as fc
-from fastcascade.backends.gpu.cuda import Resident, lower_with
+from fastcascade.backends.gpu.cuda import Resident, lower_with, without_slower
 from fastcascade.backends.gpu.estimates import estimate, launch_rates
 from fastcascade.backends.gpu.layer_lowering import stage_layers
 from fastcascade.backends.gpu.resident_stage import choose_resident, overflow_reasons
@@ -150,6 +150,7 @@ def test_the_shipped_networks_fit() -> None:
     assert rates == sorted(rates, reverse=True)
     others = launch_rates(stage_layers(plan.stages[0], torch.float16, CPU), H100)
     assert rates[0] > max(others.values()), "a small network is estimated fastest in one launch"
+    assert without_slower(plan, found, H100).stages == 3
 
 
 # ---- who decides ----

@@ -41,7 +41,7 @@ from fastcascade.kernels.cuda.resident import DeviceResident, ResidentLaunch
 from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine
 from fastcascade.lowering.plan import Plan, StagePlan
 
-__all__ = ["BACKEND", "CudaBackend", "Resident", "exit_kernels", "lower_with"]
+__all__ = ["BACKEND", "CudaBackend", "Resident", "exit_kernels", "lower_with", "without_slower"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -156,10 +156,10 @@ def _choose(plan: Plan, precision: Precision, resident: Resident | None, triton:
             reasons = "; ".join(reason for reason in choice.reasons if reason is not None)
             raise impossible_way(way, plan.stages[choice.stages].name, reasons)
         return choice
-    return _without_slower(plan, choice, resident.machine) if triton else choice
+    return without_slower(plan, choice, resident.machine) if triton else choice
 
 
-def _without_slower(plan: Plan, choice: ResidentChoice, machine: Machine) -> ResidentChoice:
+def without_slower(plan: Plan, choice: ResidentChoice, machine: Machine) -> ResidentChoice:
     """Drop last stages that one launch per stage or per layer runs faster, as estimated."""
     while choice.plan is not None:
         k = choice.stages - 1

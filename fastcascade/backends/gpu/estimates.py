@@ -21,8 +21,8 @@ SHARED_BYTES_PER_CYCLE = 128
 WAIT_LAYER, WAIT_IMAGE, WAIT_HEAD = 700, 3000, 12000
 """Cycles in which a block uses no tensor core, per layer, image and exit: guesses."""
 
-TRITON_SHARE = 0.5
-"""Of the tensor cores' peak that a Triton convolution reaches: a guess."""
+TRITON_SHARE = 0.4
+"""Of the tensor cores' peak that a Triton convolution of these sizes reaches: a guess."""
 
 
 class StepCounts(NamedTuple):
@@ -145,8 +145,9 @@ def _throughput(demand: float, wait: float, customers: int) -> float:
 def launch_rates(layers: Sequence[Layer], machine: Machine) -> dict[str, float]:
     """Images/s of the other ways to run a stage: "persistent" (one launch), "layers" (one for each).
 
-    Both compute at :data:`TRITON_SHARE` of the tensor cores' peak. A launch per layer moves every activation
-    through device memory; one launch moves them, and the weights for every image, through L2.
+    Both compute at :data:`TRITON_SHARE` of the tensor cores' peak and overlap nothing. A launch per layer
+    moves every activation through device memory; one launch moves them, and the weights for every image,
+    through L2.
     """
     flops = moved = weights = 0.0
     for layer in layers:
@@ -171,5 +172,5 @@ def launch_rates(layers: Sequence[Layer], machine: Machine) -> dict[str, float]:
     compute = flops / (machine.units * machine.clock * 4 * 4096 / cycles * TRITON_SHARE)
     return {
         "persistent": 1 / (compute + (moved + weights) / machine.l2_bytes),
-        "layers": 1 / max(compute, moved / machine.memory_bytes),
+        "layers": 1 / (compute + moved / machine.memory_bytes),
     }

@@ -18,6 +18,7 @@ from fastcascade.backends.interface import KernelChoice, StageReport
 from fastcascade.kernels.cuda.exit_head import new_keep
 from fastcascade.kernels.cuda.resident import ResidentLaunch, resident, resident_exits, resident_table
 from fastcascade.kernels.cuda.resident_plan import (
+    BLOCK_RESERVE,
     LARGEST_HALF,
     DoesNotFit,
     Machine,
@@ -64,7 +65,7 @@ def machine_of(device: torch.device, template: Machine) -> Machine:
         name=properties.name,
         capability=(properties.major, properties.minor),
         units=properties.multi_processor_count,
-        shared_block=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        shared_block=properties.shared_memory_per_multiprocessor - BLOCK_RESERVE,
         shared_unit=properties.shared_memory_per_multiprocessor,
         l2_bytes=template.l2_bytes * share,
     )
