@@ -15,7 +15,8 @@ pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
 python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
 checked := fastcascade kernels tests tools $(wildcard bench examples) setup.py
-cpp_sources := $(shell find csrc kernels/cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+cpp_sources := $(shell find csrc kernels/cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' \
+	-o -name '*.cu' -o -name '*.cuh')
 
 unexport PYTHONPATH
 .DELETE_ON_ERROR:
@@ -74,7 +75,7 @@ demo: install  ## classify 2,000 images with the trained cascade, in about a min
 	$(say) "classifying the test images of examples/cifar10"
 	@$(bin)/python examples/cifar10/demo.py
 
-.PHONY: test test-all lint typecheck test-gpu
+.PHONY: test test-all lint typecheck test-gpu test-gpu-bare
 test: lint typecheck  ## lint, type-check, and run tests and doctests against the installed wheel
 	$(say) "running the tests on $$(cd $(outside) && $(bin)/python -c 'import fastcascade; print(fastcascade.__path__[0])')"
 	@$(pytest) -m "not slow" $(CURDIR)/tests
@@ -104,6 +105,10 @@ test-gpu: install  ## on a machine with a GPU: run the GPU tests, then measure i
 	@$(bin)/python $(CURDIR)/tests/helpers/ran.py $(CURDIR)/build/gpu-tests.xml
 	$(say) "measuring the kernels, and the cascade against torch: gpu-report.json"
 	@cd $(outside) && $(bin)/python $(CURDIR)/bench/gpu.py --output $(CURDIR)/gpu-report.json
+
+# No install and no compiler: the sources as they are, with the python that is called.
+test-gpu-bare:  ## on a machine with a GPU, installing nothing: test and measure for ten minutes
+	@$(PYTHON) tests/gpu/bare/run.py --output $(CURDIR)/gpu-report.json $(ARGS)
 
 ##### Benchmarks
 

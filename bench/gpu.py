@@ -36,6 +36,10 @@ from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pool
 from fastcascade.lowering.export import plan as lower_plan
 from fastcascade.model.resnet import resnet_cifar
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_quick import BATCHES as BATCHES_QUICK
+from gpu_quick import Subject, quick_report
+
 ROOT = Path(__file__).resolve().parent.parent
 CASCADE = ROOT / "examples" / "cifar10" / "model"
 IMAGES = ROOT / "examples" / "cifar10" / "test-images.npz"
@@ -282,42 +286,11 @@ def compact_entries(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "gather_rows", rates(gated(run, gather_agreement, gather_rows), 4.0 * width * n + 8 * n)
 
 
-def while_entry(run: Run) -> dict[str, Any]:
-    """Overhead of one repetition of a WHILE node; its work here is one launch that adds 1."""
-    from fastcascade.backends.gpu.while_loops import WhileNodes, unavailable_reason
-
-    reason = unavailable_reason()
-    if reason is not None:
-        return {"skipped": reason}
-    few, many = 1, 1001
-    count, chunk, total = (torch.zeros(1, dtype=torch.int32, device=run.device) for _ in range(3))
-    try:
-        repeat = WhileNodes(run.device).record(count, chunk, 1, lambda: total.add_(1))
-    except RuntimeError as error:
-        return {"refused": str(error)}
-
-    def agreement() -> dict[str, Any]:
-        for wanted in (0, few, many):
-            total.zero_()
-            count.fill_(wanted)
-            repeat()
-            assert int(total) == wanted, f"the body ran {int(total)} times instead of {wanted}"
-        return {}
-
-    entry = gated(run, agreement, repeat)
-    if "seconds" in entry:
-        count.fill_(few)
-        once = statistics.median(run.seconds(repeat) or [])
-        entry["seconds_per_repetition"] = (entry["seconds"] - once) / (many - few)
-        entry["seconds_once"] = once
-    return entry
-
-
 def kernel_entries(run: Run) -> dict[str, Any]:
     """Every kernel but the persistent one, whose unit is a stage."""
     entries = {name: layer_entry(run, layer) for name, layer in layer_cases().items()}
     entries |= {f"exit_head C={classes}": exit_entry(run, classes) for classes in (10, 1000)}
-    return {**entries, **dict(compact_entries(run)), "WHILE node": while_entry(run)}
+    return {**entries, **dict(compact_entries(run))}
 
 
 # ---- dense networks and cascades ----
@@ -480,11 +453,51 @@ def refusals(found: dict[str, Any]) -> list[str]:
     return [f"{name}: {entry['refused']}" for name, entry in entries.items() if "refused" in entry]
 
 
+def quick_subjects(run: Run) -> list[Subject]:
+    """A ResNet-20 with random weights and the shipped cascade; two small networks in a dry run."""
+    with np.load(IMAGES) as archive:
+        images = torch.from_numpy(archive["images"].transpose(0, 3, 1, 2).copy())
+    normalize = fc.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    if not run.timed:
+        stages = [resnet_cifar(8), resnet_cifar(8)]
+        small = fc.Cascade(stages, fc.MLPSelector(), 10, (3, 8, 8), preprocess=normalize)
+        return [Subject("small", small, lower_plan(small), torch.zeros(1), images[:, :, :8, :8])]
+    dense = fc.Cascade([resnet_cifar(20)], None, 10, (3, 32, 32), preprocess=normalize)
+    example = fc.load(CASCADE)
+    shipped = lower_plan(example)
+    return [
+        Subject("ResNet-20", dense, lower_plan(dense), torch.empty(0), images),
+        Subject("examples/cifar10 at fast", example, shipped, shipped.thresholds("fast"), images),
+    ]
+
+
+def quick(run: Run, output: Path, seconds: float) -> int:
+    """Measure every way to run a stage; write the report after every entry; 1 if one of our own disagreed."""
+    torch.manual_seed(0)
+    whole: dict[str, Any] = {"machine": versions(run.device)}
+    batches = BATCHES_QUICK if run.timed else (4,)
+    for found in quick_report(quick_subjects(run), run.device, seconds, not run.timed, batches):
+        output.write_text(json.dumps(whole | {"models": found}, indent=1) + "\n")
+    refused = [
+        f"{subject}, batch {batch}, {name}: {entry['refused']}"
+        for subject, by_batch in found.items()
+        for batch, entries in by_batch.items()
+        for name, entry in entries.items()
+        if "refused" in entry and name.startswith("fastcascade")
+    ]
+    print(*refused, sep="\n", file=sys.stderr)
+    return 1 if refused else 0
+
+
 def main() -> int:
     """Measure and write the report after every part; 1 if something of our own disagreed."""
     parser = argparse.ArgumentParser(prog="bench/gpu.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu-report.json"))
     parser.add_argument("--dry-run", action="store_true", help="a few images under Triton's interpreter")
+    parser.add_argument(
+        "--quick", action="store_true", help="minutes: every way to run a stage, beside torch"
+    )
+    parser.add_argument("--seconds", type=float, default=280, help="of --quick: starts nothing after so long")
     arguments = parser.parse_args()
     if arguments.dry_run:
         if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported, which torch has done
@@ -494,6 +507,8 @@ def main() -> int:
         run = Run(torch.device("cuda", torch.cuda.current_device()))
     else:
         sys.exit("torch sees no GPU here, so nothing can be measured; --dry-run checks the code without one")
+    if arguments.quick:
+        return quick(run, arguments.output, arguments.seconds)
     begin = time.perf_counter()
     for found in report(run):
         found["took_s"] = time.perf_counter() - begin

@@ -575,7 +575,6 @@ def doctor() -> None:
     """Print versions, the CPU, each backend or why it cannot run, and missing optional packages."""
     import torch
 
-    from fastcascade.backends.gpu.while_loops import unavailable_reason
     from fastcascade.backends.registry import NAMES, load_backend
 
     console = Console(soft_wrap=True, highlight=False)
@@ -584,7 +583,7 @@ def doctor() -> None:
     )
     isa = torch.backends.cpu.get_cpu_capability()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU with {isa}")
-    for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_TORCH_STAGES"):
+    for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_STAGES"):
         if variable in os.environ:
             console.print(plain(f"{variable}={os.environ[variable]} is set and overrides the choice"))
     backends = Table("backend", "state", title="backends, in the order in which auto tries them")
@@ -593,10 +592,7 @@ def doctor() -> None:
     packages = Table("package", "version", "needed for", title="optional packages")
     for name, use in OPTIONAL.items():
         packages.add_row(name, _version(name) or "missing", use)
-    reason = unavailable_reason()
     console.print(backends)
-    way = f"one readback of the count each, because {reason}" if reason else "in chunks, without readback"
-    console.print(plain(f"GPU stages that run through torch: {way}"))
     console.print(packages)
 
 

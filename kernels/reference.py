@@ -22,6 +22,7 @@ __all__ = [
     "LOG_ODDS_LIMIT",
     "ExitTables",
     "MLPWeights",
+    "ResidentExit",
     "Score",
     "compact_index",
     "conv",
@@ -36,6 +37,7 @@ __all__ = [
     "mlp_score",
     "persistent",
     "pool",
+    "resident",
     "threshold_score",
 ]
 
@@ -404,3 +406,56 @@ def persistent(
         values[layer.output] = out.to(dtype)
     if features is not None and kept is not None:
         features.copy_(values[kept])
+
+
+class ResidentExit(NamedTuple):
+    """What follows a stage's logits; see :func:`exit_head`."""
+
+    stage_weight: float | None
+    selector: str | None
+    weights: MLPWeights | None = None
+
+
+def resident(
+    stages: Sequence[tuple[Sequence[Layer], int | None]],
+    exits: Sequence[ResidentExit],
+    images: Tensor,
+    tables: ExitTables,
+    thresholds: Sequence[float],
+    *,
+    pixel_table: Tensor | None = None,
+) -> Tensor:
+    """The first stages of a cascade with their exits on a batch: the twin of the resident kernel.
+
+    Args:
+        stages: layers of each, as :func:`persistent` takes them, and the value that the next stage reads
+            instead of the image, or None.
+        tables: of the batch, before its first stage.
+        thresholds: one per selector.
+        pixel_table: (C, 256), the value of each byte; for uint8 images only.
+
+    Returns:
+        (m,) the images that no stage stopped, in order.
+    """
+    index, source = torch.arange(len(images)), images
+    for k, ((layers, kept), how) in enumerate(zip(stages, exits, strict=True)):
+        work = [layer.work for layer in layers]
+        reads_images = any(isinstance(w, Conv) and w.image for w in work)
+        classes = next(w.out[2] for w in work if isinstance(w, Conv) and w.logits)
+        shapes = {layer.output: layer.work.out for layer in layers}
+        dtype = next(layer.weight.dtype for layer in layers if layer.weight is not None)
+        logits = torch.empty(len(index), classes)
+        features = None if kept is None else torch.empty(len(index), *shapes[kept], dtype=dtype)
+        rows = images if reads_images else source
+        persistent(layers, rows, index, features, logits, kept=kept, pixel_table=pixel_table)
+        stays = exit_head(
+            tables,
+            logits,
+            index,
+            k,
+            **how._asdict(),
+            threshold=0.0 if how.selector is None else float(thresholds[k]),
+        )
+        index = index[stays]
+        source = source if features is None else features[stays]
+    return index

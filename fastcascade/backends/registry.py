@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 MODULES = {
-    "triton": "fastcascade.backends.gpu.triton",
     "cuda": "fastcascade.backends.gpu.cuda",
+    "triton": "fastcascade.backends.gpu.triton",
     "cpu": "fastcascade.backends.cpu",
     "reference": "fastcascade.backends.reference",
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ FILES = {
         "gather_rows_quad",
         "gather_rows_byte",
     ),
-    "conditional.cu": ("begin_chunks", "next_chunk"),
 }
 """The compiled files, each with its kernels."""
 
@@ -126,16 +127,28 @@ class DeviceLaunch(Launch):
 
     def start(self, kernel: str, blocks: int, threads: int, values: list[Any]) -> None:
         """See :meth:`Launch.start`."""
-        import cupy
-        import numpy as np
+        with on_current_stream(self.device, kernel):
+            self._functions[kernel]((blocks,), (threads,), by_value(*values))
 
-        # CuPy passes one-element arrays by value, which works for pointers, numbers and structs alike.
-        by_value = tuple(np.ndarray((1,), f"V{ctypes.sizeof(value)}", value) for value in values)
-        stream = cupy.cuda.Stream.from_external(_CurrentStream(self.device))
-        try:
-            with cupy.cuda.Device(self.device.index), stream:
-                self._functions[kernel]((blocks,), (threads,), by_value)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the CUDA kernel {kernel}, or one launched before it, failed: {error}"
-            ) from error
+
+def by_value(*values: Any) -> tuple[Any, ...]:
+    """Ctypes values as CuPy takes the arguments of a kernel.
+
+    CuPy passes one-element arrays by value, which works for pointers, numbers and structs alike.
+    """
+    import numpy as np
+
+    return tuple(np.ndarray((1,), f"V{ctypes.sizeof(value)}", value) for value in values)
+
+
+@contextmanager
+def on_current_stream(device: torch.device, kernel: str) -> Iterator[None]:
+    """Make CuPy launch on torch's current stream of a device; errors name the kernel."""
+    import cupy
+
+    stream = cupy.cuda.Stream.from_external(_CurrentStream(device))
+    try:
+        with cupy.cuda.Device(device.index), stream:
+            yield
+    except RuntimeError as error:
+        raise RuntimeError(f"the CUDA kernel {kernel}, or one launched before it, failed: {error}") from error

@@ -204,10 +204,10 @@ def exit_rows(
     TOP: tl.constexpr = 3 if SELECTOR == "topk" else (2 if SELECTOR == "stats" or SELECTOR == "margin" else 1)
     largest, log_total, valid = _normaliser(logits, row_offset, live, BLOCK_CLASSES, CLASSES)
     log_weight_sum = tl.zeros(largest.shape, tl.float32)
+    total = log_weight_sum
     if MEAN:
         total = tl.load(weight_sum + origin, mask=live, other=0.0) + tl.where(valid, stage_weight, 0.0)
         log_weight_sum = tl.log(total)
-        tl.store(weight_sum + origin, total, mask=live)
 
     # Selector: one pass over the classes.
     low = tl.full(largest.shape, float("-inf"), tl.float32)
@@ -284,7 +284,11 @@ def exit_rows(
             score = tl.sum(tl.maximum(hidden, 0.0) * out_weight[None, :], 1) + tl.load(b2)
         stop = valid & (score >= tl.load(threshold))
 
-    # Write the results of the rows that stop, and the state of all rows.
+    # Write the results of the rows that stop, and the state of all rows. Several threads may hold a row, each
+    # with its own loads: none may store where another has yet to load.
+    tl.debug_barrier()
+    if MEAN:
+        tl.store(weight_sum + origin, total, mask=live)
     tl.store(previous_label + origin, tl.where(valid, own_label, -1), mask=live)
     tl.store(out_label + origin, tl.where(valid, label, -1).to(tl.int64), mask=stop)
     tl.store(out_stage + origin, tl.zeros(origin.shape, tl.int64) + stage, mask=stop)
@@ -299,13 +303,14 @@ def exit_rows(
         cell = origin[:, None] * CLASSES + column[None, :]
         real = (column < CLASSES)[None, :]
         if MEAN:
+            tl.debug_barrier()  # as above
             tl.store(log_sum + cell, new_sum, mask=valid[:, None] & real)
         scores = tl.where(valid[:, None], scores, float("nan"))
         tl.store(out_log_probs + cell, scores, mask=stop[:, None] & real)
     return stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stage"], do_not_specialize_on_alignment=["threshold"])
 def exit_head_kernel(
     logits, index, count,
     log_sum, weight_sum, previous_label, out_log_probs, out_label, out_stage,

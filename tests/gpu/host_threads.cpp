@@ -72,15 +72,6 @@ struct DeviceContext {
 #include "compact.cu"
 #include "exit_head.cu"
 
-// The handle of a conditional node is here the address of its value.
-extern "C" void cudaGraphSetConditional(unsigned long long handle, unsigned int value) {
-  *reinterpret_cast<unsigned int*>(handle) = value;
-}
-
-#define __device__
-#include "conditional.cu"
-#undef __device__
-
 namespace {
 
 // Run a kernel as cuLaunchKernel does: `arguments` points to one pointer per argument.
@@ -120,8 +111,6 @@ extern "C" int launch(const char* name, void** arguments, int blocks, int thread
   KERNEL(move_rows_byte)
   KERNEL(gather_rows_quad)
   KERNEL(gather_rows_byte)
-  KERNEL(begin_chunks)
-  KERNEL(next_chunk)
 #undef KERNEL
   return 1;
 }

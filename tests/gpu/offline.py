@@ -34,6 +34,8 @@ class Configuration:
         wide_loads, tensor_cores: whether these must appear.
         spills: allowed local-memory instructions (NVIDIA) or spilled registers (AMD), per target.
             Some kernels spill a little at 96 or 128 registers of 255: NVIDIA's assembler chooses so.
+        barriers: exactly so many stand in the source. No interpreter and no compiler sees a race when one is
+            taken out; this does.
     """
 
     name: str
@@ -46,12 +48,17 @@ class Configuration:
     default: bool = False
     wide_loads: bool = False
     tensor_cores: bool = False
+    barriers: int = 0
     spills: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Resources of a compiled kernel; ``spills`` counts local-memory instructions or spilled registers."""
+    """Resources of a compiled kernel; ``spills`` counts local-memory instructions or spilled registers.
+
+    ``barriers``: in the source, as the first intermediate form has them; ``machine_barriers``: in the machine
+    code, where the compiler adds its own.
+    """
 
     name: str
     target: str
@@ -60,6 +67,8 @@ class Report:
     wide_loads: int
     tensor_ops: int
     shared_bytes: int
+    barriers: int = 0
+    machine_barriers: int = 0
 
 
 def compile_triton(configuration: Configuration, target: str) -> Report:
@@ -80,7 +89,11 @@ def compile_triton(configuration: Configuration, target: str) -> Report:
     options = {"num_warps": warps, "num_stages": configuration.num_stages}
     compiled = triton.compile(source, target=gpu, options=options)
     read = _read_amd if amd else _read_nvidia
-    return read(configuration.name, target, compiled)
+    report = read(configuration.name, target, compiled)
+    own = len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", compiled.asm["ttir"]))
+    code = compiled.asm["amdgcn" if amd else "ptx"]
+    machine = len(re.findall(r"\bs_barrier\b|\bbar(?:rier)?(?:\.cta)?\.sync\b", code))
+    return dataclasses.replace(report, barriers=own, machine_barriers=machine)
 
 
 def _read_amd(name: str, target: str, compiled: Any) -> Report:
@@ -142,6 +155,12 @@ def failures(configuration: Configuration, report: Report) -> list[str]:
         found.append("no 16-byte loads")
     if configuration.tensor_cores and report.tensor_ops == 0:
         found.append("no tensor-core instruction")
+    if report.barriers != configuration.barriers:
+        found.append(f"{report.barriers} barriers in the source, {configuration.barriers} expected")
+    if report.machine_barriers < configuration.barriers:
+        found.append(
+            f"{report.machine_barriers} barriers in the machine code, {configuration.barriers} expected"
+        )
     return [f"{report.name} on {report.target}: {reason}" for reason in found]
 
 
@@ -208,6 +227,7 @@ def exit_head_configurations() -> list[Configuration]:
             },
             default=(selector, classes) == ("stats", 1000),
             spills={"sm_80": 8} if (selector, classes) == ("probs", 1000) else {},
+            barriers=2 if combine == "mean" else 1,
             # Rows of fp16 logits are 16-byte aligned only if the class count is a multiple of 8.
             wide_loads=classes == 1000,
         )
@@ -345,6 +365,7 @@ def persistent_configurations() -> list[Configuration]:
             p.num_warps(hip=False),
             p.num_warps(hip=True),
             p.NUM_STAGES,
+            barriers=1,
             wide_loads=True,
             tensor_cores=dtype == "fp16",
             **changes,

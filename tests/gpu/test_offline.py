@@ -50,3 +50,39 @@ def test_gates_fail_on_what_they_guard_against() -> None:
         assert offline.failures(wanted, good) == []
     finally:
         del sys.modules["offline"]
+
+
+def ask_triton(code: str) -> str:
+    """The output of a process with triton, not interpreting."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_the_exit_head_is_compiled_once_for_all_stages() -> None:
+    """Neither stage numbers nor the alignment of thresholds cause another compilation."""
+    code = (
+        "from fastcascade.kernels.triton.exit_head import exit_head_kernel as kernel\n"
+        "print([p.name for p in kernel.params if p.do_not_specialize],"
+        " [p.name for p in kernel.params if p.do_not_specialize_on_alignment])"
+    )
+    assert ask_triton(code) == "['stage'] ['threshold']"
+
+
+def test_a_missing_barrier_fails() -> None:
+    """The persistent kernel without the barrier that ends a layer."""
+    program = Path(__file__).with_name("offline.py")
+    code = (
+        f"import re, sys; sys.path.insert(0, {str(program.parent)!r})\n"
+        "import offline\n"
+        "wanted = offline.Configuration('k', None, {}, {}, barriers=1)\n"
+        "report = offline.Report('k', 'sm_90', 64, 0, 0, 0, 0, barriers=0, machine_barriers=9)\n"
+        "print(offline.failures(wanted, report))"
+    )
+    assert "0 barriers in the source, 1 expected" in ask_triton(code)
+
+
+def test_cublas_gives_the_same_bits_without_a_warning() -> None:
+    """Otherwise matrix products on a GPU warn while tests poison memory, and warnings are errors."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")

@@ -7,16 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
-
-from fastcascade.backends.gpu import while_loops
-from fastcascade.backends.gpu.while_loops import unavailable_reason
 
 PROGRAM = Path(__file__).parents[2] / "bench" / "gpu.py"
 
@@ -61,8 +56,6 @@ def test_every_part_runs_and_agrees_and_a_dry_run_has_no_figures(tmp_path: Path)
     (small,) = report["models"].values()
     forms = small["batches"]["2"]
     assert len(forms) == 3
-    repeated = report["kernels"].pop("WHILE node")
-    assert repeated == {"skipped": unavailable_reason()} or "refused" not in repeated
     assert all("max_error" in entry for entry in [*report["kernels"].values(), *forms.values()])
     assert len(small["stages"]) == 2
     assert all("one launch" in stage["schedule"] for stage in small["stages"])
@@ -89,28 +82,3 @@ def test_labels_that_differ_are_refused_unless_two_classes_tie(gpu: ModuleType) 
     gpu.labels_agree(torch.tensor([0, 1]), want, torch.tensor([0, 0]))
     with pytest.raises(AssertionError, match="1 of 2 labels differ"):
         gpu.labels_agree(torch.tensor([1, 0]), want, torch.tensor([0, 0]))
-
-
-class Repeating:
-    """A stand-in for WHILE nodes that loops on the host, optionally once too often."""
-
-    def __init__(self, extra: int = 0) -> None:
-        self.extra = extra
-
-    def record(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> Callable[[], None]:
-        return lambda: [work() for _ in range(int(count) + self.extra)]
-
-
-@pytest.mark.parametrize("extra", [0, 1])
-def test_a_while_node_that_miscounts_gets_no_figure(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, extra: int
-) -> None:
-    monkeypatch.setattr(while_loops, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(while_loops, "WhileNodes", lambda device: Repeating(extra))
-    spans = iter([[0.011, 0.011], [0.001, 0.001]])  # 1,001 repetitions, then one
-    monkeypatch.setattr(gpu.Run, "seconds", lambda self, work: next(spans))
-    entry = gpu.while_entry(gpu.Run(torch.device("cpu")))
-    if extra:
-        assert entry == {"refused": "the body ran 1 times instead of 0"}
-    else:
-        assert entry["seconds_per_repetition"] == pytest.approx(1e-5)

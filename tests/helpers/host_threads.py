@@ -1,7 +1,4 @@
-"""A launcher that runs the CUDA kernels on CPU threads, and a host-side stand-in for WHILE nodes.
-
-The kernels are compiled from ``gpu/host_threads.cpp``.
-"""
+"""A launcher that runs the CUDA kernels on CPU threads, compiled from ``gpu/host_threads.cpp``."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastcascade.kernels.cuda import launch
 
@@ -58,37 +53,3 @@ class HostLaunch(launch.Launch):
         order = int(self.descending)
         unknown = self.library.launch(kernel.encode(), pointers, blocks, threads, order, self.left_out)
         assert not unknown, f"host_threads.cpp has no kernel {kernel}"
-
-
-class HostLoops:
-    """The loop of a WHILE node on the host: begin_chunks, then work and next_chunk while they ask for more.
-
-    Attributes:
-        recordings: how many loops were recorded; repetitions: of work, per run of a loop.
-    """
-
-    def __init__(self, library: Path) -> None:
-        self.launch = HostLaunch(library)
-        self.recordings = 0
-        self.repetitions: list[int] = []
-
-    def stream(self) -> int:
-        """A constant: there is only one stream."""
-        return 0
-
-    def record(self, count: Tensor, chunk: Tensor, size: int, work: Callable[[], None]) -> Callable[[], None]:
-        """See :meth:`fastcascade.backends.gpu.while_loops.Loops.record`."""
-        work()
-        self.recordings += 1
-        value = ctypes.c_uint()
-        handle = ctypes.c_ulonglong(ctypes.addressof(value))
-
-        def repeat() -> None:
-            self.repetitions.append(0)
-            self.launch("begin_chunks", 1, 1, count, chunk, handle)
-            while value.value:
-                self.repetitions[-1] += 1
-                work()
-                self.launch("next_chunk", 1, 1, count, chunk, ctypes.c_int(size), handle)
-
-        return repeat

@@ -25,7 +25,8 @@ def channels_first(rows: Tensor) -> Tensor:
 def padded_rows(features: Tensor, stage: StagePlan, dtype: torch.dtype) -> Tensor:
     """A stage's input features in the layout of the custom kernels: channels padded to a multiple of 16.
 
-    Features from a stage that ran in torch have no padding yet.
+    Copies only if the channels have no padding yet, as from a stage that ran in torch.
     """
-    channels = padded(stage.shapes[0][0])
-    return F.pad(features, (0, channels - features.shape[-1])).to(dtype).contiguous()
+    missing = padded(stage.shapes[0][0]) - features.shape[-1]
+    rows = F.pad(features, (0, missing)) if missing else features  # a pad of nothing would copy
+    return rows.to(dtype).contiguous()

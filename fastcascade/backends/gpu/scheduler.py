@@ -3,9 +3,9 @@
 Exit head and compaction follow every stage.
 
 The number of active rows stays on the device, where the custom kernels read it. Between two stages that run
-in custom kernels the host waits for nothing. A stage that runs in torch either reads the number back once, to
-size its batch, or runs in chunks of fixed size (:mod:`fastcascade.backends.gpu.torch_stage`). Its report says
-which.
+in custom kernels the host waits for nothing. A stage that runs in torch reads the number back once, to size
+its batch. On NVIDIA GPUs the first stages may run in one launch together with their exits
+(:mod:`fastcascade.backends.gpu.resident_stage`); the schedule then begins with the images that they leave.
 
 Feature rows are contiguous (rows, H, W, C) or (rows, F), one row per instance. The view with the channels
 first is what torch calls channels_last.
@@ -13,7 +13,8 @@ first is what torch calls channels_last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcascade.backends.float32_precision import exact_float32
-from fastcascade.backends.gpu.while_loops import LoopChoice
+from fastcascade.backends.gpu.stage_report import architecture
 from fastcascade.backends.interface import ExitResults, KernelChoice, StageReport
 from fastcascade.errors import FastCascadeError
 from fastcascade.kernels.reference import ExitTables, MLPWeights, exit_step, exit_tables
@@ -33,6 +34,7 @@ __all__ = [
     "Active",
     "BreadthFirstProgram",
     "ExitKernels",
+    "FirstStages",
     "LoweringContext",
     "StageRunner",
     "next_inputs",
@@ -60,14 +62,12 @@ class LoweringContext(NamedTuple):
         spec: the images that the program takes.
         kernels: the backend's exit head and compaction.
         device, dtype: where the stages run, and in which precision.
-        loops: how stages that run in torch learn the number of active rows.
     """
 
     spec: InputSpec
     kernels: ExitKernels
     device: torch.device
     dtype: torch.dtype
-    loops: LoopChoice
 
 
 @dataclass
@@ -105,6 +105,22 @@ class StageRunner(Protocol):
         """The stage's report, without the exit head."""
 
 
+class FirstStages(Protocol):
+    """The first stages with their exits, in one launch.
+
+    Attributes:
+        stages: how many.
+    """
+
+    stages: int
+
+    def run(self, images: Tensor, tables: ExitTables, thresholds: Tensor) -> Any:
+        """Run them on every image; returns which images stay active, or None if no stage is left."""
+
+    def reports(self, isa: str) -> list[StageReport]:
+        """The stages' reports, exit heads included."""
+
+
 def next_inputs(plan: Plan) -> list[str | None]:
     """For each stage, what the stage after it reads; None for the last."""
     return [*(stage.input for stage in plan.stages[1:]), None]
@@ -121,7 +137,13 @@ class _Batch:
 
 
 class BreadthFirstProgram:
-    """A lowered plan: one runner per stage, with the backend's exit head and compaction in between."""
+    """A lowered plan: one runner per stage, with the backend's exit head and compaction in between.
+
+    Args:
+        runners: one for each stage after ``first``.
+        first: runs the stages before them; None if every stage has a runner.
+        reasons: for each stage, why it is not in ``first``; None if there is nothing to report.
+    """
 
     def __init__(
         self,
@@ -129,8 +151,12 @@ class BreadthFirstProgram:
         runners: list[StageRunner],
         kernels: ExitKernels,
         device: torch.device,
+        first: FirstStages | None = None,
+        reasons: Sequence[str | None] = (),
     ) -> None:
         self.plan = plan
+        self.first = first
+        self.reasons = reasons or [None] * len(plan.stages)
         self.runners = runners
         self.kernels = kernels
         self.device = device
@@ -167,29 +193,51 @@ class BreadthFirstProgram:
         )
         tables = exit_tables(n, self.plan.num_classes, self.device)
         batch = _Batch(images, thresholds, tables, active)
-        for k in range(len(self.runners)):
+        begin = 0
+        if self.first is not None:
+            begin = self.first.stages
+            with self._errors_name(0):
+                self._run_first(self.first, batch)
+        for k, runner in enumerate(self.runners, begin):
             if batch.active.known == 0:
                 break
-            try:
-                self._step(k, batch)
-            except (torch.OutOfMemoryError, FastCascadeError):
-                raise
-            except (RuntimeError, ValueError) as error:
-                raise FastCascadeError(
-                    f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. After a CUDA "
-                    "error the process cannot use the device any more: restart it, and set "
-                    "CUDA_LAUNCH_BLOCKING=1 to see which kernel failed"
-                ) from error
+            with self._errors_name(k):
+                self._step(k, runner, batch)
         return ExitResults(tables.log_probs, tables.label, tables.exit_stage)
 
-    def _step(self, k: int, batch: _Batch) -> None:
+    @contextmanager
+    def _errors_name(self, k: int) -> Iterator[None]:
+        """Errors of the device name stage k."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, FastCascadeError):
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise FastCascadeError(
+                f"stage {k} ({self.plan.stages[k].name}) failed on {self.device}: {error}. After a CUDA "
+                "error the process cannot use the device any more: restart it, and set "
+                "CUDA_LAUNCH_BLOCKING=1 to see which kernel failed"
+            ) from error
+
+    def _run_first(self, first: FirstStages, batch: _Batch) -> None:
+        """Run the first stages in their one launch, then compact the active set."""
+        active = batch.active
+        keep = first.run(batch.images, batch.tables, batch.thresholds)
+        if keep is None:
+            active.known = 0
+            return
+        index, survivors = torch.empty_like(active.index), torch.empty_like(active.count)
+        self.kernels.compact_index(active.index, active.count, keep, index, survivors)
+        batch.active = Active(index, survivors, None)
+
+    def _step(self, k: int, runner: StageRunner, batch: _Batch) -> None:
         """Run stage k and its exit head, then compact the active set."""
         active = batch.active
-        features, logits = self.runners[k].run(batch.images, active)
+        features, logits = runner.run(batch.images, active)
         if active.known == 0:
             return
         keep = self._exit(k, batch, logits)
-        if k + 1 == len(self.runners):
+        if k + 1 == len(self.plan.stages):
             return
         survivors = torch.empty_like(active.count)
         if self.plan.stages[k + 1].input == "previous":
@@ -243,9 +291,12 @@ class BreadthFirstProgram:
 
     def describe(self) -> list[StageReport]:
         """One report per stage, exit head and compaction included."""
-        reports = []
-        for k, runner in enumerate(self.runners):
-            report = runner.report()
+        reports = [] if self.first is None else self.first.reports(architecture(self.device))
+        for k, runner in enumerate(self.runners, len(reports)):
+            report, reason = runner.report(), self.reasons[k]
+            if reason is not None:
+                against = KernelChoice("resident kernel", f"not this stage: {reason}")
+                report = replace(report, kernels=(*report.kernels, against))
             reports.append(replace(report, kernels=(*report.kernels, *self._exit_choices(k))))
         return reports
 

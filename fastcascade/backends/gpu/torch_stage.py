@@ -1,31 +1,25 @@
-"""Stage runners for stages that run in torch: the active rows as one batch, or as chunks of fixed size.
+"""The stage runner for stages that run in torch and cuDNN, over exactly the active rows.
 
-:class:`TorchStage` reads the number of active rows back to the host. :class:`ChunkedStage` records the stage
-once for a chunk of fixed size; a WHILE node of a CUDA graph repeats it. It wastes less than one chunk of
-rows, and the host waits for nothing.
+Only the device knows their number, so the host reads it back once per stage, except for the first.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
+from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastcascade.backends.gpu.feature_layout import channels_first, channels_last
-from fastcascade.backends.gpu.scheduler import Active, LoweringContext, StageRunner
-from fastcascade.backends.gpu.while_loops import VARIABLE, Loops
+from fastcascade.backends.gpu.scheduler import Active, LoweringContext
 from fastcascade.backends.interface import KernelChoice, StageReport
-from fastcascade.errors import BackendUnavailable
-from fastcascade.lowering.interpreter import move_stage, run_stage
+from fastcascade.lowering.interpreter import move_stage, run_op, run_stage
+from fastcascade.lowering.operations import Conv2d, Op
 from fastcascade.lowering.plan import StagePlan
 
-__all__ = ["ChunkedStage", "TorchStage", "torch_stage"]
-
-CHUNK = 256
-"""Most rows per chunk. 256 images of 224×224 should fill a GPU; an estimate, not a measurement."""
+__all__ = ["TorchStage"]
 
 
 class TorchStage:
@@ -39,9 +33,11 @@ class TorchStage:
 
     def __init__(self, context: LoweringContext, stage: StagePlan, reason: str) -> None:
         spec, device = context.spec, context.device
-        self.stage = move_stage(stage, device, context.dtype)
+        moved = move_stage(stage, device, context.dtype)
+        self.stage = replace(moved, ops=tuple(_with_channels_last_weight(op) for op in moved.ops))
+        if self.stage.module is not None:
+            self.stage.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.reason = reason
-        self.readback_reason = context.loops.reason
         self.spec = spec
         self.pixel_table = None if spec.preprocess is None else spec.preprocess.table().to(device)
         self.kernels = context.kernels
@@ -79,8 +75,25 @@ class TorchStage:
             x = self.spec.to_float(x, self.pixel_table)
         else:
             x = x[:, : self.stage.shapes[0][0]]  # custom kernels leave padded channels
-        features, logits = run_stage(self.stage, x.to(self.dtype))
+        x = x.to(self.dtype)
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        features, logits = self._run_ops(x) if self.stage.module is None else run_stage(self.stage, x)
         return channels_last(features), logits.contiguous()
+
+    def _run_ops(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`run_stage`, with cuDNN's fused convolutions where there is one for the operation."""
+        stage = self.stage
+        values = {0: x}
+        for op, dead in zip(stage.ops, stage.last_reads(), strict=True):
+            inputs = [values[value] for value in op.reads]
+            if isinstance(op, Conv2d) and is_fusible(op) and has_fused_conv(x.device, x.dtype):
+                values[op.output] = fused_conv(op, inputs)
+            else:
+                values[op.output] = run_op(op, inputs, stage.shapes[op.output])
+            for value in dead:
+                del values[value]
+        return values[stage.features], values[stage.logits]
 
     def report(self) -> StageReport:
         """One line per operation, after a line that says when the row count is read back."""
@@ -89,9 +102,7 @@ class TorchStage:
             name=self.stage.name,
             opaque_reason=self.reason,
             kernels=(
-                KernelChoice(
-                    "readback of row count", f"one, none at the first stage: {self.readback_reason}"
-                ),
+                KernelChoice("readback of row count", "one, none at the first stage"),
                 *(KernelChoice(str(op), "torch") for op in work),
             ),
             isa="torch",
@@ -100,139 +111,43 @@ class TorchStage:
         )
 
 
-class ChunkedStage:
-    """A stage in torch, recorded for one chunk and repeated on the device.
+def _with_channels_last_weight(op: Op) -> Op:
+    """A convolution with its weight in the layout of the features; otherwise cuDNN transposes per call."""
+    if not isinstance(op, Conv2d):
+        return op
+    return replace(op, weight=op.weight.contiguous(memory_format=torch.channels_last))
 
-    The first stage runs on the whole batch, because the host knows its number of rows. A module in which the
-    host waits for the device cannot be recorded; it runs as a :class:`TorchStage` instead. The Python code of
-    any other module runs only while it is recorded.
 
-    Args:
-        forced: a module that cannot be recorded is an error.
-        keeps_features: the next stage reads this stage's features.
+def is_fusible(op: Conv2d) -> bool:
+    """Whether cuDNN's convolution with bias, residual and ReLU computes this operation."""
+    top, bottom, left, right = op.padding
+    return op.activation == "relu" and top == bottom and left == right
+
+
+def fused_conv(op: Conv2d, inputs: list[Tensor]) -> Tensor:
+    """relu(conv(x) + bias + residual) in one pass, by cuDNN."""
+    size = op.stride, (op.padding[0], op.padding[2]), op.dilation, op.groups
+    if op.residual is None:
+        return torch.cudnn_convolution_relu(inputs[0], op.weight, op.bias, *size)
+    # The factor of the residual comes before the bias.
+    return torch.cudnn_convolution_add_relu(inputs[0], op.weight, inputs[1], 1.0, op.bias, *size)
+
+
+@cache
+def has_fused_conv(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has cuDNN's fused convolution and its ReLU propagates NaN; tries it on one image.
+
+    An instance with a NaN must stay invalid.
     """
-
-    def __init__(self, whole: TorchStage, loops: Loops, forced: bool, keeps_features: bool) -> None:
-        self.whole = whole
-        self.stage = whole.stage
-        self.loops = loops
-        self.forced = forced
-        self.keeps_features = keeps_features
-        self.refusal: str | None = None
-        self.recorded = _Recorded()
-
-    def run(self, images: Tensor, active: Active) -> tuple[Tensor, Tensor]:
-        """See :meth:`fastcascade.backends.gpu.scheduler.StageRunner.run`.
-
-        The next run on the same stream overwrites the returned tensors.
-
-        Raises:
-            BackendUnavailable: the stage cannot be recorded, and ``forced`` is set.
-        """
-        if active.known is not None or self.refusal is not None:
-            return self.whole.run(images, active)
-        reads_images = self.stage.input == "image"
-        source = images if reads_images else channels_first(cast(Tensor, active.features))
-        n = len(active.index) if reads_images else len(source)
-        loop = self._loop(source, n)
-        if loop is None:
-            return self.whole.run(images, active)
-        channels_first(loop.source[: len(source)]).copy_(source)
-        if reads_images:
-            loop.index[:n].copy_(active.index)
-        loop.count.copy_(active.count)
-        loop.repeat()
-        return (loop.logits if loop.features is None else loop.features)[:n], loop.logits[:n]
-
-    def _loop(self, source: Tensor, n: int) -> _Loop | None:
-        """The recording of this thread and stream, made anew if it does not fit n such rows."""
-        key = self.loops.stream()
-        loop = self.recorded.loops.get(key)
-        rows = channels_last(source[:0])
-        if loop is not None and loop.fits(rows, n):
-            return loop
-        self.recorded.loops.pop(key, None)  # frees its memory before the new recording allocates
-        capacity = 1 << (n - 1).bit_length()  # powers of two, so that growing batches are rarely re-recorded
-        try:
-            loop = _Loop(self.whole, self.loops, rows, capacity, self.keeps_features)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.refusal = f"it cannot be recorded: {error}"
-            if self.forced:
-                raise BackendUnavailable(
-                    f"{VARIABLE}=while is impossible for stage {self.stage.name!r}: {self.refusal}"
-                ) from error
-            return None
-        self.recorded.loops[key] = loop
-        return loop
-
-    def report(self) -> StageReport:
-        """The report of the stage in torch, with a first line about its chunks."""
-        readback = f"none: a WHILE node repeats chunks of up to {CHUNK} rows; the first stage is one batch"
-        if self.refusal is not None:
-            readback = f"one readback: {self.refusal}"
-        report = self.whole.report()
-        return replace(report, kernels=(KernelChoice("readback of row count", readback), *report.kernels[1:]))
-
-
-class _Recorded(threading.local):
-    """The recordings of one thread, by stream."""
-
-    def __init__(self) -> None:
-        self.loops: dict[int, _Loop] = {}
-
-
-class _Loop:
-    """A stage recorded for one chunk, with the memory that the recording reads and writes.
-
-    Attributes:
-        source: (capacity, …) input rows.
-        index: (capacity,) int32, the active rows of ``source``. Features are compacted in place, so their
-            index stays 0, 1, 2, ….
-        count: (1,) int32, the number of active rows.
-        features, logits: (capacity, …), row i for index[i]; features is None if no stage reads them.
-        repeat: enqueues as many chunks as ``count`` needs.
-    """
-
-    def __init__(
-        self, stage: TorchStage, loops: Loops, rows: Tensor, capacity: int, keeps_features: bool
-    ) -> None:
-        size = min(CHUNK, capacity)
-        self.source = source = rows.new_zeros(capacity, *rows.shape[1:])
-        self.index = index = torch.arange(capacity, dtype=torch.int32, device=rows.device)
-        count, chunk, bucket_count = (index.new_zeros(1) for _ in range(3))
-        self.count = count
-        bucket, bucket_index = source[:size].clone(), index[:size].clone()
-        place = torch.arange(size, device=rows.device)
-
-        def outputs() -> list[Tensor]:
-            features, logits = stage.forward(bucket)
-            return [logits, features] if keeps_features else [logits]
-
-        kept = [part.new_empty(capacity, *part.shape[1:]) for part in outputs()]
-        self.logits, self.features = kept[0], kept[1] if keeps_features else None
-
-        def work() -> None:
-            stage.kernels.gather_rows(source, index, count, chunk, bucket, bucket_index, bucket_count)
-            rows_of_chunk = chunk.long() * size + place
-            for whole, part in zip(kept, outputs(), strict=True):
-                whole.index_copy_(0, rows_of_chunk, part)
-
-        self.repeat = loops.record(count, chunk, size, work)
-
-    def fits(self, rows: Tensor, n: int) -> bool:
-        """Whether the recording can take n rows of this dtype and shape."""
-        own = self.source
-        return own.dtype == rows.dtype and own.shape[1:] == rows.shape[1:] and n <= len(own)
-
-
-def torch_stage(
-    context: LoweringContext, stage: StagePlan, next_input: str | None, reason: str
-) -> StageRunner:
-    """The runner of a stage in torch: chunked if the device can loop, a readback otherwise."""
-    whole = TorchStage(context, stage, reason)
-    if context.loops.loops is None:
-        return whole
-    keeps_features = next_input == "previous"
-    return ChunkedStage(whole, context.loops.loops, context.loops.forced, keeps_features)
+    if device.type != "cuda" or torch.version.hip is not None or dtype == torch.float64:
+        return False
+    x = torch.full((1, 16, 4, 4), torch.nan, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(16, 16, 1, 1, device=device, dtype=dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    op = Conv2d(1, 0, weight, torch.zeros(16, device=device, dtype=dtype), activation="relu")
+    try:
+        outputs = fused_conv(op, [x]), fused_conv(replace(op, residual=0), [x, x])
+    except RuntimeError:
+        return False
+    return all(bool(output.isnan().all()) for output in outputs)

@@ -17,8 +17,8 @@ from fastcascade.backends.gpu.scheduler import (
     StageRunner,
     next_inputs,
 )
-from fastcascade.backends.gpu.torch_stage import torch_stage
-from fastcascade.backends.gpu.while_loops import choose_loops
+from fastcascade.backends.gpu.stage_ways import VARIABLE, forced_way, impossible_way
+from fastcascade.backends.gpu.torch_stage import TorchStage
 from fastcascade.backends.interface import Precision
 from fastcascade.errors import InvalidArgument
 from fastcascade.lowering.plan import Plan, StagePlan
@@ -50,19 +50,31 @@ def stage_runner(context: LoweringContext, stage: StagePlan, next_input: str | N
     """The first that can run the stage: a persistent kernel, one launch per layer, torch.
 
     The report gives the reason against each that cannot.
+
+    Raises:
+        BackendUnavailable: the environment forces a way in which this stage cannot run.
     """
     from fastcascade.backends.gpu.layer_lowering import no_kernel_reason, stage_layers
     from fastcascade.backends.gpu.per_layer_stage import PerLayerStage
     from fastcascade.backends.gpu.persistent_stage import PersistentStage, per_layer_reason
     from fastcascade.kernels.triton.persistent import layer_table
 
+    way = forced_way()
+    if way == "torch":
+        return TorchStage(context, stage, f"{VARIABLE}=torch")
+    if way == "resident":
+        raise impossible_way(way, stage.name, "only the cuda backend has the resident kernel")
     reason = no_kernel_reason(stage, next_input)
     if reason is not None:
-        return torch_stage(context, stage, next_input, reason)
+        if way is not None:
+            raise impossible_way(way, stage.name, reason)
+        return TorchStage(context, stage, reason)
     spec, device, dtype = context.spec, context.device, context.dtype
     layers = stage_layers(stage, dtype, device)
     table = layer_table(layers, stage.features if next_input == "previous" else None)
-    reason = per_layer_reason(stage, layers, table)
+    reason = f"{VARIABLE}=layers" if way == "layers" else per_layer_reason(stage, layers, table)
+    if reason is not None and way == "persistent":
+        raise impossible_way(way, stage.name, reason)
     if reason is not None:
         return PerLayerStage(stage, spec, layers, device, dtype, reason)
     return PersistentStage(stage, spec, layers, table)
@@ -98,7 +110,7 @@ class TritonBackend:
         if threads is not None:
             raise InvalidArgument(f"threads={threads}: the triton backend has no CPU threads; omit threads")
         kernels = exit_kernels()
-        context = LoweringContext(plan.input, kernels, device, DTYPES[precision], choose_loops(device))
+        context = LoweringContext(plan.input, kernels, device, DTYPES[precision])
         runners = [
             stage_runner(context, stage, next_input)
             for stage, next_input in zip(plan.stages, next_inputs(plan), strict=True)
