@@ -41,7 +41,7 @@ from gpu_quick import BATCHES as BATCHES_QUICK
 from gpu_quick import Subject, quick_report
 
 ROOT = Path(__file__).resolve().parent.parent
-CASCADE = ROOT / "examples" / "cifar10" / "model"
+CASCADE = ROOT / "examples" / "cifar10" / "resnet9" / "model"
 IMAGES = ROOT / "examples" / "cifar10" / "test-images.npz"
 BATCHES = (1, 8, 64, 256, 1024, 4096, 16384)
 TOLERANCE = 5e-2

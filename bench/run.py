@@ -30,7 +30,7 @@ from bench.targets import target_table
 
 __all__ = ["main", "measure_cases", "measure_facts"]
 
-CASCADE = ROOT / "examples" / "cifar10" / "model"
+CASCADE = ROOT / "examples" / "cifar10" / "resnet9" / "model"
 EFFICIENCY_BATCHES = (8, 64, 256)
 
 

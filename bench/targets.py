@@ -185,34 +185,24 @@ def _memory_rows(facts: Results) -> Iterator[Row]:
 
 
 def _training_rows(facts: Results | None) -> Iterator[Row]:
-    """The trained cascade: its accuracy against the last network's, and its cost."""
+    """The trained cascade: test accuracy within a mean cost. 50.6 M MACs are a fifth of ResNet-110's."""
     if facts is None:
-        yield Row("last network alone, accuracy", "≥ 92.5 %")
+        yield Row("last network alone, accuracy", "≥ 94.6 %")
     else:
-        accuracy = max(facts["last_network"].values())
-        verdict = "pass" if accuracy >= 0.925 else f"{100 * (accuracy - 0.925):+.2f} points"
-        yield Row("last network alone, accuracy", "≥ 92.5 %", "", f"{accuracy:.2%}", verdict)
-    for name, points, share in (("default", 0.0, 0.4), ("accurate", 0.5, 0.8), ("fast", -1.5, 0.2)):
-        wanted = f"≥ {points:+g} points at ≤ {share:.0%} of its MACs"
-        found = next(
-            (
-                p
-                for p in (facts or {"operating_points": ()})["operating_points"]
-                if p["operating_point"] == name
-            ),
-            None,
-        )
-        if found is None:
-            yield Row(f'operating point "{name}"', wanted)
+        accuracy = facts["last_network"]
+        verdict = "pass" if accuracy >= 0.946 else f"{100 * (accuracy - 0.946):+.2f} points"
+        yield Row("last network alone, accuracy", "≥ 94.6 %", "", f"{accuracy:.2%}", verdict)
+    points = {p["operating_point"]: p for p in (facts or {"operating_points": ()})["operating_points"]}
+    for name, wanted, macs in (("default", 0.939, 50.6e6), ("fast", 0.92, 20e6), ("accurate", 0.946, 100e6)):
+        target = f"≥ {wanted:.1%} at ≤ {macs / 1e6:g} M MACs"
+        if name not in points:
+            yield Row(f'operating point "{name}"', target)
             continue
-        low, high = (100 * bound for bound in found["interval_95"])
-        gain, cost = 100 * found["difference"], found["share_of_dense_macs"]
-        measured = f"{gain:+.2f} points [{low:+.2f}, {high:+.2f}] at {cost:.1%}"
-        distance = f"{min(0.0, gain - points):+.2f} points"
-        verdict = at_least(points, gain, (low, high), distance)
-        if cost > share:
-            verdict = f"{distance}, {cost - share:+.1%} of the MACs"
-        yield Row(f'operating point "{name}"', wanted, "the last network", measured, verdict)
+        accuracy, cost = points[name]["accuracy"], points[name]["mean_macs"]
+        misses = [f"{100 * (accuracy - wanted):+.2f} points"] * (accuracy < wanted)
+        misses += [f"{(cost - macs) / 1e6:+.1f} M MACs"] * (cost > macs)
+        measured = f"{accuracy:.2%} at {cost / 1e6:.1f} M"
+        yield Row(f'operating point "{name}"', target, "", measured, ", ".join(misses) or "pass")
 
 
 def target_table(results: Results) -> Table:

@@ -29,6 +29,7 @@ from fastcascade.evaluation.evaluation import Trace
 from fastcascade.evaluation.logits import collect_logits
 from fastcascade.evaluation.temperature import fit_temperatures
 from fastcascade.model.registry import build_network
+from fastcascade.training.refit import fit_selector
 from fastcascade.types import Combine
 
 HERE = Path(__file__).parent
@@ -115,11 +116,14 @@ def main() -> None:
     parts = {name: slice(begin - TRAIN_IMAGES, end - TRAIN_IMAGES) for name, (begin, end) in SPLITS.items()}
     fitted, calibrated = parts["validation"], parts["calibration"]
     cascade = cascade_of(stages, "auto", best, data.classes)
-    fc.fit(cascade, None, (images[fitted], labels[fitted]), freeze_stages=True)
+    fit_selector(cascade, logits[:, fitted], labels[fitted])
+    seen = Trace.from_logits(cascade, logits[:, calibrated], labels[calibrated])
     for name, macs in BUDGETS.items():
-        fc.calibrate(cascade, (images[calibrated], labels[calibrated]), name=name, budget_macs=macs)
+        fc.calibrate(cascade, seen, name=name, budget_macs=macs)
     cascade.save(arguments.out, overwrite=True, half=True)
-    print(fc.load(arguments.out).operating_points)
+    for point in cascade.operating_points.values():
+        print(point)
+    print(cascade.selector, cascade.temperatures, cascade.comparison)
 
 
 if __name__ == "__main__":

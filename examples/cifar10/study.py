@@ -362,8 +362,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--logits", type=Path, default=HERE / "logits.safetensors")
+    parser.add_argument("--model", type=Path, default=HERE / "resnet9" / "model")
+    parser.add_argument("--logits", type=Path, default=HERE / "resnet9" / "logits.safetensors")
     parser.add_argument(
         "--families",
         type=Path,

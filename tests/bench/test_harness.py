@@ -202,18 +202,13 @@ def test_labels_that_differ_fail_whatever_the_error() -> None:
 
 
 def test_training_targets_are_read_from_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = {
-        "operating_point": "fast",
-        "difference": -0.01,
-        "interval_95": [-0.012, -0.008],
-        "share_of_dense_macs": 0.25,
-    }
+    point = {"operating_point": "fast", "accuracy": 0.915, "mean_macs": 21e6}
     path = tmp_path / TRAINING.name
-    path.write_text(json.dumps({"last_network": {"a": 0.93}, "operating_points": [point]}))
+    path.write_text(json.dumps({"last_network": 0.95, "operating_points": [point]}))
     monkeypatch.setattr(targets, "TRAINING", path)
     rows = target_rows({"cases": {}, "facts": {}})
     assert find(rows, "last network alone, accuracy").verdict == "pass"
-    assert find(rows, 'operating point "fast"').verdict == "+0.00 points, +5.0% of the MACs"
+    assert find(rows, 'operating point "fast"').verdict == "-0.50 points, +1.0 M MACs"
 
 
 def full_results() -> dict[str, Any]:

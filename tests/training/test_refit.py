@@ -22,7 +22,7 @@ from fastcascade.evaluation.logits import collect_logits
 from fastcascade.evaluation.selector_comparison import rule_scores
 from fastcascade.training.refit import fit_selector
 
-LOGITS = Path(__file__).parents[2] / "examples" / "cifar10" / "logits.safetensors"
+LOGITS = Path(__file__).parents[2] / "examples" / "cifar10" / "resnet9" / "logits.safetensors"
 MACS = (7_500_000, 24_000_000, 95_000_000)
 BUDGETS = (0.3, 0.45, 0.6)
 
