@@ -47,12 +47,13 @@ class Run:
         smoothing: of the labels.
         padding: random shifts by up to so many pixels, with reflected borders.
         whitening_epochs: after which the first convolution's bias is fixed, too.
+        teacher: a network trained before; its mean over both directions is ``distillation`` of the target.
     """
 
     network: str
     epochs: int
     batch_size: int = 500
-    muon_rate: float = 0.12
+    muon_rate: float = 0.1
     muon_momentum: float = 0.6
     bias_rate: float = 0.053
     head_rate: float = 0.67
@@ -60,15 +61,17 @@ class Run:
     smoothing: float = 0.2
     padding: int = 2
     whitening_epochs: int = 3
+    teacher: str | None = None
+    distillation: float = 0.5
     seed: int = 0
 
 
 NETWORKS = (
-    Run("pooled_net:16", 40),
-    Run("pooled_net:32", 14, muon_rate=0.1),
-    Run("pooled_net:64", 22, muon_rate=0.1),
+    Run("pooled_net:32", 14),
+    Run("pooled_net:16", 12, teacher="pooled_net:32"),
+    Run("pooled_net:64", 20),
 )
-"""The cascade's networks, from small to large."""
+"""The cascade's networks, in the order of their training."""
 
 
 def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
@@ -155,11 +158,12 @@ class Images:
         return self.table[torch.arange(3), pixels].movedim(-1, 1)
 
 
-def train(run: Run, images: Tensor, labels: Tensor, folder: Path) -> PooledNet:
+def train(run: Run, images: Tensor, targets: Tensor, labels: Tensor, folder: Path) -> PooledNet:
     """Train one network on the first images; the others measure each epoch.
 
     Args:
         images: (N, 3, H, W) uint8.
+        targets: (TRAIN_IMAGES, 10) probabilities to learn. labels: (N,) int64.
         folder: receives the checkpoint and, at the end, ``weights.safetensors`` in half precision.
     """
     torch.manual_seed(run.seed)
@@ -177,13 +181,12 @@ def train(run: Run, images: Tensor, labels: Tensor, folder: Path) -> PooledNet:
         cast(nn.Parameter, network.whiten.bias).requires_grad_(epoch < run.whitening_epochs)
         order = epoch_order(run.seed, epoch, TRAIN_IMAGES)
         steps = TRAIN_IMAGES // run.batch_size
-        with EpochProgress(f"{run.network} {epoch + 1}/{run.epochs}", show=True) as bar:
+        with EpochProgress(f"{run.network} {epoch + 1}/{run.epochs}", enabled=True) as bar:
             for step in bar.steps(range(steps)):
                 index = order[step * run.batch_size : (step + 1) * run.batch_size]
                 remaining = 1 - (epoch + step / steps) / run.epochs
-                loss = train_step(
-                    network, optimizers, source.batch(index, epoch), labels[index], run, remaining
-                )
+                batch = source.batch(index, epoch)
+                loss = train_step(network, optimizers, batch, targets[index], remaining)
                 bar.note(loss=loss)
         right = logits_of(network, images[TRAIN_IMAGES:]).argmax(1) == labels[TRAIN_IMAGES:]
         history.append({"epoch": epoch + 1, "held_out_accuracy": round(float(right.float().mean()), 4)})
@@ -198,8 +201,7 @@ def train_step(
     network: PooledNet,
     optimizers: list[torch.optim.Optimizer],
     images: Tensor,
-    labels: Tensor,
-    run: Run,
+    targets: Tensor,
     remaining: float,
 ) -> float:
     """One step at ``remaining`` of the peak rates; returns the mean loss."""
@@ -209,11 +211,20 @@ def train_step(
             group["lr"] = group["peak"] * remaining
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.smoothing, reduction="sum")
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()
-    return float(loss.detach()) / len(labels)
+    return float(loss.detach()) / len(targets)
+
+
+def targets_of(run: Run, labels: Tensor, images: Tensor, teacher: nn.Module | None) -> Tensor:
+    """(n, 10): smoothed labels, mixed with the teacher's mean probabilities of both directions."""
+    smoothed = F.one_hot(labels, 10) * (1 - run.smoothing) + run.smoothing / 10
+    if teacher is None:
+        return smoothed
+    taught = (logits_of(teacher, images).softmax(1) + logits_of(teacher, images.flip(3)).softmax(1)) / 2
+    return (1 - run.distillation) * smoothed + run.distillation * taught
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -239,8 +250,12 @@ def main() -> None:
     images, labels = arrays(load_data(arguments.source, "train"), 10)
     images = images.movedim(-1, 1)
     assert labels is not None
+    trained: dict[str, PooledNet] = {}
     for run in NETWORKS:
-        train(run, images, labels, arguments.out / run.network.replace(":", "-"))
+        teacher = None if run.teacher is None else trained[run.teacher]
+        targets = targets_of(run, labels[:TRAIN_IMAGES], images[:TRAIN_IMAGES], teacher)
+        folder = arguments.out / run.network.replace(":", "-")
+        trained[run.network] = train(run, images, targets, labels, folder)
 
 
 if __name__ == "__main__":
