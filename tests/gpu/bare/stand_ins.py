@@ -1,4 +1,4 @@
-"""Stand-ins for packages that a bare GPU machine may lack. pip has a copy of rich; safetensors is a short format.
+"""Stand-ins for packages that a bare GPU machine may lack: rich from pip's copy, safetensors in a few lines.
 
 They are written as packages into a folder of the module path, if the real ones are missing.
 """
