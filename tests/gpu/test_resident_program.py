@@ -224,16 +224,16 @@ def test_torch_fuses_bias_residual_and_relu_where_cudnn_can(
     want = program.run(x, none).log_probs
     monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
-    monkeypatch.setattr(torch_stage, "fuses", lambda device, dtype: True)
+    monkeypatch.setattr(torch_stage, "has_fused_conv", lambda device, dtype: True)
     torch.testing.assert_close(program.run(x, none).log_probs, want)
     assert calls.count("add_relu") == 3
     assert calls.count("relu") == 4
 
 
 def test_cudnn_is_not_asked_without_a_gpu() -> None:
-    from fastcascade.backends.gpu.torch_stage import fuses
+    from fastcascade.backends.gpu.torch_stage import has_fused_conv
 
-    assert not fuses(CPU, torch.float32)
+    assert not has_fused_conv(CPU, torch.float32)
 
 
 def test_features_that_need_no_padding_are_not_copied() -> None:
