@@ -1,11 +1,11 @@
-"""The short benchmark of a GPU: images/s of every way to run a stage, beside torch at its best.
+"""The short GPU benchmark: images/s of every way to run a stage, beside torch at its best.
 
-``bench/gpu.py --quick`` runs it. Two subjects: a ResNet-20 with random weights, and the shipped cascade at
-its operating point "fast". Every form is checked against fp32 on the CPU, labels included, before it is
-timed, and the report says whether the host waited for the device.
+``bench/gpu.py --quick`` runs it on a ResNet-20 with random weights and on the shipped cascade at its
+operating point "fast". Labels are compared with fp32 on the CPU before anything is timed, and the report says
+whether the host waited for the device.
 
-The baseline is honest: normalisation, network and argmax are one graph that torch.compile builds for the
-exact batch, in fp16, with channels last and CUDA graphs.
+The baseline is one graph of normalisation, network and argmax, which torch.compile builds for the exact
+batch, in fp16, channels last, with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from fastcascade.kernels import reference
 from fastcascade.lowering.plan import Plan
 
 BATCHES = (4096, 16384, 1024)
-"""The one that the targets name comes first: a run that is cut off has it."""
+"""The batch size of the targets comes first, so that an interrupted run has it."""
 
 CHECKED = 256
 FLIPS = 0.02
 WARM_UP, ROUNDS = 3, 15
 
 Answer = tuple[Tensor, Tensor | None]
-"""Labels and exits; no exits where there is one only."""
+"""Labels and exits; None if there is only one exit."""
 
 
 class Subject(NamedTuple):
-    """What is measured: a cascade, its thresholds, its images (bytes)."""
+    """A cascade to measure, with thresholds and uint8 images."""
 
     name: str
     cascade: fc.Cascade
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
 def own_form(
     subject: Subject, way: str | None, device: torch.device, dry_run: bool
 ) -> Callable[[Tensor], Answer]:
-    """The library, by one way or by its own choice."""
+    """fastcascade, with one way forced or with its own choice."""
     backend = "triton" if dry_run or way in ("persistent", "layers") else "cuda"
     os.environ.pop(VARIABLE, None)
     if way is not None:
@@ -74,7 +74,7 @@ def half(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def dense_form(subject: Subject, device: torch.device, dry_run: bool) -> Callable[[Tensor], Answer]:
-    """The last network on every image: one compiled graph from bytes to labels."""
+    """The last network on every image, as one compiled graph from bytes to labels."""
     network = half(subject.cascade.stages[-1].module, device)
     preprocess = subject.plan.input.preprocess
     assert preprocess is not None
@@ -92,7 +92,7 @@ def dense_form(subject: Subject, device: torch.device, dry_run: bool) -> Callabl
 
 
 def hand_written_form(subject: Subject, device: torch.device, dry_run: bool) -> Callable[[Tensor], Answer]:
-    """What one writes by hand: a compiled stage, boolean indexing, the next; it waits at every stage."""
+    """A hand-written loop over compiled stages with boolean indexing; the host waits at every stage."""
     mode: dict[str, Any] = {"backend": "eager"} if dry_run else {"dynamic": True}
     stages = [torch.compile(half(stage.module, device), **mode) for stage in subject.cascade.stages]
     selector = copy.deepcopy(subject.cascade.selector).to(device)
@@ -126,7 +126,7 @@ def hand_written_form(subject: Subject, device: torch.device, dry_run: bool) -> 
 def forms(
     subject: Subject, device: torch.device, dry_run: bool
 ) -> dict[str, Callable[[], Callable[[Tensor], Answer]]]:
-    """Name → what builds it; the ones that matter most first."""
+    """What builds each form, by name; the most important first."""
     several = len(subject.plan.stages) > 1
     found: dict[str, Callable[[], Callable[[Tensor], Answer]]] = {}
     if not dry_run:
@@ -172,7 +172,7 @@ def agreement(got: Answer, want: Answer, last: Tensor) -> dict[str, float]:
 
 
 def synchronises(run: Callable[[Tensor], Answer], x: Tensor) -> str | None:
-    """What the host waited for in one call; None if for nothing."""
+    """What the host waited for in one call, or None."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -185,7 +185,7 @@ def synchronises(run: Callable[[Tensor], Answer], x: Tensor) -> str | None:
 
 
 def measure(run: Callable[[Tensor], Answer], x: Tensor) -> dict[str, Any]:
-    """Seconds a call, with quartiles, by the device's clock."""
+    """Seconds per call, with quartiles, by the device's clock."""
     for _ in range(WARM_UP):
         run(x)
     spans = []
@@ -210,7 +210,7 @@ def entry(
             found["waits"] = synchronises(run, x)
             found |= measure(run, x)
         return found
-    except Exception as error:  # one form that fails must not keep the others out
+    except Exception as error:  # one form that fails must not stop the others
         return {"refused": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
 
 
@@ -222,7 +222,7 @@ def quick_report(
     dry_run: bool,
     batches: tuple[int, ...] = BATCHES,
 ) -> Iterator[dict[str, Any]]:
-    """The report so far, after every entry; a form that is not reached in time is named as such."""
+    """Yield the report so far after every entry. Forms that are out of time are in it as skipped."""
     begin = time.monotonic()
     found: dict[str, Any] = {}
     built: dict[tuple[str, str], Any] = {}
@@ -248,7 +248,7 @@ def quick_report(
 
 
 def line(subject: str, batch: int, name: str, found: dict[str, Any]) -> str:
-    """One row of the table that is printed as the run goes."""
+    """One row of the table that is printed during the run."""
     if "images_per_s" in found:
         waits = "waits" if found["waits"] else "no wait"
         result = f"{found['images_per_s'] / 1e6:8.3f} M images/s  {waits}"

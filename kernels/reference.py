@@ -409,7 +409,7 @@ def persistent(
 
 
 class ResidentExit(NamedTuple):
-    """What follows a stage's logits; see :func:`exit_head`."""
+    """The exit of one stage; see :func:`exit_head`."""
 
     stage_weight: float | None
     selector: str | None
@@ -425,17 +425,17 @@ def resident(
     *,
     pixel_table: Tensor | None = None,
 ) -> Tensor:
-    """The first stages of a cascade with their exits on a batch: the twin of the resident kernel.
+    """The first stages of a cascade, exits included: the twin of the resident kernel.
 
     Args:
-        stages: layers of each, as :func:`persistent` takes them, and the value that the next stage reads
-            instead of the image, or None.
-        tables: of the batch, before its first stage.
+        stages: for each, the layers as in :func:`persistent`, and the value that the next stage reads; None
+            if that reads the image.
+        tables: as before the first stage; written.
         thresholds: one per selector.
         pixel_table: (C, 256), the value of each byte; for uint8 images only.
 
     Returns:
-        (m,) the images that no stage stopped, in order.
+        (m,) the images that stay active, in order.
     """
     index, source = torch.arange(len(images)), images
     for k, ((layers, kept), how) in enumerate(zip(stages, exits, strict=True)):

@@ -1,8 +1,8 @@
-"""The resident kernel: a whole cascade in one launch; the kernel is in ``resident.cuh``.
+"""The launcher of the resident kernel (``resident.cuh``), which runs a whole cascade in one launch.
 
 :func:`resident_table` turns a plan of stages (``resident_plan.py``) into the integer table and the packed
-weights that the kernel reads; :func:`resident` starts it. NVRTC compiles it through CuPy at the first launch,
-for the plan's types of layers.
+weights that the kernel reads; :func:`resident` launches it. NVRTC compiles it through CuPy at the first
+launch, for the plan's types of layers.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ __all__ = [
 
 KERNEL = "resident_cascade"
 ENTRY_INTS = 8 + MOST_WARPS
-"""Of a ResidentLayer in ``resident.cuh``."""
+"""Size of a ResidentLayer in ``resident.cuh``."""
 
 SLACK = 16 * 32 * 8
-"""Halves after the last weights: a layer's first fragments are loaded before it is known how many it has."""
+"""Padding after the last weights, in fp16 numbers: a layer loads its first fragments unconditionally."""
 
 
 class ResidentExit(ctypes.Structure):
@@ -77,12 +77,14 @@ class ResidentCascade(ctypes.Structure):
 
 @dataclass(frozen=True)
 class ResidentTable:
-    """Stages as the kernel takes them.
+    """The stages in the form that the kernel reads.
 
     Attributes:
-        layers: (entries, 16) int32; begins: (stages + 1,) int32, of each stage in it.
-        weights: fp16 fragments; vectors: float32 biases and linear layers.
-        types, heads: the templates that are compiled in; an entry begins with an index into one of them.
+        layers: (entries, 16) int32.
+        begins: (stages + 1,) int32, the first entry of each stage, and the number of entries.
+        weights: fp16 fragments.
+        vectors: float32 biases and linear layers.
+        types, heads: the compiled templates. An entry begins with an index into one of them.
     """
 
     plan: ResidentPlan
@@ -100,17 +102,17 @@ class ResidentTable:
 
     @property
     def weight_bytes(self) -> int:
-        """Constant data."""
+        """Bytes of table, weights and biases."""
         return sum(t.numel() * t.element_size() for t in (self.layers, self.weights, self.vectors))
 
 
 def resident_table(
     plan: ResidentPlan, types: Sequence[str] | None = None, heads: Sequence[str] | None = None
 ) -> ResidentTable:
-    """Write the table and pack the weights.
+    """Make the table and pack the weights.
 
     Args:
-        types, heads: templates that contain the plan's own; the tests share one compilation among many plans.
+        types, heads: templates that include the plan's own, so that tests compile once for many plans.
     """
     own_types, own_heads = plan.type_names()
     types, heads = tuple(types or own_types), tuple(heads or own_heads)
@@ -151,7 +153,7 @@ def resident_table(
 
 
 def _packed(entry: Entry, warps: int) -> tuple[Tensor, list[int]]:
-    """Fragments of a step, and where each warp's first ones are, in units of 16 bytes."""
+    """Fragments of a step, and the position of each warp's first fragment, in units of 16 bytes."""
     step, firsts = entry.step, [0] * MOST_WARPS
     if step.weight is None or step.kind == "head":
         return torch.empty(0, dtype=torch.float16), firsts
@@ -165,7 +167,7 @@ def _packed(entry: Entry, warps: int) -> tuple[Tensor, list[int]]:
 
 
 def _vector(entry: Entry) -> Tensor:
-    """Biases; of a head: biases, then a row of classes per channel."""
+    """Biases. A head has a row of classes per channel after them."""
     step = entry.step
     if step.bias is None:
         return torch.empty(0)
@@ -176,7 +178,7 @@ def _vector(entry: Entry) -> Tensor:
 
 
 def _window(entry: Entry) -> tuple[int, int]:
-    """Of a pooling, a byte each."""
+    """Sizes of a pooling's window, one byte each."""
     work = entry.step.window
     if work is None or entry.step.kind != "pool":
         return 0, 0
@@ -188,12 +190,12 @@ def _window(entry: Entry) -> tuple[int, int]:
 
 
 def resident_source(table: ResidentTable) -> str:
-    """The text that is compiled for a table."""
+    """The source that is compiled for a table."""
     return preamble(table) + source("resident.cu")
 
 
 def preamble(table: ResidentTable) -> str:
-    """What ``resident.cuh`` expects to be defined."""
+    """The macros that ``resident.cuh`` needs."""
 
     def cases(name: str, types: Sequence[str]) -> str:
         return f"#define {name}(CASE)" + "".join(f" \\\n  CASE({i}, {t})" for i, t in enumerate(types)) + "\n"
@@ -205,10 +207,10 @@ def preamble(table: ResidentTable) -> str:
 def resident_exits(
     selectors: Sequence[tuple[str | None, MLPWeights | None]], stage_weights: Sequence[float | None]
 ) -> Tensor:
-    """The exits of the stages as the kernel reads them, on the CPU; keep the weights alive.
+    """The exits of the stages as the kernel reads them, on the CPU. The caller keeps the weights alive.
 
     Args:
-        selectors: of each stage, a built-in selector or None at the last exit, and an MLP's weights
+        selectors: for each stage, a built-in selector, or None at the last exit, and the weights of an MLP
             (contiguous float32, on the device).
         stage_weights: as the exit head's twin takes them.
     """
@@ -224,13 +226,13 @@ def resident_exits(
 
 
 class ResidentLaunch(ABC):
-    """Starts the resident kernel on one device."""
+    """Launches the resident kernel on one device."""
 
     device: torch.device
 
     @abstractmethod
     def start(self, table: ResidentTable, cascade: ResidentCascade) -> None:
-        """Run a cascade; ``cascade`` holds addresses on the device."""
+        """Run a cascade; ``cascade`` has addresses on the device."""
 
 
 class DeviceResident(ResidentLaunch):
@@ -243,19 +245,19 @@ class DeviceResident(ResidentLaunch):
     def start(self, table: ResidentTable, cascade: ResidentCascade) -> None:
         """See :meth:`ResidentLaunch.start`."""
         plan = table.plan
-        blocks = min(cascade.count, self.units * plan.blocks)
+        blocks = min(cascade.count, self.multiprocessors * plan.blocks)
         with on_current_stream(self.device, KERNEL):
             function = self._function(table)
             function((blocks,), (plan.threads,), by_value(cascade), shared_mem=plan.shared_bytes)
 
     @cached_property
-    def units(self) -> int:
-        """Multiprocessors."""
+    def multiprocessors(self) -> int:
+        """Number of multiprocessors."""
         count: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         return count
 
     def _function(self, table: ResidentTable) -> Any:
-        """The kernel for this table's kinds of layers; CuPy keeps compiled code on disk."""
+        """The kernel for the table's types of layers. CuPy caches compiled code on disk."""
         import cupy
 
         text = resident_source(table)
@@ -279,7 +281,7 @@ def resident(
     pixel_table: Tensor | None = None,
     keep: Keep | None = None,
 ) -> None:
-    """Run the stages of a table, with their exits, on every image; nothing synchronises.
+    """Run the stages of a table, exits included, on every image, without synchronising.
 
     Args:
         table: on the device.
@@ -288,11 +290,11 @@ def resident(
         tables: of the batch, before its first stage.
         thresholds: (at least the number of selectors,) float32 on the device.
         pixel_table: (C, 256) fp16, the value of each byte; for uint8 images only.
-        keep: written, where stages follow that are not in the table; the counts must be zero.
+        keep: written; its counts must be zero. None if no stage follows those in the table.
 
     Raises:
-        ValueError: tensors that the kernel would misread.
-        RuntimeError: the device refused the launch.
+        ValueError: a tensor has the wrong dtype, shape, strides or device.
+        RuntimeError: the launch failed.
 
     Example:
         resident(launch, table, exits, images, exit_tables(len(images), 10, "cuda"), thresholds)

@@ -1,8 +1,8 @@
 """Planning for the resident kernel: from a stage's layers to steps, from steps to shared memory and a table.
 
-A step is one entry of the kernel's table. Poolings and sums move into the convolution before them where its
-epilogue can do them; a global pooling and the linear layer become the stage's head. What the kernel cannot do
-raises :class:`DoesNotFit`, whose message names the layer.
+A step is one entry of the kernel's table. A pooling or a sum becomes part of the convolution before it, if
+its epilogue can compute it; a global pooling and the linear layer become the head of the stage. A layer that
+the kernel cannot run raises :class:`DoesNotFit`, whose message names it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = [
 ]
 
 CONTROL_BYTES = 16
-"""At the beginning of shared memory: the block's image, and whether it stopped."""
+"""Bytes at the start of shared memory: the block's image, and whether it stopped."""
 
 BLOCK_RESERVE = 1024
-"""Bytes of shared memory that CUDA takes for itself in every block."""
+"""Bytes of shared memory that CUDA reserves in every block."""
 
 MOST_WARPS = 8
 """kMostWarps in ``resident.cuh``."""
 
 MOST_TYPES = 40
-"""Different layers in one kernel: each is compiled, and compiling takes about half a second for each."""
+"""Most layer types in one kernel. Compiling each takes about half a second."""
 
 ACCUMULATOR_TILES = 8
-"""Tiles of 16 pixels × 16 channels whose sums a warp holds: 64 registers of a thread."""
+"""Tiles of 16 pixels × 16 channels whose sums a warp keeps, in 64 registers per thread."""
 
 LARGEST_HALF = 65504.0
 
@@ -57,21 +57,23 @@ class DoesNotFit(ValueError):
 
 
 class Machine(NamedTuple):
-    """What of a GPU decides the plan and the estimates.
+    """The properties of a GPU that plan and estimates depend on.
 
     Attributes:
-        units: multiprocessors; clock: Hz.
-        shared_block, shared_unit: bytes of shared memory that a block may have, and a multiprocessor has.
-        mma_cycles: of a multiprocessor's quarter for one mma.m16n8k16 in fp16.
-        l2_bytes: per second, all multiprocessors reading; memory_bytes: of device memory, per second.
+        multiprocessors: their number.
+        clock: in Hz.
+        shared_block, shared_multiprocessor: bytes of shared memory per block and per multiprocessor.
+        mma_cycles: cycles of a quarter of a multiprocessor for one mma.m16n8k16 in fp16.
+        l2_bytes, memory_bytes: bytes per second from L2, to all multiprocessors together, and from device
+            memory.
     """
 
     name: str
     capability: tuple[int, int]
-    units: int
+    multiprocessors: int
     clock: float
     shared_block: int
-    shared_unit: int
+    shared_multiprocessor: int
     mma_cycles: float
     l2_bytes: float
     memory_bytes: float
@@ -103,7 +105,7 @@ class Map(NamedTuple):
         return self.plane * (self.channels // 8)
 
     def reach(self, row: int, column: int) -> int:
-        """Bytes from the map's beginning to the end of this pixel of the last channels."""
+        """Bytes from the start of the map to the end of this pixel in the last channels."""
         return self.size - self.plane + (row + 1) * self.pitch + (column + 2) * 16
 
     def __str__(self) -> str:
@@ -112,7 +114,7 @@ class Map(NamedTuple):
 
 @dataclass(frozen=True)
 class Residual:
-    """What a convolution adds: ``last``: after the activation; ``view``: (step, before, channels)."""
+    """What a convolution adds. ``last``: after the activation. ``view``: (step, before, channels)."""
 
     value: int
     last: bool = False
@@ -125,8 +127,8 @@ class Step:
 
     Attributes:
         kind: "image", "stem", "conv", "pool" or "head".
-        source, output: values of the stage; −1 is the image's map, and a head writes none.
-        into, out: the maps that it reads and writes; ``into`` of an image is its own shape.
+        source, output: values of the stage. −1 is the map of the image; a head writes none.
+        into, out: the maps that it reads and writes. For an image, ``into`` is its shape.
         size: (height, width) of a convolution's result before pooling.
         weight: (kernel, kernel, in, out) float32, or a head's (in, classes); bias (out,).
         window: of a pooling or a head.
@@ -151,23 +153,23 @@ class Step:
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The values that it reads."""
+        """Numbers of the values that the step reads."""
         return (self.source,) if self.residual is None else (self.source, self.residual.value)
 
     @property
     def columns(self) -> int:
-        """Of a tile of 16 pixels."""
+        """Columns of a tile of 16 pixels."""
         return 8 if self.size[1] > 4 else 4
 
     @property
     def tiles(self) -> int:
-        """Of a unit, at most 8: rows of the result are spread evenly over as few passes as that takes."""
+        """Tiles of a unit, at most 8: the result's rows are spread evenly over as few passes as possible."""
         wanted = -(-self.size[0] * self.columns // 16)
         tiles = -(-wanted // -(-wanted // ACCUMULATOR_TILES))
         return tiles + tiles % 2 if self.pooled else tiles
 
     def groups(self, warps: int) -> int:
-        """16 output channels each, of a unit: as many as share an A fragment while every warp has a unit."""
+        """Groups of 16 output channels in a unit, which share A fragments: as many as leave no warp idle."""
         groups = 1
         if self.kind != "conv":
             return groups
@@ -181,16 +183,16 @@ class Step:
 
     @property
     def column_passes(self) -> int:
-        """Units that share their weights: blocks of columns times passes over the rows."""
+        """Units with the same weights: blocks of columns times passes over the rows."""
         rows = 16 // self.columns * self.tiles
         return -(-self.size[1] // self.columns) * -(-self.size[0] // rows)
 
     def units(self, groups: int) -> int:
-        """Pieces of work that the warps take by turns."""
+        """Units of work, which the warps take in turns."""
         return self.column_passes * (self.out.channels // 16 // groups)
 
     def source_bytes(self) -> int:
-        """How far into its source it reads, the unused pixels of ragged tiles included."""
+        """Bytes of the source that it may read, the unused pixels of ragged tiles included."""
         if self.kind not in ("stem", "conv"):
             return self.into.size
         rows = 16 // self.columns * self.tiles
@@ -202,7 +204,7 @@ class Step:
         )
 
     def type_name(self, warps: int) -> str:
-        """The template of ``resident.cuh`` that runs it."""
+        """The template of ``resident.cuh`` that runs the step."""
         maps = f"{self.into}, {self.out}"
         if self.kind == "image":
             return f"Image<{self.into.channels}, {self.out}>"
@@ -222,7 +224,7 @@ class Step:
         return f"Conv<{maps}, {', '.join(map(str, numbers))}, {flags}, {view}>"
 
     residual_map: Map | None = None
-    """Of a strided residual."""
+    """The map that a strided residual reads."""
 
 
 def _boolean(value: bool) -> str:
@@ -231,11 +233,12 @@ def _boolean(value: bool) -> str:
 
 @dataclass(frozen=True)
 class ResidentStage:
-    """One stage for the planner.
+    """The planner's input for one stage.
 
     Attributes:
-        layers: float32 on the CPU; kept: the value that the next stage reads, None where it reads the image.
-        previous: whether it reads the stage before it.
+        layers: with float32 weights on the CPU.
+        kept: the value that the next stage reads; None if it reads the image.
+        previous: whether the stage reads the one before it.
     """
 
     name: str
@@ -251,13 +254,13 @@ def stage_steps(stage: ResidentStage, image: tuple[int, int, int]) -> list[Step]
     """The steps of a stage; ``image`` is (channels, height, width).
 
     Raises:
-        DoesNotFit: a layer that the kernel cannot run, by its name.
+        DoesNotFit: the kernel cannot run a layer; names it.
     """
     return _Fusion(stage, image).steps
 
 
 class _Fusion:
-    """Walks a stage's layers and joins those that one step can do."""
+    """Walks through the layers of a stage and merges those that one step can run."""
 
     def __init__(self, stage: ResidentStage, image: tuple[int, int, int]) -> None:
         self.stage = stage
@@ -267,7 +270,7 @@ class _Fusion:
         }
         self.maps: dict[int, Map] = {}
         self.steps: list[Step] = []
-        self.pooled: dict[int, Layer] = {}  # global poolings, which the head does, by their output
+        self.pooled: dict[int, Layer] = {}  # global poolings that become part of the head, by their output
         if stage.previous:
             self.maps[0] = self._features_read(stage.layers)
         else:
@@ -421,7 +424,7 @@ class _Fusion:
         raise DoesNotFit("neither operand is a convolution that could add the other")
 
     def _fusible(self, value: int) -> Step | None:
-        """The convolution that wrote a value which nothing else reads."""
+        """The convolution that wrote a value, if it has only one reader."""
         if value == self.stage.kept or len(self.readers.get(value, ())) != 1:
             return None
         return next((s for s in self.steps if s.output == value and s.kind in ("conv", "stem")), None)
@@ -475,7 +478,7 @@ def _half(weight: Tensor) -> Tensor:
 
 @dataclass
 class Buffer:
-    """Memory of one or more values that take turns, and when: from step ``begin`` to step ``end``."""
+    """Memory of one value, or of several in turn, in use from step ``begin`` to step ``end``."""
 
     size: int
     begin: int
@@ -486,7 +489,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Entry:
-    """A step with its places in shared memory and its flags."""
+    """A step with its byte offsets in shared memory and its flags."""
 
     step: Step
     stage: int
@@ -498,12 +501,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class ResidentPlan:
-    """Stages as the resident kernel runs them.
+    """Stages laid out for the resident kernel.
 
     Attributes:
-        entries: in order, a head last in each stage.
-        warps: of a block; blocks: on a multiprocessor.
-        shared_bytes: of a block.
+        entries: in order; the last entry of each stage is its head.
+        warps: per block.
+        blocks: per multiprocessor.
+        shared_bytes: per block.
     """
 
     entries: tuple[Entry, ...]
@@ -516,11 +520,11 @@ class ResidentPlan:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads per block."""
         return self.warps * 32
 
     def type_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The different layers and the different heads, in the order of their first use."""
+        """The types of layers and of heads, in the order of their first use."""
         steps = [entry.step for entry in self.entries]
         layers = dict.fromkeys(s.type_name(self.warps) for s in steps if s.kind != "head")
         heads = dict.fromkeys(s.type_name(self.warps) for s in steps if s.kind == "head")
@@ -531,13 +535,14 @@ def plan_resident(
     stages: Sequence[Sequence[Step]], kept: Sequence[int | None], previous: Sequence[bool], classes: int,
     machine: Machine, names: Sequence[str] = (),
 ) -> ResidentPlan:  # fmt: skip
-    """Lay stages out in shared memory and choose warps and blocks.
+    """Assign shared memory, and choose the numbers of warps and blocks.
 
     Args:
-        stages: of each, from :func:`stage_steps`; kept, previous: as in :class:`ResidentStage`.
+        stages: the steps of each, from :func:`stage_steps`.
+        kept, previous: as in :class:`ResidentStage`.
 
     Raises:
-        DoesNotFit: shared memory, or the number of different layers.
+        DoesNotFit: there is too little shared memory, or there are too many types of layers.
     """
     if machine.capability < (8, 0):
         raise DoesNotFit("ldmatrix and mma of this shape need sm_80")
@@ -550,9 +555,9 @@ def plan_resident(
         if size > machine.shared_block:
             raise DoesNotFit(
                 f"an image's activations take {size >> 10} KiB of shared memory; "
-                f"a block of this GPU may have {machine.shared_block >> 10}"
+                f"a block of this GPU has at most {machine.shared_block >> 10}"
             )
-        blocks = min(machine.shared_unit // (size + BLOCK_RESERVE), most)
+        blocks = min(machine.shared_multiprocessor // (size + BLOCK_RESERVE), most)
         if blocks > 1 or warps == MOST_WARPS:
             break
     plan = ResidentPlan(tuple(entries), warps, blocks, size, classes, machine, tuple(names))
@@ -569,10 +574,10 @@ def _layout(
     classes: int,
     warps: int,
 ) -> tuple[list[Entry], int]:
-    """Places of all values; returns the entries and the bytes of shared memory."""
+    """Assign places to all values; returns the entries and the bytes of shared memory."""
 
     def key(stage: int, value: int) -> tuple[int, int]:
-        """A value of a stage; value 0 of one that reads the previous stage is what that one kept."""
+        """A value of a stage. Value 0 of a stage that reads the previous one is what that one kept."""
         while value == 0 and previous[stage]:
             stage, value = stage - 1, kept[stage - 1] or 0
         return stage, value
@@ -637,7 +642,7 @@ def _layout(
 
 
 def _place(buffers: Sequence[Buffer]) -> None:
-    """Largest first, each at the lowest place that is free while it lives."""
+    """Place the largest first, each at the lowest offset that is free during its lifetime."""
     placed: list[Buffer] = []
     for buffer in sorted(buffers, key=lambda b: -b.size):
         buffer.place = CONTROL_BYTES

@@ -1,4 +1,4 @@
-"""The cuda backend with the resident kernel: what goes into the launch, what not and why, who decides."""
+"""The cuda backend with the resident kernel: which stages it runs, and the reasons against others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def reasons(*networks: nn.Module, shape: tuple[int, int, int] = (3, 16, 16)) -> 
 
 @pytest.mark.filterwarnings("ignore:Opaque uses")
 def test_what_fits_runs_in_one_launch_and_the_rest_after_it(library: Path, tmp_path: Path) -> None:
-    """A stage through torch stands between two that fit: only the first of them is in the launch."""
+    """A stage in torch between two that fit: only the first is in the launch."""
     missing = missing_emulator()
     if missing is not None:
         pytest.skip(missing)
@@ -193,7 +193,7 @@ def test_a_forced_way_that_cannot_be_obeyed_is_an_error(
 
 
 def test_torch_stages_wait_once_by_default(plan: Plan, library: Path) -> None:
-    """No WHILE node, no chunks: one readback of the count."""
+    """One readback of the count; weights in the layout of the features."""
     program = lower_with(HostLaunch(library), plan, "fp32")
     (report,) = program.describe()
     assert report.kernels[0] == ("readback of row count", "one, none at the first stage")
@@ -224,16 +224,16 @@ def test_torch_fuses_bias_residual_and_relu_where_cudnn_can(
     want = program.run(x, none).log_probs
     monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
-    monkeypatch.setattr(torch_stage, "fuses", lambda device, dtype: True)
+    monkeypatch.setattr(torch_stage, "has_fused_conv", lambda device, dtype: True)
     torch.testing.assert_close(program.run(x, none).log_probs, want)
     assert calls.count("add_relu") == 3
     assert calls.count("relu") == 4
 
 
 def test_cudnn_is_not_asked_without_a_gpu() -> None:
-    from fastcascade.backends.gpu.torch_stage import fuses
+    from fastcascade.backends.gpu.torch_stage import has_fused_conv
 
-    assert not fuses(CPU, torch.float32)
+    assert not has_fused_conv(CPU, torch.float32)
 
 
 def test_features_that_need_no_padding_are_not_copied() -> None:

@@ -1,8 +1,8 @@
-"""How fast a stage would run, by arithmetic. Nothing here is measured; every report says "estimated".
+"""Estimates of the speed of a stage. Nothing here is measured; reports say "estimated".
 
-For the resident kernel: cycles of a multiprocessor that an image costs in each of its parts (tensor cores,
-shared memory and L1, L2), and the time in which a block waits, which the other blocks of the multiprocessor
-fill as far as there are any. For the other ways: bytes and FLOPs over what the GPU can move and compute.
+For the resident kernel: the cycles per image that tensor cores, shared memory with L1, and L2 of a
+multiprocessor need, and the time in which a block waits, which other blocks on the multiprocessor use. For
+the other ways: bytes and FLOPs over the peaks of the GPU.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["Estimate", "StageEstimate", "StepCounts", "estimate", "launch_rates"
 
 SHARED_BYTES_PER_CYCLE = 128
 WAIT_LAYER, WAIT_IMAGE, WAIT_HEAD = 700, 3000, 12000
-"""Cycles in which a block uses no tensor core, per layer, image and exit: guesses."""
+"""Cycles per layer, image and exit in which a block uses no tensor core; guesses, not measurements."""
 
 TRITON_SHARE = 0.4
-"""Of the tensor cores' peak that a Triton convolution of these sizes reaches: a guess."""
+"""Share of the tensor cores' peak that a Triton convolution of these sizes reaches; a guess."""
 
 
 class StepCounts(NamedTuple):
-    """Warp-wide instructions of one step on one image, and the passes of shared memory and L1 for them."""
+    """Warp-wide instructions of one step on one image, and their passes through shared memory and L1."""
 
     mma: int = 0
     load_matrix: int = 0
@@ -36,12 +36,12 @@ class StepCounts(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """128 bytes each, of shared memory and L1."""
+        """Passes of 128 bytes through shared memory and L1."""
         return self.load_matrix_passes + self.other_passes + 4 * self.wide_loads
 
 
 class StageEstimate(NamedTuple):
-    """Of one stage on one image: cycles of a multiprocessor, images/s of the GPU, and what bounds it."""
+    """One stage on one image: cycles of a multiprocessor, images/s of the GPU, and the bound."""
 
     tensor: float
     shared: float
@@ -53,13 +53,13 @@ class StageEstimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a plan: each stage alone."""
+    """The stages of a plan, each alone."""
 
     stages: tuple[StageEstimate, ...]
 
 
 def step_counts(entry: Entry, warps: int) -> StepCounts:
-    """As the emulator counts them (``tests/gpu/test_resident.py`` compares), but for other accesses."""
+    """The counts of one step. ``tests/gpu/test_resident.py`` compares them with the emulator's."""
     step = entry.step
     if step.kind not in ("conv", "stem"):
         return StepCounts()
@@ -94,7 +94,7 @@ def step_counts(entry: Entry, warps: int) -> StepCounts:
 
 
 def _conflicts(step: Step) -> int:
-    """Passes of shared memory for 8 rows of ldmatrix: 8 groups of banks, 16 bytes each."""
+    """Passes of shared memory for 8 rows of ldmatrix, given 8 groups of banks of 16 bytes."""
     pixels = [
         divmod(p, step.columns)[0] * step.tiles * step.stride * (step.into.width + 1)
         + p % step.columns * step.stride
@@ -105,7 +105,7 @@ def _conflicts(step: Step) -> int:
 
 
 def _epilogue_passes(entry: Entry, units: int) -> int:
-    """Stores of the result, loads of the residual: a pass each for 8 pixels × 8 channels."""
+    """Passes that store the result and load the residual, one for every 8 pixels × 8 channels."""
     step = entry.step
     tiles = units * step.groups(4) * step.tiles
     stores = tiles if step.pooled else 4 * tiles
@@ -113,7 +113,7 @@ def _epilogue_passes(entry: Entry, units: int) -> int:
 
 
 def estimate(plan: ResidentPlan) -> Estimate:
-    """Every stage of a plan, alone."""
+    """Estimate every stage of a plan, alone."""
     stages = max(entry.stage for entry in plan.entries) + 1
     return Estimate(tuple(_stage(plan, [e for e in plan.entries if e.stage == k]) for k in range(stages)))
 
@@ -124,16 +124,16 @@ def _stage(plan: ResidentPlan, entries: Sequence[Entry]) -> StageEstimate:
     tensor = sum(c.mma for c in counts) / 4 * machine.mma_cycles
     shared = float(sum(c.passes for c in counts)) * 128 / SHARED_BYTES_PER_CYCLE
     weights = sum(e.step.weight.numel() * 2 for e in entries if e.step.weight is not None)
-    l2 = weights / (machine.l2_bytes / machine.units / machine.clock)
+    l2 = weights / (machine.l2_bytes / machine.multiprocessors / machine.clock)
     wait = float(sum({"image": WAIT_IMAGE, "head": WAIT_HEAD}.get(e.step.kind, WAIT_LAYER) for e in entries))
     parts = {"tensor cores": tensor, "shared memory": shared, "L2": l2}
     bound = max(parts, key=lambda name: parts[name])
-    rate = _throughput(parts[bound], wait, plan.blocks) * machine.units * machine.clock
+    rate = _throughput(parts[bound], wait, plan.blocks) * machine.multiprocessors * machine.clock
     return StageEstimate(tensor, shared, l2, wait, rate, bound)
 
 
 def _throughput(demand: float, wait: float, customers: int) -> float:
-    """Mean-value analysis: images per cycle of blocks that share one part and wait in between."""
+    """Images per cycle of blocks that share one resource and wait in between, by mean-value analysis."""
     queue = rate = 0.0
     for n in range(1, customers + 1):
         response = demand * (1 + queue)
@@ -169,7 +169,7 @@ def launch_rates(layers: Sequence[Layer], machine: Machine) -> dict[str, float]:
         weights += 0.0 if layer.weight is None else 2.0 * layer.weight.numel()
     # m16n8k16 is 4,096 FLOPs; at wgmma's rate, which is mma.sync's before Hopper.
     cycles = 4.0 if machine.capability >= (9, 0) else machine.mma_cycles
-    compute = flops / (machine.units * machine.clock * 4 * 4096 / cycles * TRITON_SHARE)
+    compute = flops / (machine.multiprocessors * machine.clock * 4 * 4096 / cycles * TRITON_SHARE)
     return {
         "persistent": 1 / (compute + (moved + weights) / machine.l2_bytes),
         "layers": 1 / (compute + moved / machine.memory_bytes),

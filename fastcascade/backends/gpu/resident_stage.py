@@ -1,7 +1,7 @@
-"""The first stages of a cascade as one launch of the resident kernel, with everything up to their exits.
+"""The first stages of a cascade in one launch of the resident kernel, exits included.
 
-Which stages those are: from the first one on, as many as fit into shared memory and into the kernel's
-repertoire. What does not fit says so by the layer's name, and runs after that launch as any other stage.
+They are as many of the first stages as fit: the kernel has all their layers, and shared memory holds their
+activations. The reason against a stage names the layer. The other stages run after the launch.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 __all__ = ["ResidentChoice", "ResidentStages", "choose_resident", "machine_of", "overflow_reasons"]
 
 HEADROOM = 4.0
-"""An activation that comes this close to fp16's largest value on the probe may exceed it on real images."""
+"""Factor by which activations on the probe images must stay below the largest fp16 number."""
 
 PROBES = 8
+"""Number of probe images."""
 
 
 class ResidentChoice(NamedTuple):
-    """Which stages run in one launch.
+    """The stages that run in one launch.
 
     Attributes:
-        plan: of the first stages; None if not even the first one fits.
-        reasons: of each stage, why it is not among them; None for those that are.
+        plan: the kernel's plan for them; None if not even the first stage fits.
+        reasons: for each stage, why it is not among them; None if it is.
     """
 
     plan: ResidentPlan | None
@@ -53,20 +54,20 @@ class ResidentChoice(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """How many of the first stages run in the launch."""
+        """Number of stages in the launch."""
         return sum(reason is None for reason in self.reasons)
 
 
 def machine_of(device: torch.device, template: Machine) -> Machine:
-    """A GPU as the planner sees it; rates that CUDA does not report are the template's per multiprocessor."""
+    """The planner's description of a GPU; rates that CUDA does not report are scaled from the template."""
     properties = torch.cuda.get_device_properties(device)
-    share = properties.multi_processor_count / template.units
+    share = properties.multi_processor_count / template.multiprocessors
     return template._replace(
         name=properties.name,
         capability=(properties.major, properties.minor),
-        units=properties.multi_processor_count,
+        multiprocessors=properties.multi_processor_count,
         shared_block=properties.shared_memory_per_multiprocessor - BLOCK_RESERVE,
-        shared_unit=properties.shared_memory_per_multiprocessor,
+        shared_multiprocessor=properties.shared_memory_per_multiprocessor,
         l2_bytes=template.l2_bytes * share,
     )
 
@@ -79,7 +80,7 @@ def choose_resident(
     most_stages: int | None = None,
     why: str = "",
 ) -> ResidentChoice:
-    """As many of the first stages as fit.
+    """Choose as many of the first stages as fit.
 
     Args:
         images: a calibration batch for :func:`overflow_reasons`.
@@ -123,7 +124,7 @@ def _without_open_end(
     reasons: list[str | None],
     best: ResidentPlan | None,
 ) -> ResidentChoice:
-    """Drop stages whose features a stage outside the launch would read: they never leave shared memory."""
+    """Drop last stages whose features a stage outside the launch reads: they stay in shared memory."""
     count = len(steps)
     while 0 < count < len(plan.stages) and plan.stages[count].input == "previous":
         count -= 1
@@ -144,7 +145,7 @@ def _stage(plan: Plan, k: int) -> ResidentStage:
     stage = plan.stages[k]
     next_input = plan.stages[k + 1].input if k + 1 < len(plan.stages) else None
     if stage.selector is not None and stage.selector.kind == "opaque":
-        raise DoesNotFit("its selector is a module of its own")
+        raise DoesNotFit("its selector is a custom module")
     reason = no_kernel_reason(stage, next_input)
     if reason is not None:
         raise DoesNotFit(reason)
@@ -154,7 +155,7 @@ def _stage(plan: Plan, k: int) -> ResidentStage:
 
 
 def probe_images(plan: Plan) -> Tensor:
-    """Images that drive activations far: noise, and every corner of black and white in stripes."""
+    """Images with large activations: noise, black, white, and stripes of both."""
     shape = plan.input.shape
     generator = torch.Generator().manual_seed(0)
     if plan.input.preprocess is None:
@@ -167,11 +168,11 @@ def probe_images(plan: Plan) -> Tensor:
 
 @torch.no_grad()
 def overflow_reasons(plan: Plan, images: Tensor | None = None) -> list[str | None]:
-    """Per stage, which operation's result may overflow fp16, found by running the plan in fp32.
+    """For each stage, which operation may overflow fp16, found by running the plan in fp32; None if none.
 
     Args:
-        images: a calibration batch (N, C, H, W), whose values must fit; without one, a synthetic batch whose
-            values must fit with a factor of :data:`HEADROOM`.
+        images: a calibration batch (N, C, H, W), whose values must fit. The default is a synthetic batch,
+            whose values must fit with a factor of :data:`HEADROOM`.
     """
     limit = LARGEST_HALF / HEADROOM if images is None else LARGEST_HALF
     batch = probe_images(plan) if images is None else images
@@ -196,10 +197,10 @@ def overflow_reasons(plan: Plan, images: Tensor | None = None) -> list[str | Non
 
 
 class ResidentStages:
-    """The launch of :func:`choose_resident`'s stages.
+    """The stages of :func:`choose_resident`, ready to launch.
 
     Args:
-        choice: with a plan.
+        choice: has a plan.
         launch: starts the kernel.
     """
 
@@ -227,7 +228,7 @@ class ResidentStages:
         )
 
     def run(self, images: Tensor, tables: ExitTables, thresholds: Tensor) -> Any:
-        """Run the stages on every image; returns which go on (a Keep), or None where none can.
+        """Run the stages on every image; returns which stay active, or None if no stage is left.
 
         Args:
             images: (N, C, H, W) uint8 or float32, any strides; thresholds: on the device.
@@ -249,16 +250,16 @@ class ResidentStages:
         return keep
 
     def reports(self, isa: str) -> list[StageReport]:
-        """Of each stage: the launch, its layers, its exit."""
+        """One report per stage: the launch, its layers, its exit."""
         machine, layout = self.layout.machine, self.layout
-        at_once = machine.units * layout.blocks
+        at_once = machine.multiprocessors * layout.blocks
         found = estimate(layout)
         schedule = (
             f"resident: {self.stages} stage{'s' * (self.stages > 1)} with exits in one launch; an image has "
             f"{layout.warps} warps and {layout.shared_bytes >> 10} KiB of shared memory, and "
-            f"{layout.blocks} of them share a multiprocessor"
+            f"{layout.blocks} run on a multiprocessor at once"
         )
-        below = f"below {at_once:,} images some of {machine.name}'s multiprocessors wait for work"
+        below = f"below {at_once:,} images some multiprocessors of {machine.name} are idle"
         reports = []
         for k, stage in enumerate(self.plan.stages[: self.stages]):
             entries = [entry for entry in layout.entries if entry.stage == k]

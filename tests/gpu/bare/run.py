@@ -1,13 +1,12 @@
-"""Ten minutes on a GPU machine: device tests of every kernel, then ``bench/gpu.py --quick``, one report.
+"""Device tests of every kernel, then ``bench/gpu.py --quick``, in ten minutes without an installation.
 
-Nothing is installed or compiled ahead: the sources are put on a module path of their own. Needed are torch
-with CUDA, triton, cupy and pytest; pytest-xdist is used if it is there. What is missing of the rest has a
-stand-in.
+The sources run from a module path of their own. They need torch with CUDA, triton, cupy and pytest;
+pytest-xdist is used if it is present. Other packages that are missing have stand-ins.
 
-    python tests/gpu/bare/run.py                the whole: at most 4 minutes of tests and 5 of measuring
-    python tests/gpu/bare/run.py --dry-run      the same code without a GPU, as far as it goes
+    python tests/gpu/bare/run.py                at most 4 minutes of tests and 5 of measurements
+    python tests/gpu/bare/run.py --dry-run      the same without a GPU, as far as possible
 
-``gpu-report.json`` is written again after every part, so a run that is cut off still reports.
+``gpu-report.json`` is rewritten after every part, so an interrupted run still reports.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ TESTS = (
     "tests/gpu/device/test_layer_stages.py",
     "tests/gpu/device/test_triton_backend.py",
 )
-"""The newest kernels first: a run that is cut off has them."""
+"""The newest kernels first, so that an interrupted run has them."""
 
 DRY_TESTS = ("tests/gpu/device/test_resident_device.py", "tests/gpu/device/test_compact.py")
 TEST_SECONDS, BENCH_SECONDS = 240, 300
@@ -58,7 +57,7 @@ def module_path(folder: Path) -> Path:
 
 
 def environment(path: Path, dry_run: bool) -> dict[str, str]:
-    """For the processes of the tests and the benchmark."""
+    """The environment of the tests and the benchmark."""
     own = {
         **os.environ,
         "PYTHONPATH": str(path),
@@ -69,9 +68,9 @@ def environment(path: Path, dry_run: bool) -> dict[str, str]:
 
 
 def limited(command: list[str], seconds: float, env: dict[str, str]) -> tuple[int | None, str]:
-    """Run a command; (exit status, or None where the time was over, and the end of its output).
+    """Run a command; returns its exit status, None after a timeout, and the end of its output.
 
-    Not in the checkout, whose ``fastcascade`` would come first and has no kernels in it.
+    It runs outside the checkout, whose ``fastcascade`` would be imported first and has no kernels.
     """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -92,7 +91,7 @@ def limited(command: list[str], seconds: float, env: dict[str, str]) -> tuple[in
 
 
 def run_tests(path: Path, dry_run: bool, seconds: float) -> dict[str, Any]:
-    """Counts and the names of what failed, file by file: those that are over count even if time runs out."""
+    """Run the tests file by file; returns counts, failures, and files that were not finished in time."""
     found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": 0, "unfinished": []}
     begin = time.monotonic()
     options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
@@ -127,7 +126,7 @@ def run_tests(path: Path, dry_run: bool, seconds: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the report after the tests and after measuring; 1 if a test failed or figures disagreed."""
+    """Write the report after the tests and after measuring; 1 if a test failed or results disagreed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report.json")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU, as far as it goes")

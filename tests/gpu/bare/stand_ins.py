@@ -1,6 +1,6 @@
-"""Stand-ins for packages that a bare GPU machine may lack: pip carries rich, safetensors is a short format.
+"""Stand-ins for packages that a bare GPU machine may lack: rich from pip's copy, safetensors in a few lines.
 
-Written as packages into a folder of the module path; only where the real ones are missing.
+They are written as packages into a folder of the module path, if the real ones are missing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PACKAGES = {
 
 
 def write_stand_ins(folder: Path, packages: tuple[str, ...] | None = None) -> list[str]:
-    """Write those that are missing here (or the named ones) and return their names."""
+    """Write those that are missing here, or the named ones; returns their names."""
     written = []
     for name, files in PACKAGES.items():
         if packages is None and importlib.util.find_spec(name) is not None:

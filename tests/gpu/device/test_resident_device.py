@@ -1,4 +1,4 @@
-"""The resident kernel on a GPU: the cascades of the emulator's tests, and larger ones, against fp32."""
+"""The resident kernel on a GPU: the cascades of the emulator's tests and larger ones, against fp32."""
 
 from __future__ import annotations
 
