@@ -100,6 +100,11 @@ Shape slice_shape(const std::string& where, const OpSpec& op, const Shape& in) {
   const int64_t sizes[3] = {in.c, in.h, in.w};
   int64_t out[3];
   for (int axis = 0; axis < 3; ++axis) {
+    // A step of -1 is a mirror image: the whole axis backwards, from its end to before its beginning.
+    if (op.step[axis] == -1 && op.start[axis] == sizes[axis] - 1 && op.stop[axis] == -1) {
+      out[axis] = sizes[axis];
+      continue;
+    }
     check_range(where, "slice start", op.start[axis], 0, sizes[axis] - 1);
     check_range(where, "slice stop", op.stop[axis], op.start[axis] + 1, sizes[axis]);
     check_range(where, "slice step", op.step[axis], 1, kMaxChannels);

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
 from fastcascade.errors import BackendUnavailable, FastCascadeError
-from fastcascade.lowering.operations import Activation, Conv2d, Op, beyond_core
+from fastcascade.lowering.operations import Activation, Conv2d, Flip, Op, Shape, Slice, beyond_core
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
 if TYPE_CHECKING:
@@ -53,10 +53,16 @@ def stage_spec(stage: StagePlan, keeps_features: bool) -> dict[str, Any]:
         "input": stage.input,
         "keeps_features": keeps_features,
         "shape": _map_shape(stage.shapes[0]),
-        "ops": [_op(op) for op in stage.ops],
+        "ops": [_op(_mirrored(op, stage.shapes) if isinstance(op, Flip) else op) for op in stage.ops],
         "features": stage.features,
         "logits": stage.logits,
     }
+
+
+def _mirrored(op: Flip, shapes: Sequence[Shape]) -> Slice:
+    """A mirror image as the engine reads it: columns from the last to the first."""
+    channels, height, width = _map_shape(shapes[op.input])
+    return Slice(op.output, op.input, (0, 0, width - 1), (channels, height, -1), (1, 1, -1))
 
 
 def _feeds_next(plan: Plan, k: int) -> bool:
@@ -82,7 +88,7 @@ def engine_reason(stage: StagePlan) -> str | None:
     """Why the engine cannot run a stage, which then runs through torch; None if it can."""
     if stage.module is not None:
         return stage.opaque_reason or "it is a torch module"
-    reasons = (beyond_core(op, stage.shapes) for op in stage.ops)
+    reasons = (beyond_core(op, stage.shapes) for op in stage.ops if not isinstance(op, Flip))
     return next((reason for reason in reasons if reason), None)
 
 

@@ -19,6 +19,7 @@ from fastcascade.lowering.operations import (
     Concat,
     Conv2d,
     Flatten,
+    Flip,
     Linear,
     Op,
     Pad,
@@ -208,6 +209,7 @@ def _layers(channels: int) -> dict[str, list[Op]]:
         "scale and shift": [ScaleShift(1, 0, vector, vector.flip(0))],
         "slice": [Slice(1, 0, (channels // 2, 1, 0), (channels, 7, 6), (1, 2, 3))],
         "pad": [Pad(1, 0, (3, 0, 1), (channels, 2, 0), 0.5)],
+        "flip": [Flip(1, 0)],
         "concat": [Slice(1, 0, (0, 0, 0), (1, 7, 6), (1, 1, 1)), Concat(2, (0, 1, 0))],
         "add": [ScaleShift(1, 0, vector, vector.flip(0)), Add(2, 1, 0, "relu6")],
     }
