@@ -104,6 +104,7 @@ class FewImages:
         return load_data(self.path, classes=self.classes)
 
 
+@pytest.mark.filterwarnings("ignore:.*images")  # a dozen are too few for temperatures and comparisons
 def test_the_quick_start_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
