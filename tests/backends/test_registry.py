@@ -37,7 +37,7 @@ def independent(selector: nn.Module, combine: Any = "last") -> fc.Cascade:
 
 
 def own_code() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 7 * 6, 5))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softsign(), nn.Flatten(), nn.Linear(4 * 7 * 6, 5))
 
 
 def segments(selector: nn.Module, combine: Any = "last") -> fc.Cascade:

@@ -309,7 +309,7 @@ def test_the_error_of_a_stage_itself_is_kept() -> None:
         (lambda: fc.Stage(network(4), macs=-1), "Stage macs is -1; expected"),
         (
             lambda: fc.Cascade([network(4), network(4)], "mlp", CLASSES, INPUT),
-            r"selector is 'mlp'; expected None, fc.MLPSelector\(\)",
+            r"selector is 'mlp'; expected None, 'auto', fc.MLPSelector\(\)",
         ),
         (lambda: fc.Cascade([network(4)], None, CLASSES, 32), r"input_shape is 32; .*\(C, H, W\)"),
         (

@@ -78,13 +78,14 @@ def train(tmp_path: Path) -> Train:
     return call
 
 
+@pytest.mark.filterwarnings("ignore:.*images")  # too few for temperatures and comparisons
 def test_a_valid_config_trains(train: Train) -> None:
     assert set(train(VALID).operating_points) == {"default"}
 
 
 def test_the_example_is_valid() -> None:
     config = read_config(EXAMPLE)
-    assert config.cascade.combine == "mean"
+    assert config.cascade.combine == (0.1, 0.5, 1.0)
     assert config.recipe == fc.Recipe(
         pretrain_epochs=42,
         joint_epochs=3,
@@ -201,6 +202,7 @@ def test_what_only_the_cascade_or_the_data_can_tell_is_found_before_the_first_ep
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*images")  # too few for temperatures and comparisons
 def test_data_without_labels_or_with_other_classes_are_refused(train: Train, tmp_path: Path) -> None:
     train(VALID)
     images = np.load(tmp_path / "d.npz")["x_train"]

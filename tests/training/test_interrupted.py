@@ -67,6 +67,7 @@ def disk_full() -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.filterwarnings("ignore:.*images")  # too few for temperatures and comparisons
 def test_train_goes_on_when_its_model_was_cut_off_between_the_two_files(
     train: Callable[[], fc.Cascade], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_train_goes_on_when_its_model_was_cut_off_between_the_two_files(
         train()
 
 
+@pytest.mark.filterwarnings("ignore:.*images")  # too few for temperatures and comparisons
 def test_train_goes_on_when_the_disk_was_full_at_the_end(
     train: Callable[[], fc.Cascade], tmp_path: Path
 ) -> None:
