@@ -216,7 +216,7 @@ def edit(*path: str | int, value: Any) -> Callable[[Any], None]:
         (edit("stages", 0, "module", "architecture", value="resnet_cifar:9998"), "not 6n.2 in 8"),
         (edit("stages", 0, "module", "architecture", value="resnet_cifar:8,width=9999"), "do not fit"),
         (edit("stages", 0, "module", "architecture", value="resnet_cifar:8,width=x"), "cannot be built"),
-        (edit("stages", 0, "module", "architecture", value="resnet_cifar:8[0:9]"), "no part of"),
+        (edit("stages", 0, "module", "architecture", value="resnet_cifar:8[0:9]"), "is out of range"),
         (edit("stages", 0, "module", "architecture", value="os.system:1"), "unknown network"),
         (edit("stages", 0, "module", "architecture", value=7), "architecture is 7; expected str"),
         (edit("stages", 0, "input", value="previous"), "nothing comes before it"),
@@ -259,9 +259,9 @@ def test_temperatures_come_back_and_are_one_in_files_from_before_them(tmp_path: 
     cascade.temperatures.copy_(torch.tensor([3.0, 0.5]))
     cascade.save(tmp_path)
     assert load_cascade(tmp_path).temperatures.tolist() == [3.0, 0.5]
-    tensors = tensors_of(tmp_path)
+    tensors = tensors_of(tmp_path / "cascade.json")
     del tensors["temperatures"]
-    reseal(tmp_path, lambda content: None, tensors)
+    reseal(tmp_path / "cascade.json", lambda content: None, tensors)
     assert load_cascade(tmp_path).temperatures.tolist() == [1.0, 1.0]
 
 
