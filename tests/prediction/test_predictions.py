@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import exit_code_of
 from PIL import Image
 from pyarrow import parquet
 
@@ -180,11 +181,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, suffix: s
         assert len(list(tmp_path.iterdir())) == 1
         os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if child == 0:
-        save_predictions(killed(), path)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert exit_code_of(lambda: save_predictions(killed(), path)) == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
     save_predictions(SOME, path)
     assert list(tmp_path.iterdir()) == [path]

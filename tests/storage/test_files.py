@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from forgery import reseal
+from forked import exit_code_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -194,13 +195,13 @@ def test_killed_at_any_call_leaves_the_old_bundle_or_the_new(tmp_path: Path) -> 
     for n in range(1, calls + 1):
         directory = tmp_path / str(n)
         save_bundle(directory, DEMO, *OLD)
-        child = os.fork()
-        if child == 0:
+
+        def save_and_die(directory: Path = directory, n: int = n) -> None:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 FailingSystem(monkeypatch, n, lambda: os._exit(9))
                 save_bundle(directory, DEMO, *NEW, overwrite=True)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, f"call {n} was not reached"
+
+        assert exit_code_of(save_and_die) == 9, f"call {n} was not reached"
         loaded = load_bundle(directory, DEMO)
         assert same(loaded, OLD) or same(loaded, NEW), f"killed at call {n}"
 

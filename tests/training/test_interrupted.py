@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import exit_code_of
 from training_task import cascade, data, recipe
 
 import fastcascade as fc
@@ -71,13 +72,12 @@ def disk_full() -> None:
 def test_train_goes_on_when_its_model_was_cut_off_between_the_two_files(
     train: Callable[[], fc.Cascade], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = os.fork()
-    if child == 0:
+    def train_and_die() -> None:
         for name in ("replace", "link"):
             setattr(os, name, failing(getattr(os, name), "cascade.json", lambda: os._exit(9)))
         train()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    assert exit_code_of(train_and_die) == 9
     assert list((tmp_path / "run" / "model").glob("cascade-*.safetensors"))
     assert not (tmp_path / "run" / "model" / "cascade.json").exists()
     train()
