@@ -170,7 +170,7 @@ def test_auto_takes_the_rule_unless_the_learned_selector_gains(shipped: tuple[La
         assert c.selector_macs == (0, 0)
     fit_selector(c, z[:, :1000], y[:1000])  # and again, from the start
     assert c.comparison == kept
-    with pytest.raises(InvalidArgument, match="expected 'auto'"):
+    with pytest.raises(InvalidArgument, match="expected None, 'auto'"):
         three_stages("best")
 
 
