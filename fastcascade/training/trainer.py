@@ -109,7 +109,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Phase:
-    """A stretch of epochs with one loss. ``teacher`` is a frozen stage whose answers the others imitate."""
+    """A run of epochs with one loss. ``teacher`` is a frozen stage whose outputs the others imitate."""
 
     name: str
     epochs: int

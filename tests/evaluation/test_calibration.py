@@ -195,7 +195,7 @@ def test_a_shared_threshold_is_strictly_worse() -> None:
 def test_milliseconds_may_be_the_cost() -> None:
     """With exit 1 as dear as exit 2 in time, the cheapest way to be always right changes."""
     cascade, t = flat_cascade(), opposed_trace()
-    t.labels[1, :50] = 1  # exit 1 answers the easy half wrong, exits 0 and 2 do not
+    t.labels[1, :50] = 1  # exit 1 is wrong on the easy half, exits 0 and 2 are not
     by_macs = fc.calibrate(cascade, t, min_accuracy=1.0)
     by_time = fc.calibrate(cascade, t, min_accuracy=1.0, exit_ms=(0.1, 0.9, 0.9))
     assert by_macs.exit_shares == (0.5, 0.5, 0.0)

@@ -9,7 +9,7 @@ import torch
 
 from fastcascade.lowering.operations import Activation, LayerNorm, Multiply
 from fastcascade.lowering.operators.arithmetic import binary, scale_shift
-from fastcascade.lowering.operators.pooling import mean
+from fastcascade.lowering.operators.pooling import mean, positions
 from fastcascade.lowering.translator import Translator, Value, lowers
 
 aten = torch.ops.aten
@@ -67,8 +67,7 @@ def vector_norm(
     """The Euclidean norm over pixels or channels: √(n · mean of squares)."""
     if ord != 2 or dim is None:
         t.refuse(f"of order {ord} over axes {dim}; only order 2 over given axes is supported")
-    count = 1
-    for d in dim:
-        count *= input.shape[t.axis(d, input)]
     squares = mean(t, binary(t, Multiply, input, input), dim, keepdim)
-    return t.emit_elementwise(Activation, scale_shift(t, squares, scale=float(count)), kind="sqrt")
+    return t.emit_elementwise(
+        Activation, scale_shift(t, squares, scale=positions(t, input, dim)), kind="sqrt"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,10 +125,12 @@ def total(t: Translator, input: Any, dim: Any = None, keepdim: bool = False, dty
     """The sum over pixels or channels: the mean times their number."""
     if not isinstance(input, Value) or not dim:
         t.refuse(f"over axes {dim}")
-    count = 1
-    for d in dim:
-        count *= input.shape[t.axis(d, input)]
-    return scale_shift(t, _reduce(t, input, dim, keepdim, "mean"), scale=float(count))
+    return scale_shift(t, _reduce(t, input, dim, keepdim, "mean"), scale=positions(t, input, dim))
+
+
+def positions(t: Translator, value: Value, dims: Sequence[int]) -> float:
+    """How many numbers a reduction over these dimensions takes together."""
+    return float(math.prod(value.shape[t.axis(dim, value)] for dim in dims))
 
 
 def _reduce(t: Translator, input: Any, dim: Any, keepdim: bool, kind: str) -> Value:
