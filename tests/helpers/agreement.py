@@ -8,7 +8,7 @@ from fastcascade.backends.interface import ExitResults
 
 
 def assert_labels_agree(got: ExitResults, want: ExitResults, tolerance: float) -> None:
-    """Labels are equal wherever the two best classes are clearly apart: in most rows, if there are many.
+    """Labels are equal wherever the two best classes are clearly apart, which is so in most rows.
 
     Args:
         tolerance: absolute and relative, of a log-probability.

@@ -177,7 +177,7 @@ def schedule(device: torch.device, request: pytest.FixtureRequest, monkeypatch: 
 def test_every_shape_with_one_launch_per_stage(device: torch.device, shape, precision: Precision) -> None:
     comparison = Comparison(plan(shape()), device, precision)
     assert all("one launch" in report.kernels[0].kernel for report in comparison.program.describe())
-    comparison.forced(images(2))
+    comparison.forced(images(6))
 
 
 @pytest.mark.parametrize("shape", [independent, multi_exit, mixed])
