@@ -1,10 +1,10 @@
-"""A family of stages for study.py that somebody else trained: the CIFAR-10 ResNets of akamaster/pytorch_resnet_cifar10.
+"""A family of stages for study.py that somebody else trained: published CIFAR-10 ResNets.
 
     python examples/cifar10/published.py FOLDER cifar10:data
 
-FOLDER holds that repository's ``resnet.py`` (MIT) and weights ``resnet20-….th``, ``resnet32-….th``, ``resnet56-….th``.
-Neither is part of this repository; what the networks say about the 10,000 test images is, as float16. They were
-trained on all 50,000 training images, so held-out images can only be test images.
+FOLDER holds resnet.py (MIT) and the weights resnet20-….th, resnet32-….th and resnet56-….th of
+akamaster/pytorch_resnet_cifar10. Neither is part of this repository; what the networks say about the 10,000
+test images is, as float16. They were trained on all 50,000 training images, so only test images are unseen.
 """
 
 from __future__ import annotations
