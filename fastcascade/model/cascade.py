@@ -121,7 +121,7 @@ class Cascade(nn.Module):
     Args:
         stages: modules (each reads the image) or :class:`Stage`.
         selector: None if and only if there is one stage. "auto" is an :class:`fastcascade.MLPSelector` that
-            :func:`fastcascade.fit` replaces by a threshold rule if that is as good on held-out images.
+            :func:`fastcascade.fit` replaces by a threshold rule if that is clearly better on held-out images.
         num_classes: at least 2; every stage must return this many logits.
         input_shape: (C, H, W) of one image.
         combine: "last" returns the probabilities of the stage where an instance stops, "mean" their mean
