@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ARCHITECTURES", "ATTENTION", "NUM_CLASSES", "build", "sample_images"]
+__all__ = ["ARCHITECTURES", "ATTENTION", "NUM_CLASSES", "build", "load_libraries", "sample_images"]
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "AlexNet": ("torchvision:alexnet",),
@@ -49,7 +49,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "CSPNet": ("timm:cspresnet50", "timm:cs3darknet_focus_s", "timm:cspnext_tiny"),
     "TResNet": ("timm:tresnet_m",),
     "NFNet": ("timm:dm_nfnet_f0", "timm:eca_nfnet_l0"),
-    "NASNet": ("timm:nasnetalarge", "timm:pnasnet5large"),
+    "NASNet": ("timm:nasnetalarge",),
     "RepVGG": ("timm:repvgg_a0",),
     "MobileOne": ("timm:mobileone_s0", "timm:mobileone_s4"),
     "MobileNet": (
@@ -109,10 +109,31 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     torch.set_num_threads(1)  # sums, and so weights, do not depend on the number of threads
     network, shape = _create(name)
     _randomise(network)
-    images = sample_images(8, shape, _SEED)
+    images = sample_images(4, shape, _SEED)
     standardised = Standardised(_with_statistics_of(network, images), images).eval()
     torch.set_num_threads(threads)
     return standardised, shape
+
+
+def load_libraries() -> tuple[Any, Any]:
+    """torchvision and timm, also where torchvision lacks its compiled operators, which no classifier needs."""
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(
+            "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
+            "int sampling_ratio, bool aligned) -> Tensor"
+        )
+        _KEPT.append(library)
+    import timm
+    import torchvision
+
+    return torchvision, timm
+
+
+_KEPT: list[torch.library.Library] = []
+"""A library's definitions last as long as the object."""
 
 
 def sample_images(n: int, shape: tuple[int, int, int], seed: int) -> Tensor:
@@ -143,7 +164,7 @@ class Standardised(nn.Module):
 def _create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     library, _, rest = name.partition(":")
     model, _, option = rest.partition("?")
-    torchvision, timm = _libraries()
+    torchvision, timm = load_libraries()
     if library == "timm":
         arguments = {"block_args": dict([option.split("=")])} if option else {}
         network = timm.create_model(model, pretrained=False, num_classes=NUM_CLASSES, **arguments)
@@ -152,27 +173,6 @@ def _create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     arguments = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}
     side = 299 if model == "inception_v3" else 224
     return torchvision.models.get_model(model, weights=None, **arguments).eval(), (3, side, side)
-
-
-def _libraries() -> tuple[Any, Any]:
-    """torchvision and timm, also where torchvision lacks its compiled operators, which no classifier needs."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define(
-            "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
-            "int sampling_ratio, bool aligned) -> Tensor"
-        )
-        _KEPT.append(library)
-    import timm
-    import torchvision
-
-    return torchvision, timm
-
-
-_KEPT: list[torch.library.Library] = []
-"""A library's definitions last as long as the object."""
 
 
 @torch.no_grad()

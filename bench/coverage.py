@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 import fastcascade as fc
-from bench.architectures import ARCHITECTURES, ATTENTION, NUM_CLASSES, build, sample_images
+from bench.architectures import ARCHITECTURES, ATTENTION, NUM_CLASSES, build, load_libraries, sample_images
 from bench.cases import Case
 from bench.coverage_page import verdict, write_page
 from bench.engines import OURS
@@ -42,7 +41,7 @@ RESULTS = ROOT / "bench" / "results" / "coverage.json"
 SPEED_PEERS = ("ONNX Runtime", "OpenVINO")
 SPEED_BATCHES = (1, 16)
 
-_IMAGES = 4
+_IMAGES = 2
 _PATIENCE_S = 900
 
 
@@ -56,8 +55,6 @@ def examine(name: str) -> dict[str, Any]:
     network, shape = build(name)
     x = sample_images(_IMAGES, shape, seed=1)
     cascade = fc.Cascade([network], None, NUM_CLASSES, shape)
-    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(2, 2),))  # the first export loads much of torch
-    export_s, _ = _timed(lambda: torch.export.export(network, (x,), dynamic_shapes=({0: _BATCH},)))
     plan_s, plan = _timed(lambda: fc.plan(cascade))
     compile_s, program = _timed(lambda: fc.compile(plan, output="log_probs"))
     stage = plan.stages[0]
@@ -71,7 +68,6 @@ def examine(name: str) -> dict[str, Any]:
         "shape": shape,
         "macs": plan.dense_macs,
         "weights": sum(p.numel() for p in network.parameters()),
-        "export_s": export_s,
         "plan_s": plan_s,
         "compile_s": compile_s,
         "operations": Counter(type(op).__name__ for op in stage.ops),
@@ -85,9 +81,6 @@ def examine(name: str) -> dict[str, Any]:
     }
 
 
-_BATCH = torch.export.Dim("batch")
-
-
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
@@ -98,17 +91,38 @@ def _error(values: Tensor, exact: Tensor) -> float:
     return float((values.double() - exact).abs().nan_to_num(nan=torch.inf).max())
 
 
-def examine_apart(name: str) -> dict[str, Any]:
+def examine_apart(name: str, threads: int) -> dict[str, Any]:
     """:func:`examine` in a process of its own; {"failed": …} if that fails or takes too long."""
-    command = [sys.executable, "-m", "bench.coverage", "--child", name]
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_examine_and_send, args=(name, threads, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, env=os.environ)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no result after {_PATIENCE_S} s"}
-    if done.returncode != 0:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    entry: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        late = {"failed": f"no result after {_PATIENCE_S} s"}
+        entry: dict[str, Any] = receiver.recv() if receiver.poll(_PATIENCE_S) else late
+    except EOFError:
+        process.join()
+        entry = {"failed": f"its process ended with status {process.exitcode}"}
+    process.kill()
+    process.join()
     return entry
+
+
+def _examine_and_send(name: str, threads: int, sender: Connection) -> None:
+    torch.set_num_threads(threads)
+    try:
+        entry = examine(name)
+    except Exception as error:
+        entry = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+    sender.send(entry)
+
+
+def _prepare_for_forks() -> None:
+    """Load what every child needs, without starting threads, which a fork would lose."""
+    torch.set_num_threads(1)
+    load_libraries()
+    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(2, 2),))  # the first export loads much of torch
 
 
 def measure_speed(name: str, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
@@ -146,17 +160,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="of one engine's turn in a round")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     """Examine every network that has no result yet, and write the page."""
     arguments, console = _arguments(), Console()
-    torch.set_num_threads(arguments.threads)
-    if arguments.child:
-        print(json.dumps(examine(arguments.child)))
-        return
+    _prepare_for_forks()
     results = load_results(RESULTS) | {"machine": machine()}
     networks: dict[str, Any] = results["networks"]
 
@@ -169,7 +179,7 @@ def main() -> None:
             continue
         if arguments.again or "when" not in networks.get(name, {}):
             kept = {key: value for key, value in networks.get(name, {}).items() if key == "speed"}
-            networks[name] = kept | examine_apart(name)
+            networks[name] = kept | examine_apart(name, arguments.threads)
             store()
             console.print(f"{name}: {verdict(networks[name])}")
         if arguments.speed and (arguments.again or "speed" not in networks[name]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,7 +51,6 @@ def summary_table(results: Results) -> str:
     good = [entry for entry in entries if "failed" not in entry and not is_wrong(entry)]
     lowered = [entry for entry in good if entry["opaque_reason"] is None]
     engine = [entry for entry in lowered if entry["engine_reason"] is None]
-    ratios = [entry["plan_s"] / entry["export_s"] for entry in good]
     rows = [
         ("convolutional networks", str(len(entries))),
         ("lowered to operations", f"{len(lowered)} ({len(lowered) / max(len(entries), 1):.0%})"),
@@ -61,15 +59,10 @@ def summary_table(results: Results) -> str:
         ("opaque", str(len(good) - len(lowered))),
         ("wrong", str(sum("failed" not in entry and is_wrong(entry) for entry in entries))),
         ("failed", str(sum("failed" in entry for entry in entries))),
-        ("time of `fc.plan` over that of `torch.export`, geometric mean", f"{_mean(ratios):.2f}"),
         ("measured", _period(results)),
         ("processor", f"{results['machine']['cpu']}, {results['machine']['threads']} threads"),
     ]
     return markdown_table(("", ""), rows)
-
-
-def _mean(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
 
 
 def _period(results: Results) -> str:
@@ -85,7 +78,7 @@ def networks_table(results: Results) -> str:
         rows += [
             (family if name == present[0] else "", *_row(name, results["networks"][name])) for name in present
         ]
-    head = ("family", "network", "M MACs", "runs", "error", "torch's", "export s", "plan s", "compile s")
+    head = ("family", "network", "M MACs", "runs", "error", "torch's", "plan s", "compile s")
     return markdown_table(head, rows)
 
 
@@ -93,14 +86,14 @@ def attention_table(results: Results) -> str:
     """The networks with attention."""
     present = [name for name in ATTENTION if name in results["networks"]]
     rows = [_row(name, results["networks"][name]) for name in present]
-    head = ("network", "M MACs", "runs", "error", "torch's", "export s", "plan s", "compile s")
+    head = ("network", "M MACs", "runs", "error", "torch's", "plan s", "compile s")
     return markdown_table(head, rows)
 
 
 def _row(name: str, entry: Entry) -> tuple[str, ...]:
     if "failed" in entry:
-        return (_title(name), "", verdict(entry), *[""] * 5)
-    seconds = (f"{entry[key]:.1f}" for key in ("export_s", "plan_s", "compile_s"))
+        return (_title(name), "", verdict(entry), *[""] * 4)
+    seconds = (f"{entry[key]:.1f}" for key in ("plan_s", "compile_s"))
     errors = (f"{entry[key]:.0e}" for key in ("error", "torch_error"))
     return (_title(name), f"{entry['macs'] / 1e6:,.0f}", verdict(entry), *errors, *seconds)
 
@@ -119,9 +112,7 @@ def reasons_table(results: Results) -> str:
 def operations_table(results: Results) -> str:
     """In how many networks every operation occurs."""
     used = Counter(
-        operation
-        for entry in _convolutional(results).values()
-        for operation in entry.get("operations", ())
+        operation for entry in _convolutional(results).values() for operation in entry.get("operations", ())
     )
     return markdown_table(("operation", "networks"), ((name, str(n)) for name, n in used.most_common()))
 

@@ -88,7 +88,9 @@ def engines_table(results: Results) -> str:
                     engine["schedule"],
                 )
             )
-    return markdown_table(("case", "engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"), rows)
+    return markdown_table(
+        ("case", "engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"), rows
+    )
 
 
 def speeds_table(results: Results) -> str:

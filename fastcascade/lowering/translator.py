@@ -209,9 +209,9 @@ class Translator:
     # ---- values ----
 
     def emit(self, kind: type[Op], shape: Shape, /, **fields: Any) -> Value:
-        """Append an operation, its tensors converted to float64."""
+        """Append an operation."""
         number = len(self.shapes)
-        tensors = {n: t.to("cpu", torch.float64) for n, t in fields.items() if isinstance(t, Tensor)}
+        tensors = {n: t.cpu() for n, t in fields.items() if isinstance(t, Tensor)}
         self.ops.append(kind(number, **{**fields, **tensors}))
         self.shapes[number] = shape
         return self.stored(number)
