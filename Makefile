@@ -127,7 +127,7 @@ bench: $(VENV)/.peers  ## measure against other runtimes, and show every target
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
 
 bench-docs: install  ## update the tables in docs/performance.md from the newest results
-	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*-*.json | head -1)"
+	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
 
 bench-suite: $(VENV)/.peers  ## run pytest-benchmark on kernels, stages, cascades and other runtimes
 	@$(bench_folder) && $(bin)/python -m pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)

@@ -116,7 +116,7 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def load_libraries() -> tuple[Any, Any]:
-    """torchvision and timm, also where torchvision lacks its compiled operators, which no classifier needs."""
+    """torchvision and timm, even if torchvision lacks its compiled operators, which no classifier needs."""
     if not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):

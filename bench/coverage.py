@@ -37,7 +37,7 @@ from fastcascade.testing.oracle import reference_logits
 
 __all__ = ["RESULTS", "examine", "main"]
 
-RESULTS = ROOT / "bench" / "results" / "coverage.json"
+RESULTS = ROOT / "bench" / "results" / "coverage" / "networks.json"
 SPEED_PEERS = ("ONNX Runtime", "OpenVINO")
 SPEED_BATCHES = (1, 16)
 
@@ -171,6 +171,7 @@ def main() -> None:
     networks: dict[str, Any] = results["networks"]
 
     def store() -> None:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         write_page(results)
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/coverage.md from bench/results/coverage.json."""
+"""Writes the tables of docs/coverage.md from bench/results/coverage/networks.json."""
 
 from __future__ import annotations
 

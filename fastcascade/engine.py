@@ -60,8 +60,8 @@ def compile(
         device: of the images and the output; by default the cascade's device, the CPU for a plan.
         threads: CPU threads; by default torch's number.
         output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
-        torch_compile: run opaque stages through ``torch.compile``. Each is compiled when it first sees 1, 2, 4, …
-            or 64 rows, which takes seconds to minutes; other numbers of rows are padded to the next of these.
+        torch_compile: run opaque stages through ``torch.compile``. Each is compiled when it first sees 1, 2,
+            4, … or 64 rows, which takes seconds to minutes; other numbers of rows are padded to the next one.
 
     Raises:
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1.

@@ -29,7 +29,7 @@ class CompiledModule(nn.Module):
     """A module under ``torch.compile``, which sees few different numbers of rows.
 
     The number of active rows changes with every batch, and compiling takes seconds to minutes. So rows are
-    padded with zeros to the next of :data:`BUCKETS`, and each of these is compiled once, when it first occurs.
+    padded with zeros to the next of :data:`BUCKETS`; each of these is compiled once, when it first occurs.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -87,8 +87,9 @@ class ChannelsLast(nn.Module):
 def in_best_layout(module: nn.Module, shape: Shape) -> nn.Module:
     """An opaque stage's module in channels_last if it gains from that, else as it is.
 
-    The rule is fixed, so results do not depend on the clock: a module gains if it has convolutions of maps, and
-    if it computes the same on two images of noise. A network may assume contiguous features, in ``view``.
+    The rule is fixed, so results do not depend on the clock: a module gains if it has convolutions of maps.
+    It must also compute the same on two images of noise: a network may assume contiguous features, in
+    ``view``.
 
     Args:
         shape: of one input, (C, H, W) or (F,).

@@ -7,8 +7,8 @@ Each stage goes through three steps:
   constant. Batch norm and arithmetic with constants become ``ScaleShift``.
 - *Fuse*: operations are merged into the operation before them.
 
-Scales and shifts are float64 until the last step, so folding loses no accuracy. A stage that fails at any step
-becomes opaque, and the plan gives the operator that failed.
+Scales and shifts are float64 until the last step, so folding loses no accuracy. A stage that fails at any
+step becomes opaque, and the plan gives the operator that failed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastcascade.lowering.fusion import fuse
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 from fastcascade.lowering.translation import translate
 from fastcascade.model.cascade import Cascade
+from fastcascade.model.cost import place_of_failure
 from fastcascade.model.selector import MLPSelector, ThresholdSelector
 
 __all__ = ["plan"]
@@ -118,7 +119,10 @@ def _trace(stage: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
             return torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export may raise anything, and so may the module
         lines = str(error).strip().splitlines() or [""]
-        raise LoweringError(f"torch.export: {type(error).__name__}: {lines[0]}") from error
+        place = place_of_failure(stage, error)
+        raise LoweringError(
+            f"torch.export: {type(error).__name__}: {lines[0]}{place and f' ({place})'}"
+        ) from error
 
 
 @torch.no_grad()

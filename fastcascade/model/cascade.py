@@ -241,7 +241,7 @@ class Cascade(nn.Module):
         try:
             out, macs = count_macs(module, x)
         except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = (str(error).strip() or repr(error)).splitlines()[0].removesuffix(".")
             place = place_of_failure(module, error)
             hint = self.input.channels_first_hint()
             raise InvalidArgument(
