@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from fastcascade.lowering.operations import Shape
 from fastcascade.lowering.plan import Plan
 
-__all__ = ["BUCKETS", "ChannelsLast", "CompiledModule", "compiled_modules", "in_best_layout", "module_kernel"]
+__all__ = [
+    "BUCKETS",
+    "ChannelsLast",
+    "CompiledModule",
+    "compiled_modules",
+    "in_best_layout",
+    "is_channels_last",
+    "module_kernel",
+]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows that a compiled module runs with. More rows run in parts of the largest."""
@@ -72,7 +80,7 @@ def _compiled(module: nn.Module) -> Call:
 
 
 class ChannelsLast(nn.Module):
-    """A copy of a module with weights and images in channels_last layout; its results are contiguous."""
+    """A copy of a module with weights and images in channels_last layout; its features may be in it, too."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -80,8 +88,7 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n, C, H, W) → features (n, …) and logits (n, C)."""
-        features, logits = self.module(x.contiguous(memory_format=torch.channels_last))
-        return features.contiguous(), logits.contiguous()
+        return cast(tuple[Tensor, Tensor], self.module(x.contiguous(memory_format=torch.channels_last)))
 
 
 def in_best_layout(module: nn.Module, shape: Shape) -> nn.Module:
@@ -113,6 +120,13 @@ def _same_results(module: nn.Module, candidate: nn.Module, shape: Shape) -> bool
     return all(
         torch.allclose(a, e, rtol=0, atol=1e-3 * float(e.abs().max()), equal_nan=True)
         for a, e in zip(actual, module(x), strict=True)
+    )
+
+
+def is_channels_last(module: nn.Module) -> bool:
+    """Whether a module that :func:`in_best_layout` returned computes in channels_last."""
+    return isinstance(module, ChannelsLast) or (
+        isinstance(module, CompiledModule) and is_channels_last(module.module)
     )
 
 
