@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -31,6 +32,8 @@ void leave_processor(int processor) {
   cpu_set_t others = allowed;
   CPU_CLR(processor, &others);
   if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  if (sched_setaffinity(0, sizeof allowed, &allowed) == 0) return;
+  std::memset(&allowed, 0xff, sizeof allowed);  // the system has just taken some away; it grants what is left
   sched_setaffinity(0, sizeof allowed, &allowed);
 }
 
