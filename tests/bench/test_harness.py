@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from fastcascade.types import Combine
 
 sys.path.append(str(Path(__file__).parents[2]))  # at the end: fastcascade itself stays the installed one
 
-from bench import tables, targets
+from bench import serving, tables, targets
 from bench.cases import Case, Reference, noise
 from bench.engines import OURS, engines_for, left_out
 from bench.handmade import PeerCascade
@@ -303,6 +304,34 @@ def test_engines_are_paced_in_turns() -> None:
     for patterns in found["engines"].values():
         assert set(patterns) == {pattern.name for pattern in PATTERNS}
         assert all(0 < latency["p50"] <= latency["p99"] for latency in patterns.values())
+
+
+def answered(label: int) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(SimpleNamespace(label=np.array([label])))
+    return future
+
+
+def test_requests_with_the_result_of_another_are_counted() -> None:
+    images, labels = noise(4), np.array([0, 1, 2, 3])
+    order = iter(range(1000))
+    trial = serving.offer(lambda x: answered(next(order) % 4), images, labels, 1000.0, 0.04)
+    assert trial.wrong == 0
+    assert 0 < trial.latency_ms["p50"] <= trial.latency_ms["p99"]
+    trial = serving.offer(lambda x: answered(2), images, labels, 1000.0, 0.04)
+    assert trial.wrong == 30
+    with pytest.raises(RuntimeError, match="wrong results at 50 requests/s"):
+        serving.highest_rate(lambda x: answered(2), images, labels, 50.0, 0.1)
+
+
+@pytest.mark.parametrize("limit", [60.0, 500.0])
+def test_the_highest_rate_within_the_bound_is_found(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offer(submit: object, images: object, labels: object, rate: float, seconds: float) -> serving.Trial:
+        return serving.Trial(rate, rate, {"p50": 1.0, "p99": 5.0 if rate <= limit else 500.0}, 0)
+
+    monkeypatch.setattr(serving, "offer", offer)
+    rate = serving.highest_rate(lambda x: answered(0), noise(1), np.zeros(1), 50.0, 0.1).achieved
+    assert limit / 1.25 < rate <= limit
 
 
 def run_at(speed: float, gain: float = 1.0) -> dict[str, Any]:
