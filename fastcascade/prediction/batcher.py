@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -268,7 +268,8 @@ def _split(out: CascadeOutput | Tensor, sizes: list[int]) -> list[CascadeOutput 
     """Each request's rows, as copies: a view would keep, and pickle, the rows of all other requests."""
     if len(sizes) == 1:
         return [out]
+    split = cast(Any, torch.split_with_sizes_copy)  # torch declares the variant with out= only
     if isinstance(out, Tensor):
-        return list(torch.split_with_sizes_copy(out, sizes))
-    columns = (torch.split_with_sizes_copy(column, sizes) for column in out)
+        return list(split(out, sizes))
+    columns = [split(column, sizes) for column in out]
     return [CascadeOutput(*rows) for rows in zip(*columns, strict=True)]
