@@ -12,12 +12,15 @@ from fastcascade.lowering.plan_file import load_plan
 from fastcascade.model.cascade import Cascade, Stage
 from fastcascade.model.selector import MLPSelector, ThresholdSelector
 from fastcascade.model.store import load_cascade as load
+from fastcascade.prediction.batcher import Batcher, BatcherStats
 from fastcascade.training.trainer import Recipe, fit
 from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batcher",
+    "BatcherStats",
     "Cascade",
     "CascadeOutput",
     "Evaluation",

@@ -160,24 +160,35 @@ class CompiledCascade(nn.Module):
         Raises:
             InvalidArgument: wrong shape, dtype, device or operating point, or an input that requires grad.
         """
-        thresholds = self._thresholds(operating_point)
-        images = self._images(x)
+        thresholds = self.thresholds(operating_point)
+        images = self.images(x)
+        if self._scale_check.open:
+            self._scale_check(images, stacklevel=5)
         results = self.program.run(images, thresholds) if len(images) else self._no_results()
         if self._settings.output == "log_probs":
             return results.log_probs
         cost = self._exit_macs.take(results.exit_stage)
         return CascadeOutput(_exp(results.log_probs), results.label, results.exit_stage, cost)
 
-    def _thresholds(self, operating_point: OperatingPointLike) -> Tensor:
-        """(K−1,) float32 on the CPU. Names are cached, which is measurable at batch size 1."""
+    def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
+        """The K−1 stop thresholds of an operating point, float32 on the CPU.
+
+        Raises:
+            InvalidArgument: an unknown name, the wrong number of thresholds, NaN, or no default.
+        """
+        # Names are cached, which is measurable at batch size 1.
         if operating_point is not None and not isinstance(operating_point, str):
             return self.plan.thresholds(operating_point)
         if operating_point not in self._named_thresholds:
             self._named_thresholds[operating_point] = self.plan.thresholds(operating_point)
         return self._named_thresholds[operating_point]
 
-    def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """Check the input; (N, C, H, W) uint8 or float32 on the program's device."""
+    def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """Check images as a call does; returns them as (N, C, H, W) uint8 or float32, a view where possible.
+
+        Raises:
+            InvalidArgument: wrong shape, dtype or device, or an input that requires grad.
+        """
         images = self.plan.input.nchw(x)
         if images.requires_grad and torch.is_grad_enabled():
             raise InvalidArgument(
@@ -191,8 +202,6 @@ class CompiledCascade(nn.Module):
             )
         if images.layout != torch.strided:
             raise InvalidArgument(f"images have layout {images.layout}; expected a dense tensor")
-        if self._scale_check.open:
-            self._scale_check(images)
         return images.detach() if images.dtype == torch.uint8 else images.detach().float()
 
     def _no_results(self) -> ExitResults:
