@@ -28,6 +28,11 @@ ConvPart conv_part(const Step& step, int64_t positions, const KernelTable& kerne
   return mine;
 }
 
+void set_residual(Epilogue& e, const float* residual) {
+  const bool comes_last = e.residual_after_activation && e.activation.is_function();
+  (comes_last ? e.residual_after_function : e.residual) = residual;
+}
+
 }  // namespace
 
 void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
@@ -50,7 +55,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       ConvPart mine = conv_part(step, work, kernels, share);
       // Groups are not divided among threads; Step::blocks is 1 then.
       if (step.blocks == 1) mine.blocks = {0, c.pitch / kernels.lanes};
@@ -61,7 +66,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.input = x;
       c.output = y;
       c.scratch = scratch;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       const ConvPart mine = conv_part(step, work, kernels, share);
       return kernels.conv3x3_winograd_f32(c, mine.positions, mine.blocks);
     }
@@ -69,7 +74,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       DepthwiseConv c = step.depthwise;
       c.input = x;
       c.output = y;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       return kernels.conv_depthwise_f32(c, part(work, 1, share));
     }
     case StepKind::pool: {
