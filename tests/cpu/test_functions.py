@@ -83,7 +83,7 @@ def convolution(channels: int, kind: str, **fields: object) -> Conv2d:
 @pytest.mark.parametrize("kernel", ["conv_direct_f32", "conv3x3_winograd_f32"])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in (*PARAMETRIC, "sqrt", "reciprocal")])
 def test_epilogue(run_ops: RunOps, isa: str, kind: str, kernel: str) -> None:
-    """The function follows the bias and a residual, or a residual follows it; threads do not change the bits."""
+    """The function follows the bias and a residual, or a residual follows it. Bits are those of any threads."""
     for channels in (1, 17, 33):
         first = convolution(channels, "none")
         before = [first, convolution(channels, kind, output=2, input=1, residual=1)]
