@@ -7,6 +7,7 @@ Packs the weights and turns shortcuts into residual reads of convolutions. Two s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
