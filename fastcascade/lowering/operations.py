@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastcascade.errors import InvalidArgument
 
 __all__ = [
+    "CORE_ACTIVATIONS",
     "PARAMETRIC",
     "Activation",
     "ActivationKind",
@@ -588,16 +589,19 @@ CORE = (Activation, Add, Concat, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift,
 CORE_ACTIVATIONS = ("none", "relu", "relu6")
 
 
-def beyond_core(op: Op, shapes: Sequence[Shape]) -> str | None:
+def beyond_core(
+    op: Op, shapes: Sequence[Shape], activations: Collection[str] = CORE_ACTIVATIONS
+) -> str | None:
     """What an operation needs beyond the core set, for which every backend has kernels; None if nothing.
 
     Args:
         shapes: of all values of the stage.
+        activations: those that the backend has.
     """
     activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", "none")
     if not isinstance(op, CORE):
         return f"no kernel for {op}"
-    if activation not in CORE_ACTIVATIONS:
+    if activation not in activations:
         return f"no kernel for {activation}"
     if isinstance(op, Add) and shapes[op.input] != shapes[op.other]:
         return f"broadcasts {shapes[op.input]} and {shapes[op.other]}"

@@ -24,8 +24,11 @@ from torch import nn
 import fastcascade as fc
 from fastcascade.backends.gpu.resident_stage import choose_resident
 from fastcascade.kernels.cuda.launch import COMPILE_OPTIONS
-from fastcascade.kernels.cuda.resident import KERNEL, resident_source, resident_table
-from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine, ResidentPlan, Step
+from fastcascade.kernels.cuda.machine import A100, H100, Machine
+from fastcascade.kernels.cuda.resident import KERNEL, resident_source
+from fastcascade.kernels.cuda.resident_plan import ResidentPlan
+from fastcascade.kernels.cuda.resident_steps import Step
+from fastcascade.kernels.cuda.resident_table import resident_table
 from fastcascade.model.resnet import resnet9, resnet_cifar
 
 MACHINES = {"sm_80": A100, "sm_90": H100}

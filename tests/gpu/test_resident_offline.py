@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from fastcascade.kernels.cuda.resident import resident_source, resident_table
+from fastcascade.kernels.cuda.resident import resident_source
+from fastcascade.kernels.cuda.resident_table import resident_table
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ Packs the weights and turns shortcuts into residual reads of convolutions. Two s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pooling, View, pack_weight, padded
 from fastcascade.lowering.operations import (
+    CORE_ACTIVATIONS,
     Activation,
     Add,
     Concat,
@@ -37,11 +39,14 @@ LARGE_IMAGE = 64
 """Largest height or width. Above it cuDNN's convolutions are faster, so the stage runs in torch."""
 
 
-def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
+def no_kernel_reason(
+    stage: StagePlan, next_input: str | None, activations: Collection[str] = CORE_ACTIVATIONS
+) -> str | None:
     """Why a stage cannot run in custom kernels; None if it can.
 
     Args:
         next_input: what the next stage reads; None for the last stage.
+        activations: those that the kernels have.
     """
     if stage.opaque_reason is not None:
         return stage.opaque_reason
@@ -53,7 +58,7 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
         return f"images of {image[1]}×{image[2]}: cuDNN's convolutions are faster above {limit}"
     writers = {op.output: op for op in stage.ops}
     for op in stage.ops:
-        reason = _op_reason(stage, op, writers)
+        reason = _op_reason(stage, op, activations)
         if reason is not None:
             return f"{op}: {reason}"
     if not isinstance(writers.get(stage.logits), Linear):
@@ -65,10 +70,10 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
     return None
 
 
-def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
+def _op_reason(stage: StagePlan, op: Op, activations: Collection[str]) -> str | None:
     if isinstance(op, Concat):
         return "no custom kernel"
-    if reason := beyond_core(op, stage.shapes):
+    if reason := beyond_core(op, stage.shapes, activations):
         return reason
     if isinstance(op, Conv2d) and op.groups != 1:
         return f"groups={op.groups}"
