@@ -165,9 +165,8 @@ FC_FUNCTION void run_cascade(Context& context, const ResidentCascade& net) {
   for (;;) {
     if (context.thread() == 0) choose(context, net, upcoming);
     context.sync();
-    const int stage = static_cast<int>(context.load32(kStageWord * 4));
-    const int present = static_cast<int>(context.load32(kPresentWord * 4));
-    if (stage == net.stage_count) return;
+    const unsigned int stage = context.load32(kStageWord * 4), present = context.load32(kPresentWord * 4);
+    if (stage >= static_cast<unsigned int>(net.stage_count)) return;
     const unsigned int stops = run_stage(context, net, stage, present);
     if (context.thread() == 0) retire(context, net, stage, present, stops);
   }
