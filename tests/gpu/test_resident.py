@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from resident_cases import CASES, MORE_CASES, SLOW_CASES, WIDE_CASES, Case, images, in_widest_gaps
+from resident_cases import (
+    CASES,
+    MORE_CASES,
+    POOLED_CASES,
+    SLOW_CASES,
+    WIDE_CASES,
+    Case,
+    images,
+    in_widest_gaps,
+)
 from resident_emulator import EmulatedResident, build, missing_emulator, union
 from torch import Tensor
 
@@ -171,7 +180,11 @@ def test_cascades_answer_as_the_reference_does(built: Built, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [MORE_CASES, SLOW_CASES, WIDE_CASES], ids=["more", "large", "wide"])
+@pytest.mark.parametrize(
+    "cases",
+    [MORE_CASES, SLOW_CASES, WIDE_CASES, POOLED_CASES],
+    ids=["more", "large", "wide", "pooled"],
+)
 def test_more_cascades_answer_as_the_reference_does(tmp_path: Path, cases: dict[str, Case]) -> None:
     skip_without_emulator()
     several = Built(tmp_path, cases)
@@ -179,7 +192,14 @@ def test_more_cascades_answer_as_the_reference_does(tmp_path: Path, cases: dict[
         check(several, name, case, blocks=2)
 
 
-@pytest.mark.parametrize("name", ["ResNet-8 then 14, mean", "four exits of a ResNet-20"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ResNet-8 then 14, mean",
+        "four exits of a ResNet-20",
+        "pooled networks in groups, one with GELU, one mirrored",
+    ],
+)
 def test_the_same_bits_for_any_order_of_warps_and_number_of_blocks(built: Built, name: str) -> None:
     _, plan, _ = built.cases[name]
     x, thresholds = images(6, plan.input.shape), torch.zeros(len(plan.stages) - 1)
@@ -322,6 +342,7 @@ def test_each_kind_of_barrier_is_needed(built: Built) -> None:
         "four exits of a ResNet-20",
         "ResNet-9 of width 8",
         "all kinds of pooling",
+        "pooled networks in groups, one with GELU, one mirrored",
     ],
 )
 def test_every_barrier_is_needed(built: Built, name: str) -> None:
