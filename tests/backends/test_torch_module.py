@@ -88,7 +88,7 @@ def test_the_layout_is_channels_last_where_convolutions_gain_and_results_stay(
     assert ("torch, channels_last, active rows only" in fast.describe()) == last
     x = torch.randn(5, *SHAPE)
     torch.testing.assert_close(fast(x).probs, model(x).probs)
-    assert model.stage(0).module.conv.weight.is_contiguous() if hasattr(network, "conv") else True
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 def test_a_hybrid_cascade_runs_attention_on_active_rows_only() -> None:
@@ -102,10 +102,11 @@ def test_a_hybrid_cascade_runs_attention_on_active_rows_only() -> None:
     inner.clear()
     out = fast(x, point)
     (rows,) = inner
-    assert len(rows) == int((out.exit_stage == 1).sum()) == 20
+    assert len(rows) == int((out.exit_stage == 1).sum())
+    assert 0 < len(rows) < len(x)
     assert rows.is_contiguous(memory_format=torch.channels_last)
     assert_drop_in(model, fast, x)
-    assert "opaque: operator aten" in fast.describe()
+    assert "opaque: operator aten" in fast.describe() or "opaque: torch.export" in fast.describe()
 
 
 def fake_compile(seen: list[int]) -> Callable[..., Any]:
