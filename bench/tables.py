@@ -171,6 +171,23 @@ def time_table(results: Results) -> str:
     return markdown_table(head, rows)
 
 
+def paced_table(results: Results) -> str:
+    """Latencies by pattern of calls: p50, p95 and p99 of every engine."""
+    facts = results.get("paced")
+    if facts is None:
+        return "Not measured yet."
+    engines = {name: e for name, e in facts["engines"].items() if "refused" not in e}
+    patterns = next(iter(engines.values()), {})
+
+    def cell(latency: Mapping[str, float]) -> str:
+        return " / ".join(f"{latency[p]:.2f}" for p in ("p50", "p95", "p99"))
+
+    rows = [(pattern, *(cell(e[pattern]) for e in engines.values())) for pattern in patterns]
+    refused = facts["engines"].keys() - engines.keys()
+    note = f"\n\nRefused: {', '.join(sorted(refused))}." if refused else ""
+    return markdown_table((f"ms, {facts['calls']} calls", *engines), rows) + note
+
+
 def _title(key: str) -> str:
     """A case as readers know it."""
     model, _, rest = key.partition(" batch ")
@@ -187,6 +204,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "slower": slower_table,
     "stages": stages_table,
     "time": time_table,
+    "paced": paced_table,
 }
 
 
