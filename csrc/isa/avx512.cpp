@@ -19,6 +19,7 @@ namespace avx512 {
 
 using V = __m512;
 constexpr int kLanes = 16, kMr = 8, kNrBlocks = 2;
+constexpr bool kFusedMultiplyAdd = true;
 
 FC_INLINE V zero() { return _mm512_setzero_ps(); }
 FC_INLINE V broadcast(float x) { return _mm512_set1_ps(x); }
