@@ -29,7 +29,7 @@ __all__ = ["Trial", "highest_rate", "main", "offer"]
 
 _STEP = 1.25
 """Ratio of one rate that is tried to the next."""
-_LEAST_RATE = 50.0
+_LEAST_RATE = 200.0
 
 Submit = Callable[[np.ndarray], "Future[Any]"]
 
