@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastcascade.backends.interface import ExitResults, Precision, StageReport
 from fastcascade.backends.registry import choose_backend
+from fastcascade.backends.torch_module import compiled_modules
 from fastcascade.errors import FastCascadeError, InvalidArgument
 from fastcascade.lowering import export as lower
 from fastcascade.lowering.plan import Plan
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     device: torch.device
     threads: int | None
     output: Output
+    torch_compile: bool = False
 
 
 def compile(
@@ -46,6 +48,7 @@ def compile(
     device: torch.device | str | None = None,
     threads: int | None = None,
     output: Output = "cascade",
+    torch_compile: bool = False,
 ) -> CompiledCascade:
     """Compile a cascade, or a plan, for fast inference: a drop-in replacement for its forward pass.
 
@@ -57,6 +60,8 @@ def compile(
         device: of the images and the output; by default the cascade's device, the CPU for a plan.
         threads: CPU threads; by default torch's number.
         output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
+        torch_compile: run opaque stages through ``torch.compile``. Each is compiled when it first sees 1, 2,
+            4, … or 64 rows, which takes seconds to minutes; other numbers of rows are padded to the next one.
 
     Raises:
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
@@ -78,7 +83,7 @@ def compile(
         raise InvalidArgument(f"threads is {threads!r}; expected a number from 1, or None for torch's")
     if device is None:
         device = cascade.device if isinstance(cascade, Cascade) else "cpu"
-    settings = Settings(backend, precision, _full_device(device), threads, output)
+    settings = Settings(backend, precision, _full_device(device), threads, output, torch_compile)
     if isinstance(cascade, Plan):
         return CompiledCascade(cascade, settings)
     return CompiledCascade(lower.plan(cascade), settings, source=cascade)
@@ -119,9 +124,14 @@ class CompiledCascade(nn.Module):
         self._build(plan)
 
     def _build(self, plan: Plan) -> None:
-        name, precision, device, threads, _ = self._settings
+        name, precision, device, threads, _, torch_compile = self._settings
         backend = choose_backend(name, plan, precision=precision, device=device)
-        self.program = backend.lower(plan, precision=precision, device=device, threads=threads)
+        self.program = backend.lower(
+            compiled_modules(plan) if torch_compile else plan,
+            precision=precision,
+            device=device,
+            threads=threads,
+        )
         self._exit_macs = plan.exit_macs.to(device)
         self._named_thresholds: dict[str | None, Tensor] = {}
         self.plan = plan
@@ -239,7 +249,7 @@ class CompiledCascade(nn.Module):
 
     def describe(self) -> str:
         """How each stage runs: operations or why it is opaque, kernels, ISA, weight and scratch memory."""
-        _, precision, device, threads, _ = self._settings
+        _, precision, device, threads, _, _ = self._settings
         head = (
             f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
         )

@@ -321,6 +321,20 @@ def test_what_if_counts_what_the_changed_cascade_does(cascade: fc.Cascade, image
     assert row.mean_macs == pytest.approx(float(out.cost_macs.double().mean()))
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softsign()], ids=["operations", "opaque"])
+def test_one_foreign_network_without_images_or_labels(activation: nn.Module) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 7, 4), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(body, nn.Linear(4, 1000))
+    cascade = fc.Cascade([network], None, 1000, (3, 224, 224))
+    measured = benchmark(cascade, batches=[1, 3], rounds=1, seconds=0.001, backend="cpu", peers=True)
+    assert [stage.images_in for stage in measured.stages] == [3]
+    assert [batch.size for batch in measured.batches] == [1, 3]
+    assert set(measured.peers["PyTorch, the cascade"]) == {1, 3}
+    text = io.StringIO()
+    Console(file=text, width=200).print(*bench_tables(measured))
+    assert "nan" not in text.getvalue()
+
+
 def test_threads_are_compared_where_the_backend_takes_them(cascade: fc.Cascade, images: torch.Tensor) -> None:
     reason = load_backend("cpu").unavailable_reason()
     if reason is not None:
