@@ -6,23 +6,20 @@
 #include <mutex>
 
 #include "run_step.h"
-#include "team_schedule.h"
 #include "threads.h"
 
 namespace fastcascade {
 namespace {
 
-constexpr int64_t kMinTile = 4;  // instances; the end of a batch is divided into tiles no smaller than this
+constexpr int64_t kMinTile = 4;  // the end of a batch is divided into tiles no smaller than this
 
 class DepthFirstSchedule {
  public:
   explicit DepthFirstSchedule(const CascadeRun& run) : run_(run) {}
 
-  // Leaves fewer than worth_dividing() instances in the queue of every stage.
   void run() {
     const auto work = [this](int rank, int) { run_tiles(static_cast<size_t>(rank)); };
     run_on_helpers(static_cast<int>(run_.program.threads), std::ref(work));
-    while (next_instance_ < run_.images.count) queue(0).push(next_instance_++, 0);
   }
 
  private:
@@ -63,29 +60,21 @@ class DepthFirstSchedule {
   }
 
   // Takes the deepest full tile, else new images, else what is left at the shallowest stage, because its survivors
-  // fill the queues behind it. Returns the stage, or the number of stages if nothing can run now, or too little to be
-  // divided among the threads.
+  // fill the queues behind it. Returns the stage, or the number of stages if nothing can run now.
   size_t take_tile(InstanceQueue& tile) {
     tile.clear();
     for (size_t stage = run_.stages() - 1; stage > 0; --stage)
       if (queue(stage).size() >= network(stage).tile_instances)
         return take_queued(stage, network(stage).tile_instances, tile);
     const int64_t left = run_.images.count - next_instance_;
-    if (left >= worth_dividing(0)) {
+    if (left > 0) {
       const int64_t count = balanced_share(left, network(0).tile_instances);
       for (int64_t i = 0; i < count; ++i) tile.push(next_instance_++, 0);
       return 0;
     }
     for (size_t stage = 1; stage < run_.stages(); ++stage)
-      if (const int64_t size = queue(stage).size(); size >= worth_dividing(stage))
-        return take_queued(stage, balanced_share(size, size), tile);
+      if (const int64_t size = queue(stage).size()) return take_queued(stage, balanced_share(size, size), tile);
     return run_.stages();
-  }
-
-  // From so many instances on, every thread gets a tile that is worth running on its own.
-  int64_t worth_dividing(size_t stage) const {
-    const Network& net = network(stage);
-    return run_.program.threads * std::min(net.tile_instances, std::max(kMinTile, net.min_rows_per_thread));
   }
 
   // A thread's share of the `left` instances, at most `limit`, so that all threads finish together.
@@ -138,9 +127,6 @@ class DepthFirstSchedule {
 
 }  // namespace
 
-void run_depth_first_schedule(const CascadeRun& run) {
-  DepthFirstSchedule(run).run();
-  run_queues_as_team(run);
-}
+void run_depth_first_schedule(const CascadeRun& run) { DepthFirstSchedule(run).run(); }
 
 }  // namespace fastcascade

@@ -6,8 +6,7 @@
 namespace fastcascade {
 
 // A tile of instances goes through a whole stage while it is in cache. Survivors of several tiles wait in a queue until
-// the next stage has a full tile. Every thread always takes the deepest full tile. What is left at the end, too little
-// for a tile per thread, is run by all threads as a team.
+// the next stage has a full tile. Every thread always takes the deepest full tile.
 void run_depth_first_schedule(const CascadeRun& run);
 
 }  // namespace fastcascade

@@ -1,7 +1,6 @@
 // A cascade ready to run: one network per stage, and the selectors between them.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -31,16 +30,9 @@ struct Program {
 
   // The shape of the features that a stage saves for the next; all zero where it saves none.
   Shape features_shape(size_t stage) const;
-  // Rows of features that can be in use between two stages. Depth first: a tile being read and one being written by
-  // every thread, and less than a tile that waits. As a team: see team_instances, and less than a tile that waits.
-  int64_t feature_slots(int64_t with_threads) const {
-    return std::max(2 * with_threads * max_tile, team_instances(with_threads)) + max_tile;
-  }
-  // Instances that a team can have at one stage: less than a tile per thread at the first, and at every other stage
-  // less than a tile that waited and those from the stage before.
-  int64_t team_instances(int64_t with_threads) const {
-    return (with_threads + static_cast<int64_t>(networks.size()) - 1) * max_tile;
-  }
+  // Rows of features that can be in use between two stages: a tile being read and one being written by every thread,
+  // and less than a tile that waits.
+  int64_t feature_slots(int64_t with_threads) const { return (2 * with_threads + 1) * max_tile; }
   // Buffers of one call, without the tables that grow with the batch.
   int64_t buffer_bytes(int64_t with_threads) const;
   // Results of a batch, and the tables that grow with it.

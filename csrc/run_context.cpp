@@ -11,7 +11,7 @@ RunContext::RunContext(const Program& program)
       tiles(program.threads),
       queues(program.networks.size()),
       free_slots(program.networks.size()),
-      survives(static_cast<size_t>(program.team_instances(program.threads))) {
+      survives(static_cast<size_t>(program.threads * program.max_tile)) {
   int64_t arena = 0, scratch = 0;
   for (const Network& net : program.networks) {
     arena = std::max(arena, net.arena_floats);

@@ -37,7 +37,7 @@ struct RunContext {
   std::vector<InstanceQueue> queues;             // per stage
   std::vector<Buffer> features;                  // per stage that saves features: [slot][floats]
   std::vector<std::vector<int64_t>> free_slots;  // per stage that saves features
-  std::vector<uint8_t> survives;                 // per instance that a team runs
+  std::vector<uint8_t> survives;                 // per instance of a small batch
   // Tables of the exit head, per instance of the batch.
   std::vector<float> log_sum, weight_sum;
   std::vector<int32_t> previous_label;

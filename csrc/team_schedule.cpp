@@ -14,7 +14,9 @@ constexpr int64_t kJoinSpins = 8000;  // per eight images: some 200 µs
 
 class TeamSchedule {
  public:
-  explicit TeamSchedule(const CascadeRun& run) : run_(run) {}
+  explicit TeamSchedule(const CascadeRun& run) : run_(run), active_(run.images.count) {
+    for (int64_t i = 0; i < active_; ++i) queue(0).push(i, i);
+  }
 
   void run() {
     const auto work = [this](int rank, int helpers) {
@@ -29,6 +31,7 @@ class TeamSchedule {
   std::atomic<int> joined_{0};        // helpers; -1 once the team is closed
   std::atomic<bool> started_{false};  // team_size_ is final
   int64_t team_size_ = 1;
+  int64_t active_;  // instances at the current stage
   Barrier barrier_;
 
   InstanceQueue& queue(size_t stage) const { return run_.context.queues[stage]; }
@@ -36,9 +39,7 @@ class TeamSchedule {
 
   // Waits for helpers, longer if there is more to do, then closes the team. Returns member 0.
   int64_t form_team(int helpers) {
-    int64_t waiting = 0;
-    for (const InstanceQueue& q : run_.context.queues) waiting += q.size();
-    const int64_t max_spins = kJoinSpins * std::max<int64_t>(1, waiting / 8);
+    const int64_t max_spins = kJoinSpins * std::max<int64_t>(1, run_.images.count / 8);
     Backoff backoff;
     while (joined_.load() < helpers && backoff.count() < max_spins) backoff.pause();
     team_size_ = 1 + joined_.exchange(-1);
@@ -59,13 +60,12 @@ class TeamSchedule {
   }
 
   void run_member(int64_t member) {
-    for (size_t stage = 0; stage < run_.stages(); ++stage) {
-      const int64_t active = queue(stage).size();
-      if (active == 0) continue;
-      int64_t per_thread = active / team_size_;
-      if (per_thread < run_.program.networks[stage].min_rows_per_thread) per_thread = 0;
+    for (size_t stage = 0; stage < run_.stages() && active_ > 0; ++stage) {
+      const Network& net = run_.program.networks[stage];
+      int64_t per_thread = active_ / team_size_;
+      if (per_thread < net.min_rows_per_thread) per_thread = 0;
       run_own_instances(stage, member, per_thread);
-      if (per_thread * team_size_ < active) run_shared_instances(stage, member, per_thread * team_size_);
+      if (per_thread * team_size_ < active_) run_shared_instances(stage, member, per_thread * team_size_);
       barrier_.wait();
       if (member == 0) compact(stage);
       barrier_.wait();
@@ -88,9 +88,8 @@ class TeamSchedule {
   void run_shared_instances(size_t stage, int64_t member, int64_t first) {
     barrier_.wait();  // until member 0 has finished with its arena
     const Network& net = run_.program.networks[stage];
-    const int64_t active = queue(stage).size();
-    for (; first < active; first += net.tile_instances) {
-      const int64_t tile = std::min(net.tile_instances, active - first);
+    for (; first < active_; first += net.tile_instances) {
+      const int64_t tile = std::min(net.tile_instances, active_ - first);
       run_steps(net, source(stage, first), buffers(0).arena.data(), buffers(member).scratch.data(), tile,
                 {member, team_size_}, [this](size_t) { barrier_.wait(); });
       if (member == 0) run_exits(stage, buffers(0), first, tile);
@@ -109,37 +108,24 @@ class TeamSchedule {
       const int64_t instance = queue(stage).instances[static_cast<size_t>(first + i)];
       const bool survives = run_.survives_exit(stage, arena, i, instance, buffers.exit_head);
       run_.context.survives[static_cast<size_t>(first + i)] = survives;
-      if (survives) run_.save_features(stage, arena, i, slot(stage, first + i));
+      if (survives) run_.save_features(stage, arena, i, first + i);
     }
   }
 
-  // Where the features of the instance at this position of a stage's queue are saved. A stage runs once, so its free
-  // slots are given out by position.
-  int64_t slot(size_t stage, int64_t position) const {
-    return run_.context.free_slots[stage][static_cast<size_t>(position)];
-  }
-
-  // Queues the survivors for the next stage.
+  // Queues the survivors for the next stage. Their features stay in the slots that run_exits has given them.
   void compact(size_t stage) {
+    active_ = 0;
     if (stage + 1 == run_.stages()) return;
     const InstanceQueue& from = queue(stage);
     InstanceQueue& to = queue(stage + 1);
     for (int64_t i = 0; i < from.size(); ++i)
-      if (run_.context.survives[static_cast<size_t>(i)])
-        to.push(from.instances[static_cast<size_t>(i)], slot(stage, i));
+      if (run_.context.survives[static_cast<size_t>(i)]) to.push(from.instances[static_cast<size_t>(i)], i);
+    active_ = to.size();
   }
 };
 
 }  // namespace
 
-void run_team_schedule(const CascadeRun& run) {
-  for (int64_t i = 0; i < run.images.count; ++i) run.context.queues[0].push(i, 0);
-  run_queues_as_team(run);
-}
-
-void run_queues_as_team(const CascadeRun& run) {
-  for (const InstanceQueue& queue : run.context.queues)
-    if (queue.size() > 0) return TeamSchedule(run).run();
-}
+void run_team_schedule(const CascadeRun& run) { TeamSchedule(run).run(); }
 
 }  // namespace fastcascade
