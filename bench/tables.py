@@ -185,7 +185,7 @@ def paced_table(results: Results) -> str:
     rows = [(pattern, *(cell(e[pattern]) for e in engines.values())) for pattern in patterns]
     refused = facts["engines"].keys() - engines.keys()
     note = f"\n\nRefused: {', '.join(sorted(refused))}." if refused else ""
-    return _table((f"ms, {facts['calls']} calls", *engines), rows) + note
+    return markdown_table((f"ms, {facts['calls']} calls", *engines), rows) + note
 
 
 def _title(key: str) -> str:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from io import StringIO
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -17,15 +18,20 @@ from torch import Tensor, nn
 from fastcascade.backends.interface import ExitResults, Precision, StageReport
 from fastcascade.backends.registry import choose_backend
 from fastcascade.backends.torch_module import compiled_modules
-from fastcascade.errors import FastCascadeError, InvalidArgument
+from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument
 from fastcascade.lowering import export as lower
 from fastcascade.lowering.plan import Plan
+from fastcascade.lowering.plan_file import load_plan, plan_exists, plan_sha256
 from fastcascade.model.cascade import Cascade
+from fastcascade.model.store import cascade_exists, load_cascade, plan_note
 from fastcascade.scale import ScaleCheck
 from fastcascade.text import plain, printable
 from fastcascade.types import CascadeOutput, OperatingPointLike
 
-__all__ = ["CompiledCascade", "compile"]
+if TYPE_CHECKING:
+    from fastcascade import Predictions
+
+__all__ = ["CompiledCascade", "compile", "load_model"]
 
 Output = Literal["cascade", "log_probs"]
 
@@ -42,7 +48,7 @@ class Settings(NamedTuple):
 
 
 def compile(
-    cascade: Cascade | Plan,
+    cascade: Cascade | Plan | str | Path,
     backend: str = "auto",
     precision: Precision = "fp32",
     device: torch.device | str | None = None,
@@ -53,7 +59,8 @@ def compile(
     """Compile a cascade, or a plan, for fast inference: a drop-in replacement for its forward pass.
 
     Args:
-        cascade: a :class:`fastcascade.Cascade`, left unchanged, or a plan from :func:`fastcascade.load_plan`.
+        cascade: a :class:`fastcascade.Cascade`, left unchanged; a plan from :func:`fastcascade.load_plan`; or
+            the folder of a saved cascade or plan.
         backend: "auto" for the fastest one that can run the cascade, or a name, without fallback.
             FASTCASCADE_BACKEND in the environment overrides "auto".
         precision: of the stages; exit decisions are always fp32.
@@ -66,6 +73,7 @@ def compile(
     Raises:
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
         BackendUnavailable: the backend cannot run on this machine or cannot run this plan.
+        FileFormatError: the folder holds neither, or a cascade of custom modules without its plan.
 
     Example:
         >>> import fastcascade as fc
@@ -75,8 +83,10 @@ def compile(
         >>> fast(torch.randn(4, 3, 32, 32)).probs.shape
         torch.Size([4, 10])
     """
+    if isinstance(cascade, str | Path):
+        cascade = load_model(cascade)
     if not isinstance(cascade, Cascade | Plan):
-        raise InvalidArgument(f"got {type(cascade).__name__}; expected a Cascade or a Plan")
+        raise InvalidArgument(f"got {type(cascade).__name__}; expected a Cascade, a Plan or a folder")
     if output not in get_args(Output):
         raise InvalidArgument(f"unknown output {output!r}; expected one of {get_args(Output)}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
@@ -87,6 +97,33 @@ def compile(
     if isinstance(cascade, Plan):
         return CompiledCascade(cascade, settings)
     return CompiledCascade(lower.plan(cascade), settings, source=cascade)
+
+
+def load_model(directory: str | Path) -> Cascade | Plan:
+    """The plan in a directory, or the cascade if there is no plan of it.
+
+    Raises:
+        FileFormatError: the directory holds neither, or a cascade of custom modules without its plan.
+    """
+    directory = Path(directory)
+    if not cascade_exists(directory):
+        if directory.is_dir() and plan_exists(directory):
+            return load_plan(directory)
+        raise FileFormatError(
+            f"{directory} holds no saved cascade or plan; expected cascade.json or plan.json in it, as "
+            "cascade.save writes them"
+        )
+    note = plan_note(directory)
+    if note.sha256 is not None and note.sha256 == plan_sha256(directory):
+        return load_plan(directory)
+    if not note.custom_modules:
+        return load_cascade(directory)
+    reason = note.missing_reason or "it was saved without its plan, or the plan beside it is of another save"
+    raise FileFormatError(
+        f"{directory} holds a cascade of custom modules ({', '.join(note.custom_modules)}) and no plan of "
+        f"it: {reason}. Where its code is at hand, load it with fc.load(directory, modules=…); then "
+        "cascade.save(directory, plan=True, overwrite=True) stores the plan, which runs without the code"
+    )
 
 
 def _full_device(device: torch.device | str) -> torch.device:
@@ -169,6 +206,19 @@ class CompiledCascade(nn.Module):
             return results.log_probs
         cost = self._exit_macs.take(results.exit_stage)
         return CascadeOutput(_exp(results.log_probs), results.label, results.exit_stage, cost)
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the stages."""
+        return self._settings.precision
+
+    def predict(
+        self, inputs: Any, operating_point: OperatingPointLike = None, top_k: int = 5, resize: bool = True
+    ) -> Predictions:
+        """Classify files, images, arrays or data sets; see :func:`fastcascade.predict`."""
+        import fastcascade
+
+        return fastcascade.predict(self, inputs, operating_point, top_k, resize)
 
     def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
         """The K−1 stop thresholds of an operating point, float32 on the CPU.

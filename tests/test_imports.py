@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
     "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},
-    "prediction": {"errors", "types", "storage", "data", "engine"},
+    "prediction": set("errors text types storage data model lowering engine".split()),
     "benchmarking": set("errors text types storage model data evaluation lowering backends engine".split()),
 }
 """For each folder or module of the package, the others that it may import. There is no cycle."""

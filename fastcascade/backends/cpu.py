@@ -209,7 +209,7 @@ class MixedProgram(ReferenceProgram):
         """One report per stage."""
         reports = zip(super().describe(), self.plan.stages, self._engines, strict=True)
         return [
-            replace(report, opaque_reason=engine_reason(stage))
+            replace(report, opaque_reason=stage.opaque_reason)
             if engine is None
             else _report(engine.stage, engine.engine.describe()[0])
             for report, stage, engine in reports

@@ -449,16 +449,32 @@ class Cascade(nn.Module):
             self.scale_check(x)
         return self.input.to_float(x).to(self.dtype)
 
-    def save(self, directory: str | Path, overwrite: bool = False, half: bool = False) -> None:
-        """Save as JSON and safetensors, for :func:`fastcascade.load`.
+    def save(
+        self,
+        directory: str | Path,
+        overwrite: bool = False,
+        half: bool = False,
+        plan: bool | None = None,
+    ) -> None:
+        """Save as JSON and safetensors, for :func:`fastcascade.load` and :func:`fastcascade.compile`.
 
         Args:
             overwrite: replace a cascade that is there.
             half: store the stages' weights as float16, which halves the file. They load as float32.
+            plan: also save the plan, from which ``fastcascade predict`` and ``fc.compile(directory)`` run
+                without the code of the stages. None saves it if the cascade has modules that are not built in
+                and its plan has no opaque stage.
+
+        Raises:
+            LoweringError: with ``plan=True``, a stage or selector is opaque.
         """
+        import fastcascade
         from fastcascade.model.store import save_cascade
 
-        save_cascade(self, directory, overwrite=overwrite, half=half)
+        def save_plan(cascade: Cascade) -> str:
+            return fastcascade.plan(cascade).save(directory, overwrite=overwrite)
+
+        save_cascade(self, directory, overwrite, half, plan, save_plan)
 
 
 def _checked_stages(stages: object) -> list[Stage]:
