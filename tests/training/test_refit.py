@@ -222,7 +222,7 @@ def lucky_half(n: int, seed: int) -> Labelled:
 
 @pytest.mark.parametrize("honest", [True, False], ids=["out of fold", "planted fault: in sample"])
 def test_images_that_fitted_the_selector_may_find_thresholds(honest: bool) -> None:
-    """Half of the images can stop. No score tells which of new ones, so 75 % are right; it has learnt 100 %."""
+    """Half of the images can stop. No score tells which of new ones, so 75 % are right, not 100 %."""
     z, y = lucky_half(1200, 0)
     nets = [nn.Sequential(nn.Flatten(), nn.Linear(4, 2)) for _ in range(2)]
     stages = [fc.Stage(net, macs=m) for net, m in zip(nets, (10, 990), strict=True)]
