@@ -315,10 +315,10 @@ def barriers(built: Built, name: str, n: int) -> int:
     return launch.counts["barriers"]
 
 
-def race_without(built: Built, name: str, left_out: int) -> bool:
+def race_without(built: Built, name: str, left_out: int, n: int = 2) -> bool:
     """Whether leaving out one barrier is reported as a race, whichever warp runs first."""
     _, plan, _ = built.cases[name]
-    x = images(4, plan.input.shape)[1:3]  # what lies around them is memory, too
+    x = images(n + 2, plan.input.shape)[1 : n + 1]  # what lies around them is memory, too
     found = []
     for backward in (False, True):
         launch = EmulatedResident(built.library, left_out=left_out, stop_at_race=True, backward=backward)
@@ -336,19 +336,22 @@ def test_each_kind_of_barrier_is_needed(built: Built) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
+    ("name", "n"),
     [
-        "ResNet-8 then 14, mean",
-        "four exits of a ResNet-20",
-        "ResNet-9 of width 8",
-        "all kinds of pooling",
-        "pooled networks in groups, one with GELU, one mirrored",
+        ("ResNet-8 then 14, mean", 4),
+        ("four exits of a ResNet-20", 2),
+        ("ResNet-9 of width 8", 3),  # a group that is not full
+        ("all kinds of pooling", 2),
+        ("pooled networks in groups, one with GELU, one mirrored", 4),
     ],
 )
-def test_every_barrier_is_needed(built: Built, name: str) -> None:
-    count = barriers(built, name, 2)
+def test_every_barrier_is_needed(built: Built, name: str, n: int) -> None:
+    """But for those where the first layers of a group begin with its next image, in maps of their own."""
+    count = barriers(built, name, n)
     assert count > 20
-    assert [i for i in range(count - 1) if not race_without(built, name, i)] == []
+    unneeded = [i for i in range(count - 1) if not race_without(built, name, i, n)]
+    grouped = [group for group in built.cases[name][2].groups if group.images > 1]
+    assert len(unneeded) <= len(grouped) * (n - 1)
 
 
 def with_entries(table: ResidentTable, change: Callable[[list[int], Any], None]) -> ResidentTable:
