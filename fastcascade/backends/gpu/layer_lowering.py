@@ -7,7 +7,7 @@ Packs the weights and turns shortcuts into residual reads of convolutions. Two s
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -16,10 +16,8 @@ from torch.nn import functional as F
 
 from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pooling, View, pack_weight, padded
 from fastcascade.lowering.operations import (
-    CORE_ACTIVATIONS,
     Activation,
     Add,
-    Concat,
     Conv2d,
     Flatten,
     Linear,
@@ -29,7 +27,6 @@ from fastcascade.lowering.operations import (
     ScaleShift,
     Shape,
     Slice,
-    beyond_core,
 )
 from fastcascade.lowering.plan import StagePlan
 
@@ -38,9 +35,12 @@ __all__ = ["no_kernel_reason", "stage_layers"]
 LARGE_IMAGE = 64
 """Largest height or width. Above it cuDNN's convolutions are faster, so the stage runs in torch."""
 
+WITH_KERNELS = (Activation, Add, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift, Slice)
+ACTIVATIONS = ("none", "relu", "relu6")
+
 
 def no_kernel_reason(
-    stage: StagePlan, next_input: str | None, activations: Collection[str] = CORE_ACTIVATIONS
+    stage: StagePlan, next_input: str | None, activations: Collection[str] = ACTIVATIONS
 ) -> str | None:
     """Why a stage cannot run in custom kernels; None if it can.
 
@@ -71,9 +71,7 @@ def no_kernel_reason(
 
 
 def _op_reason(stage: StagePlan, op: Op, activations: Collection[str]) -> str | None:
-    if isinstance(op, Concat):
-        return "no custom kernel"
-    if reason := beyond_core(op, stage.shapes, activations):
+    if reason := _missing_kernel(op, stage.shapes, activations):
         return reason
     if isinstance(op, Conv2d) and op.groups != 1:
         return f"groups={op.groups}"
@@ -89,6 +87,22 @@ def _op_reason(stage: StagePlan, op: Op, activations: Collection[str]) -> str | 
         return "features are flattened" if stage.features == op.output else None
     if len(stage.shapes[op.output]) == 1 and not isinstance(op, Linear | Activation | Add | ScaleShift):
         return "reads a vector"
+    return None
+
+
+def _missing_kernel(op: Op, shapes: Sequence[Shape], activations: Collection[str]) -> str | None:
+    """What the kernels lack for an operation of a stage whose values have these shapes; None if nothing."""
+    activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", "none")
+    if not isinstance(op, WITH_KERNELS):
+        return "no custom kernel"
+    if activation not in activations:
+        return f"no custom kernel for {activation}"
+    if isinstance(op, Add) and shapes[op.input] != shapes[op.other]:
+        return f"broadcasts {shapes[op.input]} and {shapes[op.other]}"
+    if isinstance(op, Pad) and op.mode != "constant":
+        return f"no custom kernel for {op.mode} padding"
+    if isinstance(op, ScaleShift) and op.scale.ndim > 1:
+        return "its constants vary within a channel"
     return None
 
 
