@@ -405,11 +405,21 @@ def test_a_planted_fault_shows(built: Built, fault: str) -> None:
     assert stages.launch.counts["races"] == 0, "a wrong value is no race"
 
 
+GROUPS = "pooled networks in groups, one with GELU, one mirrored"
 PLANTED_IN_SOURCE = {
-    "goes on after the stop": (
-        "stage < net.stages && !stop",
-        "stage < net.stages",
-        "ResNet-8 then 14, mean",
+    "goes on after the stop": ("if (!stop && !last) push", "if (!last) push", "ResNet-8 then 14, mean"),
+    "loses an image that waits": ("waiting(context, stage) == 0;) stage++", "true;) stage++", GROUPS),
+    "all of a group on the first image": ("source + image * In::kBytes + r", "source + r", GROUPS),
+    "forgets the mirror": ("mirror ? Out::kWidth - 1 - x : x", "x", GROUPS),
+    "activation before the pooling": (
+        "pack<kActivation == kRelu>(upper[half * 2], upper[half * 2 + 1])",
+        "pack<true>(upper[half * 2], upper[half * 2 + 1])",
+        GROUPS,
+    ),
+    "a residual as if it were pooled": (
+        "using Whole = Map<Out::kChannels, kHeight, kWidth>",
+        "using Whole = Out",
+        "residuals, one before a ReLU and a pooling",
     ),
     "pools one row twice": ("sum[t + 1][g * 2 + n]", "sum[t][g * 2 + n]", "ResNet-9 of width 8"),
     "forgets the last kernel row": (
@@ -433,6 +443,7 @@ def test_a_fault_planted_in_the_source_shows(tmp_path: Path, fault: str) -> None
     """The checks that pass on the kernel as it is fail on each of these."""
     skip_without_emulator()
     old, new, name = PLANTED_IN_SOURCE[fault]
-    broken = Built(tmp_path, {name: CASES[name]}, (old, new))
+    case = (CASES | MORE_CASES)[name]
+    broken = Built(tmp_path, {name: case}, (old, new))
     with pytest.raises(AssertionError):
-        check(broken, name, CASES[name])
+        check(broken, name, case)
