@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from fastcascade.data.image_decoding import decode
 from fastcascade.data.batches import arrays, batches, image_hashes
 from fastcascade.data.image_data import ImageData
+from fastcascade.data.image_decoding import decode
 from fastcascade.data.sources import load_data
 from fastcascade.errors import DataError, InvalidArgument
 
