@@ -174,7 +174,7 @@ def _labels(out: Path) -> np.ndarray[Any, Any]:
 
 
 def _race(contestants: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds of each, in turns, after a warm-up. Prints the CPU time too, which other programs hardly change."""
+    """Seconds of each, in turns, after a warm-up. Prints CPU time too, which other programs hardly change."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(ROUNDS + 1):
