@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -20,13 +21,45 @@ struct Range {
   int64_t begin, end;
 };
 
-// What follows a convolution's sum: y = clamp(sum + bias + residual), or clamp(sum + bias) + residual.
-// NaN passes through the clamp. `residual` has the output's layout or is null.
+// Elementwise functions that are no clamp. "gelu" is the exact one, by erf.
+enum class Function {
+  none,
+  leaky_relu,
+  elu,
+  sigmoid,
+  hard_sigmoid,
+  silu,
+  hard_swish,
+  gelu,
+  gelu_tanh,
+  mish,
+  tanh,
+  exp,
+  sqrt,
+  reciprocal,
+  count
+};
+
+// An activation is a clamp, a function, or neither. NaN passes through both.
+struct Activation {
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  Function function = Function::none;
+  float parameter = 0.f;  // the slope of leaky_relu, the alpha of elu
+
+  bool is_clamp() const {
+    return low != -std::numeric_limits<float>::infinity() || high != std::numeric_limits<float>::infinity();
+  }
+  bool is_function() const { return function != Function::none; }
+};
+
+// What follows a convolution's sum: y = activation(sum + bias + residual), or activation(sum + bias) + residual.
+// Residuals have the output's layout or are null; at most one is set. generic/epilogue.inl says how kernels apply it.
 struct Epilogue {
   const float* bias;  // [blocks * lanes]
+  Activation activation;
+  bool residual_after_activation;
   const float* residual;
-  float low, high;
-  bool residual_after_clamp;
+  const float* residual_after_function;  // in place of `residual` where the activation before it is a function
 };
 
 // Direct convolution of an input whose padding is part of the buffer. An output pixel is the sum over `taps` of
@@ -71,23 +104,58 @@ struct DepthwiseConv {
   Epilogue epilogue;
 };
 
+// The windows of a pool along one axis.
+struct PoolAxis {
+  int64_t in, count;       // pixels of the input, windows
+  int64_t kernel, stride;  // adaptive where kernel is 0: window i spans ⌊i · in / count⌋ … ⌈(i + 1) · in / count⌉
+  int64_t pad_before, pad_after;
+};
+
 struct Pool {
   const float* input;
   float* output;
   bool is_max, include_padding;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right;
-  int64_t in_height, in_width, height, width, pitch;
+  PoolAxis rows, columns;
+  int64_t pitch;
 };
 
-// y = clamp(x * scale[c] + shift[c]), or clamp(x + other) where `other` is not null.
+// An operand that may broadcast. Its steps are 0 along axes of size 1.
+struct Operand {
+  const float* data;
+  int64_t image_step, row_step, pixel_step;
+  bool one_channel;  // which counts for all
+};
+
+enum class Combine { none, add, multiply, scale_shift };
+
+// y = activation(a), activation(a + b), activation(a * b) or activation(a * b + shift), where `shift` is laid out as b.
+// The output may take the place of an operand that does not broadcast.
 struct Elementwise {
-  const float* input;
-  const float* other;
-  const float* scale;
+  Combine combine;
+  Operand a, b;
   const float* shift;
   float* output;
-  int64_t pitch;
-  float low, high;
+  int64_t height, width, channels, pitch;  // of the output
+  Activation activation;
+};
+
+// Layer norm, softmax, mean or maximum over the channels of each pixel.
+struct ChannelOp {
+  const float* input;
+  float* output;
+  int64_t channels, in_pitch, pitch;
+  const float *scale, *shift;  // [pitch], of a layer norm
+  float eps;
+  int64_t parts;  // runs of channels that a softmax compares: channel c competes with c ± i · channels / parts
+  bool is_max;    // of a reduction
+};
+
+// Upsampling; bilinear unless `nearest`.
+struct Resize {
+  const float* input;
+  float* output;
+  bool nearest, align_corners;
+  int64_t in_height, in_width, height, width, pitch;
 };
 
 struct KernelTable {
@@ -101,8 +169,12 @@ struct KernelTable {
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
   void (*conv_depthwise_f32)(const DepthwiseConv&, Range pixels);
-  void (*pool_f32)(const Pool&, Range pixels);
+  void (*pool_f32)(const Pool&, Range pixels, Range blocks);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
+  void (*layer_norm_f32)(const ChannelOp&, Range pixels);
+  void (*softmax_f32)(const ChannelOp&, Range pixels);
+  void (*channel_reduce_f32)(const ChannelOp&, Range pixels);
+  void (*resize_f32)(const Resize&, Range pixels);
 
   int nr() const { return nr_blocks * lanes; }
 };

@@ -28,6 +28,11 @@ ConvPart conv_part(const Step& step, int64_t positions, const KernelTable& kerne
   return mine;
 }
 
+void set_residual(Epilogue& e, const float* residual) {
+  const bool comes_last = e.residual_after_activation && e.activation.is_function();
+  (comes_last ? e.residual_after_function : e.residual) = residual;
+}
+
 }  // namespace
 
 void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
@@ -41,6 +46,12 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   const float* residual = step.residual < 0 ? nullptr : at(step.residual);
   float* y = at(step.output);
   const int64_t work = step.work_items * instances;
+  const auto channel_op = [&] {
+    ChannelOp c = step.channel_op;
+    c.input = x;
+    c.output = y;
+    return c;
+  };
   switch (step.kind) {
     case StepKind::load:
       for (int64_t n = 0; n < instances; ++n)
@@ -50,7 +61,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       ConvPart mine = conv_part(step, work, kernels, share);
       // Groups are not divided among threads; Step::blocks is 1 then.
       if (step.blocks == 1) mine.blocks = {0, c.pitch / kernels.lanes};
@@ -61,7 +72,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.input = x;
       c.output = y;
       c.scratch = scratch;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       const ConvPart mine = conv_part(step, work, kernels, share);
       return kernels.conv3x3_winograd_f32(c, mine.positions, mine.blocks);
     }
@@ -69,22 +80,35 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       DepthwiseConv c = step.depthwise;
       c.input = x;
       c.output = y;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       return kernels.conv_depthwise_f32(c, part(work, 1, share));
     }
     case StepKind::pool: {
       Pool c = step.pool;
       c.input = x;
       c.output = y;
-      return kernels.pool_f32(c, part(work, 1, share));
+      const ConvPart mine = conv_part(step, work, kernels, share);
+      return kernels.pool_f32(c, mine.positions, mine.blocks);
     }
     case StepKind::elementwise: {
       Elementwise c = step.elementwise;
-      c.input = x;
+      c.a.data = x;
+      // Constants are set; an operand that the kernel does not use points at what may be read.
+      if (c.combine != Combine::scale_shift) c.shift = c.b.data = step.inputs.size() > 1 ? at(step.inputs[1]) : x;
       c.output = y;
-      c.other = step.inputs.size() > 1 ? at(step.inputs[1]) : nullptr;
       return kernels.elementwise_f32(c, part(work, 1, share));
     }
+    case StepKind::layer_norm: return kernels.layer_norm_f32(channel_op(), part(work, 1, share));
+    case StepKind::softmax: return kernels.softmax_f32(channel_op(), part(work, 1, share));
+    case StepKind::channel_reduce: return kernels.channel_reduce_f32(channel_op(), part(work, 1, share));
+    case StepKind::resize: {
+      Resize c = step.resize;
+      c.input = x;
+      c.output = y;
+      return kernels.resize_f32(c, part(work, 1, share));
+    }
+    case StepKind::reorder: return reorder_f32(net, step, x, y, part(work, 1, share));
+    case StepKind::reshape: return reshape_f32(net, step, x, y, part(work, 1, share));
     case StepKind::pad: return pad_f32(net, step, x, y, part(work, 1, share));
     case StepKind::slice: return slice_f32(net, step, x, y, part(work, 1, share));
     case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, 1, share));

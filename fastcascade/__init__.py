@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastcascade.model.cascade import Cascade, Stage
     from fastcascade.model.selector import MLPSelector, ThresholdSelector
     from fastcascade.model.store import load_cascade as load
+    from fastcascade.prediction.batcher import Batcher, BatcherStats
     from fastcascade.prediction.predictions import Predictions
     from fastcascade.prediction.predictor import predict
     from fastcascade.training.trainer import Recipe, fit
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batcher",
+    "BatcherStats",
     "Cascade",
     "CascadeOutput",
     "Evaluation",
@@ -51,6 +54,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batcher": "fastcascade.prediction.batcher:Batcher",
+    "BatcherStats": "fastcascade.prediction.batcher:BatcherStats",
     "Cascade": "fastcascade.model.cascade:Cascade",
     "CascadeOutput": "fastcascade.types:CascadeOutput",
     "Evaluation": "fastcascade.types:Evaluation",

@@ -533,6 +533,22 @@ def comparison_table(comparison: SelectorComparison) -> Table:
     return table
 
 
+@app.command(epilog="Example: fastcascade export model/ --onnx exported/")
+def export(
+    model: Model,
+    onnx: Annotated[Path, typer.Option(metavar="DIR", help="where the ONNX models go")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a cascade as ONNX models: one for single images, and one per stage with a script for batches."""
+    from fastcascade.interchange.onnx_model import export_onnx
+    from fastcascade.lowering.export import plan as lower
+    from fastcascade.lowering.plan import Plan
+
+    loaded = _load_model(model)
+    for path in export_onnx(loaded if isinstance(loaded, Plan) else lower(loaded), onnx, overwrite=overwrite):
+        say("wrote", str(path))
+
+
 @app.command(epilog="Example: fastcascade choose pool.npz --budget 3e7")
 def choose(
     pool: Annotated[

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastcascade.backends.interface import ExitResults, Precision, StageReport
 from fastcascade.backends.registry import choose_backend
+from fastcascade.backends.torch_module import compiled_modules
 from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument
 from fastcascade.lowering import export as lower
 from fastcascade.lowering.plan import Plan
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
     device: torch.device
     threads: int | None
     output: Output
+    torch_compile: bool = False
 
 
 def compile(
@@ -52,6 +54,7 @@ def compile(
     device: torch.device | str | None = None,
     threads: int | None = None,
     output: Output = "cascade",
+    torch_compile: bool = False,
 ) -> CompiledCascade:
     """Compile a cascade, or a plan, for fast inference: a drop-in replacement for its forward pass.
 
@@ -64,6 +67,8 @@ def compile(
         device: of the images and the output; by default the cascade's device, the CPU for a plan.
         threads: CPU threads; by default torch's number.
         output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
+        torch_compile: run opaque stages through ``torch.compile``. Each is compiled when it first sees 1, 2,
+            4, … or 64 rows, which takes seconds to minutes; other numbers of rows are padded to the next one.
 
     Raises:
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
@@ -88,7 +93,7 @@ def compile(
         raise InvalidArgument(f"threads is {threads!r}; expected a number from 1, or None for torch's")
     if device is None:
         device = cascade.device if isinstance(cascade, Cascade) else "cpu"
-    settings = Settings(backend, precision, _full_device(device), threads, output)
+    settings = Settings(backend, precision, _full_device(device), threads, output, torch_compile)
     if isinstance(cascade, Plan):
         return CompiledCascade(cascade, settings)
     return CompiledCascade(lower.plan(cascade), settings, source=cascade)
@@ -156,9 +161,14 @@ class CompiledCascade(nn.Module):
         self._build(plan)
 
     def _build(self, plan: Plan) -> None:
-        name, precision, device, threads, _ = self._settings
+        name, precision, device, threads, _, torch_compile = self._settings
         backend = choose_backend(name, plan, precision=precision, device=device)
-        self.program = backend.lower(plan, precision=precision, device=device, threads=threads)
+        self.program = backend.lower(
+            compiled_modules(plan) if torch_compile else plan,
+            precision=precision,
+            device=device,
+            threads=threads,
+        )
         self._exit_macs = plan.exit_macs.to(device)
         self._named_thresholds: dict[str | None, Tensor] = {}
         self.plan = plan
@@ -187,8 +197,10 @@ class CompiledCascade(nn.Module):
         Raises:
             InvalidArgument: wrong shape, dtype, device or operating point, or an input that requires grad.
         """
-        thresholds = self._thresholds(operating_point)
-        images = self._images(x)
+        thresholds = self.thresholds(operating_point)
+        images = self.images(x)
+        if self._scale_check.open:
+            self._scale_check(images, stacklevel=5)
         results = self.program.run(images, thresholds) if len(images) else self._no_results()
         if self._settings.output == "log_probs":
             return results.log_probs
@@ -208,16 +220,25 @@ class CompiledCascade(nn.Module):
 
         return fastcascade.predict(self, inputs, operating_point, top_k, resize)
 
-    def _thresholds(self, operating_point: OperatingPointLike) -> Tensor:
-        """(K−1,) float32 on the CPU. Names are cached, which is measurable at batch size 1."""
+    def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
+        """The K−1 stop thresholds of an operating point, float32 on the CPU.
+
+        Raises:
+            InvalidArgument: an unknown name, the wrong number of thresholds, NaN, or no default.
+        """
+        # Names are cached, which is measurable at batch size 1.
         if operating_point is not None and not isinstance(operating_point, str):
             return self.plan.thresholds(operating_point)
         if operating_point not in self._named_thresholds:
             self._named_thresholds[operating_point] = self.plan.thresholds(operating_point)
         return self._named_thresholds[operating_point]
 
-    def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """Check the input; (N, C, H, W) uint8 or float32 on the program's device."""
+    def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """Check images as a call does; returns them as (N, C, H, W) uint8 or float32, a view where possible.
+
+        Raises:
+            InvalidArgument: wrong shape, dtype or device, or an input that requires grad.
+        """
         images = self.plan.input.nchw(x)
         if images.requires_grad and torch.is_grad_enabled():
             raise InvalidArgument(
@@ -231,8 +252,6 @@ class CompiledCascade(nn.Module):
             )
         if images.layout != torch.strided:
             raise InvalidArgument(f"images have layout {images.layout}; expected a dense tensor")
-        if self._scale_check.open:
-            self._scale_check(images)
         return images.detach() if images.dtype == torch.uint8 else images.detach().float()
 
     def _no_results(self) -> ExitResults:
@@ -280,7 +299,7 @@ class CompiledCascade(nn.Module):
 
     def describe(self) -> str:
         """How each stage runs: operations or why it is opaque, kernels, ISA, weight and scratch memory."""
-        _, precision, device, threads, _ = self._settings
+        _, precision, device, threads, _, _ = self._settings
         head = (
             f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
         )

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": set("errors text types storage kernels model data lowering engine".split()),
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
+    "interchange": {"errors", "types", "storage", "kernels", "lowering"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
     "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},

@@ -1,9 +1,15 @@
 // All kernels. An instruction set's file includes this after its vector operations. The order matters.
 // clang-format off
+#include "functions.inl"
+#include "epilogue.inl"
 #include "gemm.inl"
 #include "direct.inl"
 #include "winograd.inl"
+#include "depthwise.inl"
+#include "pool.inl"
 #include "elementwise.inl"
+#include "channels.inl"
+#include "resize.inl"
 // clang-format on
 
 static constexpr KernelTable make_table(const char* isa) {
@@ -16,5 +22,9 @@ static constexpr KernelTable make_table(const char* isa) {
           transform_weights_f32,
           conv_depthwise_f32,
           pool_f32,
-          elementwise_f32};
+          elementwise_f32,
+          layer_norm_f32,
+          softmax_f32,
+          channel_reduce_f32,
+          resize_f32};
 }

@@ -6,15 +6,6 @@ struct PixelRows {
   int64_t out[kMr];  // offset of the pixel's first channel in the output
 };
 
-// Applies the epilogue to one vector; `offset` is its place in the output.
-FC_INLINE V finish(V sum, const Epilogue& e, int64_t offset, V bias) {
-  V y = add(sum, bias);
-  const V low = broadcast(e.low), high = broadcast(e.high);
-  if (!e.residual) return clamp(y, low, high);
-  const V residual = load(e.residual + offset);
-  return e.residual_after_clamp ? add(clamp(y, low, high), residual) : clamp(add(y, residual), low, high);
-}
-
 // Stores the accumulators in the output, or adds them to what is there. Another part of the sum follows.
 template <int R, int B, size_t... I>
 FC_INLINE void store_partial_sums(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
@@ -130,6 +121,7 @@ static void conv_direct_f32(const DirectConv& c, Range pixels, Range blocks) {
       PixelRows tile;
       for (int64_t r = 0; r < rows; ++r) cursor.next(tile, r);
       direct_tile_of(rows, width)(c, tile, group * c.group_channels, block * kLanes, weights);
+      finish_stored(c.epilogue, c.output, p * c.pitch + block * kLanes, c.pitch, rows, width);
     }
   }
 }
