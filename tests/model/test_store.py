@@ -391,14 +391,14 @@ class Own(nn.Module):
         return self.linear(x.sort(1).values if self.opaque else x)
 
 
-def own_cascade(opaque: bool = False) -> fc.Cascade:
+def two_own_networks(opaque: bool = False) -> fc.Cascade:
     return fc.Cascade(
         [fc.Stage(Own(), name="a"), fc.Stage(Own(opaque), name="b")], fc.MLPSelector(), 3, (3, 2, 2)
     )
 
 
 def test_own_networks_run_from_their_folder_without_their_code(tmp_path: Path) -> None:
-    cascade, x = own_cascade(), torch.randn(9, 3, 2, 2)
+    cascade, x = two_own_networks(), torch.randn(9, 3, 2, 2)
     for half in (False, True):
         cascade.save(tmp_path, overwrite=True, half=half)
         loaded = load_cascade(tmp_path, {"a": Own(), "b": Own()})
@@ -407,20 +407,20 @@ def test_own_networks_run_from_their_folder_without_their_code(tmp_path: Path) -
 
 
 def test_a_plan_of_another_save_is_not_used(tmp_path: Path) -> None:
-    own_cascade().save(tmp_path)
-    own_cascade().save(tmp_path, plan=False, overwrite=True)
+    two_own_networks().save(tmp_path)
+    two_own_networks().save(tmp_path, plan=False, overwrite=True)
     with pytest.raises(FileFormatError, match=r"custom modules \(a, b\) and no plan.*plan=True"):
         fc.compile(tmp_path)
 
 
 def test_why_there_is_no_plan_is_said(tmp_path: Path) -> None:
-    own_cascade(opaque=True).save(tmp_path)
+    two_own_networks(opaque=True).save(tmp_path)
     with pytest.raises(
         FileFormatError, match=r"no plan of it: stage 'b' cannot be saved: it is opaque \(.*sort"
     ):
         fc.compile(tmp_path)
     with pytest.raises(fc.FastCascadeError, match="stage 'b' cannot be saved: it is opaque"):
-        own_cascade(opaque=True).save(tmp_path / "new", plan=True)
+        two_own_networks(opaque=True).save(tmp_path / "new", plan=True)
     assert not (tmp_path / "new" / "cascade.json").exists()
 
 
