@@ -9,6 +9,7 @@
 // depend on the ranges that a caller chooses.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -59,15 +60,13 @@ struct Winograd {
   Epilogue epilogue;
 };
 
-// Depthwise convolution of an input whose padding is part of the buffer; weights are [tap][pitch].
+// Depthwise convolution; weights are [block][ky][kx][lanes].
 struct DepthwiseConv {
   const float* input;
   float* output;
   const float* weights;
-  const int64_t* tap_offsets;
-  int64_t taps;
-  int64_t image_step, row_step, pixel_step;
-  int64_t height, width, pitch;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+  int64_t in_height, in_width, height, width, pitch;
   Epilogue epilogue;
 };
 
@@ -93,19 +92,28 @@ struct Elementwise {
 struct KernelTable {
   const char* isa;
   int lanes;      // floats in a vector
-  int mr;         // rows of the GEMM micro-kernel's register tile: pixels or Winograd tiles
-  int nr_blocks;  // blocks of the register tile; nr = nr_blocks * lanes
-  // `pixels` counts output pixels over all instances. `blocks` begin at a multiple of nr_blocks.
-  void (*conv_direct_f32)(const DirectConv&, Range pixels, Range blocks);
-  void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);
+  int mr;         // tiles of Winograd's register tile
+  int nr_blocks;  // its blocks; nr = nr_blocks * lanes
+  // `pixels` counts output pixels over all instances, `panels` the panels of all groups.
+  void (*conv_direct_f32)(const DirectConv&, Range pixels, Range panels);
+  void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);  // from a multiple of nr_blocks
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
-  void (*conv_depthwise_f32)(const DepthwiseConv&, Range pixels);
+  void (*conv_depthwise_f32)(const DepthwiseConv&, Range rows);  // output rows over all instances
   void (*pool_f32)(const Pool&, Range pixels);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
 
   int nr() const { return nr_blocks * lanes; }
 };
+
+// The direct kernel's blocks of a group make up panels of three, and of two at the end rather than of a single one.
+constexpr int64_t kPanelBlocks = 3;
+inline int64_t panel_count(int64_t blocks) { return (blocks + kPanelBlocks - 1) / kPanelBlocks; }
+// The first block of a panel; of the panel behind the last, the number of blocks.
+inline int64_t panel_begin(int64_t blocks, int64_t panel) {
+  const int64_t threes = blocks > 1 && blocks % 3 == 1 ? blocks / 3 - 1 : blocks / 3;
+  return std::min(blocks, panel <= threes ? 3 * panel : 3 * threes + 2 * (panel - threes));
+}
 
 // A sum of more terms is added up in parts of this many, so that its rounding error grows with the root of the
 // number of parts, not of terms. The parts of a sum depend on the layer's shape alone. (GEMM libraries call it kc.)

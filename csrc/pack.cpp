@@ -48,18 +48,20 @@ MergedWeights merge_groups(const OpSpec& op, int64_t lanes) {
   return result;
 }
 
-Buffer pack_direct(const MergedWeights& m, const KernelTable& kernels) {
-  const int64_t per_group = m.out / m.groups, area = m.kh * m.kw, terms = area * m.in;
-  Buffer packed(m.groups * round_up(per_group, kernels.lanes) * terms);
-  for (int64_t g = 0; g < m.groups; ++g) {
-    float* group = packed.data() + g * per_group * terms;
-    for_each_channel(per_group, kernels, [&](int64_t channel, int64_t first, int64_t width) {
-      const float* weight = &m.weight[(g * per_group + channel) * terms];
-      float* panel = group + first * terms + channel - first;
-      for (int64_t tap = 0; tap < area; ++tap)
-        for (int64_t i = 0; i < m.in; ++i) panel[(tap * m.in + i) * width] = weight[i * area + tap];
-    });
-  }
+Buffer pack_direct(const MergedWeights& m, int64_t lanes) {
+  const int64_t per_group = m.out / m.groups, blocks = round_up(per_group, lanes) / lanes, area = m.kh * m.kw;
+  Buffer packed(m.groups * blocks * lanes * area * m.in);
+  float* panel = packed.data();
+  for (int64_t g = 0; g < m.groups; ++g)
+    for (int64_t p = 0; p < panel_count(blocks); ++p) {
+      const int64_t first = panel_begin(blocks, p) * lanes, width = panel_begin(blocks, p + 1) * lanes - first;
+      for (int64_t o = first; o < std::min(first + width, per_group); ++o) {
+        const float* weight = &m.weight[(g * per_group + o) * m.in * area];
+        for (int64_t tap = 0; tap < area; ++tap)
+          for (int64_t i = 0; i < m.in; ++i) panel[(tap * m.in + i) * width + o - first] = weight[i * area + tap];
+      }
+      panel += area * m.in * width;
+    }
   return packed;
 }
 
@@ -80,11 +82,12 @@ WinogradWeights pack_winograd(const MergedWeights& m, const KernelTable& kernels
   return packed;
 }
 
-Buffer pack_depthwise(const OpSpec& op, int64_t pitch) {
-  const int64_t area = op.kernel[0] * op.kernel[1];
-  Buffer packed(area * pitch);
-  for (int64_t c = 0; c < op.weight_shape[0]; ++c)
-    for (int64_t tap = 0; tap < area; ++tap) packed.data()[tap * pitch + c] = op.weight[c * area + tap];
+Buffer pack_depthwise(const OpSpec& op, int64_t lanes) {
+  const int64_t channels = op.weight_shape[0], area = op.kernel[0] * op.kernel[1];
+  Buffer packed(area * round_up(channels, lanes));
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t tap = 0; tap < area; ++tap)
+      packed.data()[c / lanes * lanes * area + tap * lanes + c % lanes] = op.weight[c * area + tap];
   return packed;
 }
 

@@ -5,27 +5,21 @@
 namespace fastcascade {
 namespace {
 
-// The part of `count` items that falls to a thread. Parts begin at multiples of `grain`.
-Range part(int64_t count, int64_t grain, Share share) {
-  const int64_t grains = (count + grain - 1) / grain;
-  return {std::min(count, grains * share.rank / share.size * grain),
-          std::min(count, grains * (share.rank + 1) / share.size * grain)};
+// The part of `count` items that falls to a thread.
+Range part(int64_t count, Share share) {
+  return {count * share.rank / share.size, count * (share.rank + 1) / share.size};
 }
 
 struct ConvPart {
-  Range positions, blocks;  // positions: pixels or Winograd tiles
+  Range positions, panels;  // positions: pixels or Winograd tiles
 };
 
-// Splits a convolution over output positions, or over output channels where positions are too few to fill the
+// Splits a convolution over output positions, or over panels of output channels where positions are too few to fill the
 // register tiles of all threads.
 ConvPart conv_part(const Step& step, int64_t positions, const KernelTable& kernels, Share share) {
-  ConvPart mine{{0, positions}, {0, step.blocks}};
-  if (share.size == 1) return mine;
-  if (positions < share.size * kernels.mr && step.blocks >= share.size * kernels.nr_blocks)
-    mine.blocks = part(step.blocks, kernels.nr_blocks, share);
-  else
-    mine.positions = part(positions, 1, share);
-  return mine;
+  if (positions < share.size * kernels.mr && step.panels >= share.size)
+    return {{0, positions}, part(step.panels, share)};
+  return {part(positions, share), {0, step.panels}};
 }
 
 }  // namespace
@@ -44,17 +38,15 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   switch (step.kind) {
     case StepKind::load:
       for (int64_t n = 0; n < instances; ++n)
-        load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, 1, share));
+        load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));
       return;
     case StepKind::direct: {
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
       c.epilogue.residual = residual;
-      ConvPart mine = conv_part(step, work, kernels, share);
-      // Groups are not divided among threads; Step::blocks is 1 then.
-      if (step.blocks == 1) mine.blocks = {0, c.pitch / kernels.lanes};
-      return kernels.conv_direct_f32(c, mine.positions, mine.blocks);
+      const ConvPart mine = conv_part(step, work, kernels, share);
+      return kernels.conv_direct_f32(c, mine.positions, mine.panels);
     }
     case StepKind::winograd: {
       Winograd c = step.winograd;
@@ -63,35 +55,37 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.scratch = scratch;
       c.epilogue.residual = residual;
       const ConvPart mine = conv_part(step, work, kernels, share);
-      return kernels.conv3x3_winograd_f32(c, mine.positions, mine.blocks);
+      const int64_t blocks = c.pitch / kernels.lanes, nr_blocks = kernels.nr_blocks;
+      return kernels.conv3x3_winograd_f32(
+          c, mine.positions, {mine.panels.begin * nr_blocks, std::min(blocks, mine.panels.end * nr_blocks)});
     }
     case StepKind::depthwise: {
       DepthwiseConv c = step.depthwise;
       c.input = x;
       c.output = y;
       c.epilogue.residual = residual;
-      return kernels.conv_depthwise_f32(c, part(work, 1, share));
+      return kernels.conv_depthwise_f32(c, part(work, share));
     }
     case StepKind::pool: {
       Pool c = step.pool;
       c.input = x;
       c.output = y;
-      return kernels.pool_f32(c, part(work, 1, share));
+      return kernels.pool_f32(c, part(work, share));
     }
     case StepKind::elementwise: {
       Elementwise c = step.elementwise;
       c.input = x;
       c.output = y;
       c.other = step.inputs.size() > 1 ? at(step.inputs[1]) : nullptr;
-      return kernels.elementwise_f32(c, part(work, 1, share));
+      return kernels.elementwise_f32(c, part(work, share));
     }
-    case StepKind::pad: return pad_f32(net, step, x, y, part(work, 1, share));
-    case StepKind::slice: return slice_f32(net, step, x, y, part(work, 1, share));
-    case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, 1, share));
+    case StepKind::pad: return pad_f32(net, step, x, y, part(work, share));
+    case StepKind::slice: return slice_f32(net, step, x, y, part(work, share));
+    case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, share));
     case StepKind::concat: {
       const float* inputs[kMaxInputs];
       for (size_t i = 0; i < step.inputs.size(); ++i) inputs[i] = at(step.inputs[i]);
-      return concat_f32(net, step, inputs, y, part(work, 1, share));
+      return concat_f32(net, step, inputs, y, part(work, share));
     }
   }
 }

@@ -187,15 +187,14 @@ class StepBuilder {
     // Without padded channels, the pixels under one row of the kernel are consecutive floats.
     const bool join_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch == in.shape.c;
     Step& step = add_step(StepKind::direct, op, text, op.kind == OpKind::linear ? "linear_f32" : "conv_direct_f32");
-    step.weights = pack_direct(merged, kernels_);
+    step.weights = pack_direct(merged, kernels_.lanes);
     step.taps = tap_offsets(op, in, join_columns);
-    const int64_t blocks = out.pitch / kernels_.lanes;
-    step.blocks = merged.groups == 1 ? blocks : 1;  // groups are not divided among threads
     DirectConv& c = step.direct;
     set_taps(c, step, op, in, out);
     c.depth = join_columns ? merged.kw * merged.in : merged.in;
-    c.blocks_per_group = merged.groups == 1 ? blocks : merged.out / merged.groups / kernels_.lanes;
+    c.blocks_per_group = out.pitch / kernels_.lanes / merged.groups;
     c.group_channels = merged.in;
+    step.panels = merged.groups * panel_count(c.blocks_per_group);
     c.epilogue = epilogue(step, op);
   }
 
@@ -206,7 +205,7 @@ class StepBuilder {
     step.weights = std::move(packed.transformed);
     step.untransformed_weights = std::move(packed.untransformed);
     step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);
-    step.blocks = out.pitch / kernels_.lanes;
+    step.panels = round_up(out.pitch, kernels_.nr()) / kernels_.nr();
     Winograd& c = step.winograd;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
@@ -221,15 +220,26 @@ class StepBuilder {
     c.epilogue = epilogue(step, op);
   }
 
-  void add_depthwise(OpSpec op) {
-    const std::string text = operation_text(op, net_.shape(op.inputs[0]));
-    op.inputs[0] = add_padding(op);
+  void add_depthwise(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
-    Step& step = add_step(StepKind::depthwise, op, text, "conv_depthwise_f32");
-    step.weights = pack_depthwise(op, out.pitch);
-    step.taps = tap_offsets(op, in, false);
+    Step& step = add_step(StepKind::depthwise, op, operation_text(op, in.shape), "conv_depthwise_f32");
+    step.weights = pack_depthwise(op, kernels_.lanes);
+    step.work_items = out.shape.h;
     DepthwiseConv& c = step.depthwise;
-    set_taps(c, step, op, in, out);
+    c.weights = step.weights.data();
+    c.kernel_h = op.kernel[0];
+    c.kernel_w = op.kernel[1];
+    c.stride_h = op.stride[0];
+    c.stride_w = op.stride[1];
+    c.dilation_h = op.dilation[0];
+    c.dilation_w = op.dilation[1];
+    c.pad_top = op.padding[0];
+    c.pad_left = op.padding[2];
+    c.in_height = in.shape.h;
+    c.in_width = in.shape.w;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
     c.epilogue = epilogue(step, op);
   }
 

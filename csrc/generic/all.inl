@@ -3,6 +3,7 @@
 #include "gemm.inl"
 #include "direct.inl"
 #include "winograd.inl"
+#include "depthwise.inl"
 #include "elementwise.inl"
 // clang-format on
 

@@ -112,7 +112,7 @@ FC_INLINE Accumulators<R, 1> add_term_pairs(const Accumulators<R, 2>& acc, std::
 // limit a processor with two FMA units. So it takes two terms at a time, in two accumulators of half its channels each,
 // with even and odd terms in even and odd lanes.
 template <int R, int B>
-FC_INLINE Accumulators<R, B> sum_products(const float* const (&rows)[R], int64_t depth, const float*& u) {
+FC_INLINE Accumulators<R, B> sum_products(const InputRows<R>& rows, int64_t depth, const float*& u) {
   static_assert(kNrBlocks == 2);
   Accumulators<R, kNrBlocks> acc;
   clear<R, kNrBlocks>(acc, std::make_index_sequence<R * kNrBlocks>());
@@ -128,9 +128,7 @@ template <int R, int B>
 FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
                                 int64_t pitch, bool add_to) {
   constexpr std::make_index_sequence<R * B> each;
-  const float* rows[R];
-  row_pointers(rows, v, in_pitch, std::make_index_sequence<R>());
-  Accumulators<R, B> acc = sum_products<R, B>(rows, depth, u);
+  Accumulators<R, B> acc = sum_products<R, B>(input_rows<R>(v, in_pitch), depth, u);
   if (add_to) add_products<R, B>(acc, m, pitch, each);
   store_products<R, B>(acc, m, pitch, each);
 }
