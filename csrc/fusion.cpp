@@ -27,7 +27,7 @@ void fuse_residual_adds(StageSpec& stage) {
     OpSpec &conv = stage.ops[i - 1], &add = stage.ops[i];
     if (!can_fuse(stage, conv, add)) continue;
     conv.residual = add.inputs[add.inputs[0] == conv.output ? 1 : 0];
-    conv.residual_after_clamp = true;
+    conv.residual_after_activation = true;
     conv.output = add.output;
     stage.ops.erase(stage.ops.begin() + static_cast<std::ptrdiff_t>(i));
   }

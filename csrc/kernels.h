@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -21,13 +22,45 @@ struct Range {
   int64_t begin, end;
 };
 
-// What follows a convolution's sum: y = clamp(sum + bias + residual), or clamp(sum + bias) + residual.
-// NaN passes through the clamp. `residual` has the output's layout or is null.
+// Elementwise functions that are no clamp. "gelu" is the exact one, by erf.
+enum class Function {
+  none,
+  leaky_relu,
+  elu,
+  sigmoid,
+  hard_sigmoid,
+  silu,
+  hard_swish,
+  gelu,
+  gelu_tanh,
+  mish,
+  tanh,
+  exp,
+  sqrt,
+  reciprocal,
+  count
+};
+
+// An activation is a clamp, a function, or neither. NaN passes through both.
+struct Activation {
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  Function function = Function::none;
+  float parameter = 0.f;  // the slope of leaky_relu, the alpha of elu
+
+  bool is_clamp() const {
+    return low != -std::numeric_limits<float>::infinity() || high != std::numeric_limits<float>::infinity();
+  }
+  bool is_function() const { return function != Function::none; }
+};
+
+// What follows a convolution's sum: y = activation(sum + bias + residual), or activation(sum + bias) + residual.
+// Residuals have the output's layout or are null; at most one is set. generic/epilogue.inl says how kernels apply it.
 struct Epilogue {
   const float* bias;  // [blocks * lanes]
+  Activation activation;
+  bool residual_after_activation;
   const float* residual;
-  float low, high;
-  bool residual_after_clamp;
+  const float* residual_after_function;  // in place of `residual` where the activation before it is a function
 };
 
 // Direct convolution of an input whose padding is part of the buffer. An output pixel is the sum over `taps` of
@@ -78,7 +111,7 @@ struct Pool {
   int64_t in_height, in_width, height, width, pitch;
 };
 
-// y = clamp(x * scale[c] + shift[c]), or clamp(x + other) where `other` is not null.
+// y = activation(x * scale[c] + shift[c]), or activation(x + other) where `other` is not null.
 struct Elementwise {
   const float* input;
   const float* other;
@@ -86,7 +119,7 @@ struct Elementwise {
   const float* shift;
   float* output;
   int64_t pitch;
-  float low, high;
+  Activation activation;
 };
 
 struct KernelTable {

@@ -65,10 +65,20 @@ void check_axes(const std::vector<int64_t>& shape, std::array<int64_t, 4>& out, 
 }
 
 void set_activation(OpSpec& op, const std::string& kind) {
-  if (kind != "none" && kind != "relu" && kind != "relu6")
-    fail("unknown activation '" + kind + "'; expected none, relu or relu6");
-  if (kind != "none") op.low = 0.f;
-  if (kind == "relu6") op.high = 6.f;
+  static const std::map<std::string, Function> functions = {
+      {"none", Function::none},  {"relu", Function::none},
+      {"relu6", Function::none}, {"leaky_relu", Function::leaky_relu},
+      {"elu", Function::elu},    {"sigmoid", Function::sigmoid},
+      {"silu", Function::silu},  {"hard_sigmoid", Function::hard_sigmoid},
+      {"gelu", Function::gelu},  {"hard_swish", Function::hard_swish},
+      {"mish", Function::mish},  {"gelu_tanh", Function::gelu_tanh},
+      {"tanh", Function::tanh},  {"exp", Function::exp},
+      {"sqrt", Function::sqrt},  {"reciprocal", Function::reciprocal}};
+  const auto found = functions.find(kind);
+  if (found == functions.end()) fail("unknown activation '" + kind.substr(0, kMaxRepr) + "'");
+  op.activation.function = found->second;
+  if (kind == "relu" || kind == "relu6") op.activation.low = 0.f;
+  if (kind == "relu6") op.activation.high = 6.f;
 }
 
 void read_conv2d(OpSpec& op, const py::dict& d) {
@@ -128,6 +138,7 @@ OpSpec read_op(const py::dict& d) {
     case OpKind::conv2d: read_conv2d(op, d); break;
     case OpKind::pool: read_pool(op, d); break;
     case OpKind::linear: read_linear(op, d); break;
+    case OpKind::activation: op.activation.parameter = get<float>(d, "parameter"); break;
     case OpKind::scale_shift:
       op.weight = get_floats(d, "scale");
       op.bias = get_floats(d, "shift");

@@ -22,6 +22,11 @@ ConvPart conv_part(const Step& step, int64_t positions, const KernelTable& kerne
   return {part(positions, share), {0, step.panels}};
 }
 
+void set_residual(Epilogue& e, const float* residual) {
+  const bool comes_last = e.residual_after_activation && e.activation.is_function();
+  (comes_last ? e.residual_after_function : e.residual) = residual;
+}
+
 }  // namespace
 
 void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
@@ -44,7 +49,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       const ConvPart mine = conv_part(step, work, kernels, share);
       return kernels.conv_direct_f32(c, mine.positions, mine.panels);
     }
@@ -53,7 +58,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.input = x;
       c.output = y;
       c.scratch = scratch;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       const ConvPart mine = conv_part(step, work, kernels, share);
       const int64_t blocks = c.pitch / kernels.lanes, nr_blocks = kernels.nr_blocks;
       return kernels.conv3x3_winograd_f32(
@@ -63,7 +68,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       DepthwiseConv c = step.depthwise;
       c.input = x;
       c.output = y;
-      c.epilogue.residual = residual;
+      set_residual(c.epilogue, residual);
       return kernels.conv_depthwise_f32(c, part(work, share));
     }
     case StepKind::pool: {

@@ -4,9 +4,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
+
+#include "kernels.h"
 
 namespace fastcascade {
 
@@ -36,8 +37,7 @@ struct OpSpec {
   int64_t output = 0;
   std::vector<int64_t> inputs;
   int64_t residual = -1;
-  // The activation as a clamp.
-  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  Activation activation;
   std::array<int64_t, 4> weight_shape{};
   std::vector<float> weight, bias;  // of scale_shift: scale and shift
   std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, dilation{1, 1};
@@ -47,11 +47,9 @@ struct OpSpec {
   std::array<int64_t, 3> before{}, after{};               // pad
   std::array<int64_t, 3> start{}, stop{}, step{1, 1, 1};  // slice
   float value = 0.f;                                      // pad
-  bool residual_after_clamp = false;                      // set by fusion only
+  bool residual_after_activation = false;                 // set by fusion only
 
-  bool has_activation() const {
-    return low != -std::numeric_limits<float>::infinity() || high != std::numeric_limits<float>::infinity();
-  }
+  bool has_activation() const { return activation.is_clamp() || activation.is_function(); }
 };
 
 // What a stage reads. `features` are a batch of float rows like images, but without the limit on pixels: the

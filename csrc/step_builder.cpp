@@ -8,13 +8,22 @@
 namespace fastcascade {
 namespace {
 
+std::string activation_text(const Activation& a) {
+  static const char* const names[] = {"none", "leaky_relu", "elu",  "sigmoid", "hard_sigmoid", "silu", "hard_swish",
+                                      "gelu", "gelu_tanh",  "mish", "tanh",    "exp",          "sqrt", "reciprocal"};
+  static_assert(sizeof(names) / sizeof(names[0]) == static_cast<size_t>(Function::count));
+  if (a.is_function()) return std::string(" + ") + names[static_cast<size_t>(a.function)];
+  if (!a.is_clamp()) return "";
+  return a.high == 6.f ? " + relu6" : " + relu";
+}
+
 std::string conv_text(const OpSpec& op, const Shape& in) {
   std::string text = "conv " + std::to_string(op.kernel[0]) + "x" + std::to_string(op.kernel[1]);
   if (op.stride[0] != 1 || op.stride[1] != 1) text += " stride " + std::to_string(op.stride[0]);
   if (op.groups > 1) text += " groups " + std::to_string(op.groups);
   text += " " + in.text();
   if (op.residual >= 0) text += " + residual";
-  if (op.low == 0.f) text += op.high == 6.f ? " + relu6" : " + relu";
+  text += activation_text(op.activation);
   return text;
 }
 
@@ -162,7 +171,7 @@ class StepBuilder {
   Epilogue epilogue(Step& step, const OpSpec& op) {
     step.bias = op.bias;
     step.bias.resize(net_.values[op.output].pitch, 0.f);
-    return {step.bias.data(), nullptr, op.low, op.high, op.residual_after_clamp};
+    return {step.bias.data(), op.activation, op.residual_after_activation, nullptr, nullptr};
   }
 
   // Where a direct or depthwise convolution reads and writes.
@@ -269,8 +278,7 @@ class StepBuilder {
     Step& step = add_step(StepKind::elementwise, op, operation_text(op, net_.shape(op.inputs[0])), "elementwise_f32");
     Elementwise& c = step.elementwise;
     c.pitch = pitch;
-    c.low = op.low;
-    c.high = op.high;
+    c.activation = op.activation;
     if (op.kind != OpKind::scale_shift) return;
     step.weights = Buffer(2 * pitch);
     std::copy(op.weight.begin(), op.weight.end(), step.weights.data());

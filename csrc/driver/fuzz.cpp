@@ -79,13 +79,13 @@ class RandomStage {
 
   OpSpec clamped_op(OpKind kind) {
     OpSpec o = op(kind);
-    if (random_.chance(50)) o.low = 0.f;
+    if (random_.chance(50)) o.activation.low = 0.f;
     if (random_.chance(10)) clip(o);
     return o;
   }
 
   void clip(OpSpec& o) {
-    o.high = 6.f;
+    o.activation.high = 6.f;
     bound_.clipped |= bound_.value > 100 * bound_.unit;
   }
 
@@ -100,7 +100,7 @@ class RandomStage {
   void bound_sum(int64_t terms) {
     if (bound_.value * static_cast<double>(terms + 1) > 1 << 22) {
       OpSpec o = op(OpKind::activation);
-      o.low = 0.f;
+      o.activation.low = 0.f;
       clip(o);
       push(std::move(o), shape_);
       bound_.value = 6 * bound_.unit;

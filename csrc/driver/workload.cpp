@@ -49,7 +49,7 @@ class StageWriter {
 
   void conv(int64_t out, int64_t kernel, int64_t stride, int64_t groups = 1, bool residual = false) {
     OpSpec o = op(OpKind::conv2d);
-    o.low = 0.f;
+    o.activation.low = 0.f;
     o.kernel = {kernel, kernel};
     o.stride = {stride, stride};
     o.padding = {kernel / 2, kernel / 2, kernel / 2, kernel / 2};

@@ -1,5 +1,7 @@
 // All kernels. An instruction set's file includes this after its vector operations. The order matters.
 // clang-format off
+#include "functions.inl"
+#include "epilogue.inl"
 #include "gemm.inl"
 #include "direct.inl"
 #include "winograd.inl"

@@ -100,6 +100,7 @@ static void depthwise_row(const DepthwiseConv& c, DepthwisePlace at) {
     at.columns = std::min<int64_t>(kDepthwiseColumns, c.width - x);
     const bool inside = at.x >= 0 && at.x + last <= c.in_width;
     (inside ? depthwise_tile<KW, S, false> : depthwise_tile<KW, S, true>)(c, at);
+    finish_stored(c.epilogue, c.output, at.output, c.pitch, at.columns, c.pitch / kLanes);
     at.x += kDepthwiseColumns * S;
     at.output += kDepthwiseColumns * c.pitch;
   }
@@ -120,6 +121,7 @@ static void depthwise_row_of_any(const DepthwiseConv& c, DepthwisePlace at) {
       store(c.output + at.output + channel,
             finish(sum, c.epilogue, at.output + channel, load(c.epilogue.bias + channel)));
     }
+    finish_stored(c.epilogue, c.output, at.output, c.pitch, 1, c.pitch / kLanes);
   }
 }
 

@@ -10,15 +10,6 @@ constexpr int64_t kMinChunkPixels = 64;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Applies the epilogue to one vector; `offset` is its place in the output.
-FC_INLINE V finish(V sum, const Epilogue& e, int64_t offset, V bias) {
-  V y = add(sum, bias);
-  const V low = broadcast(e.low), high = broadcast(e.high);
-  if (!e.residual) return clamp(y, low, high);
-  const V residual = load(e.residual + offset);
-  return e.residual_after_clamp ? add(clamp(y, low, high), residual) : clamp(add(y, residual), low, high);
-}
-
 // A part of all sums: a few taps with all their terms, or some of the terms of one tap.
 struct DirectPart {
   Range taps, terms;     // of each tap
@@ -138,6 +129,7 @@ static void multiply_panel(const DirectConv& c, Range pixels, int64_t group, int
       for_each_run(c, pixels, channel, [&](PixelRun run) {
         run.input += group * c.group_channels;
         run_tiles<B>(c, part, run, c.epilogue.bias + channel);
+        if (part.is_last) finish_stored(c.epilogue, c.output, run.output, c.pitch, run.count, B);
       });
       part.weights += (part.taps.end - tap) * (part.terms.end - i) * B * kLanes;
     }

@@ -35,8 +35,8 @@ static void pool_f32(const Pool& c, Range pixels) {
 }
 
 static void elementwise_f32(const Elementwise& c, Range pixels) {
-  const V low = broadcast(c.low), high = broadcast(c.high);
-  for (int64_t p = pixels.begin; p < pixels.end; ++p)
+  const V low = broadcast(c.activation.low), high = broadcast(c.activation.high);
+  for (int64_t p = pixels.begin; p < pixels.end; ++p) {
     for (int64_t channel = 0; channel < c.pitch; channel += kLanes) {
       const int64_t at = p * c.pitch + channel;
       V y = load(c.input + at);
@@ -44,4 +44,8 @@ static void elementwise_f32(const Elementwise& c, Range pixels) {
       if (c.other) y = add(y, load(c.other + at));
       store(c.output + at, clamp(y, low, high));
     }
+    const int64_t at = p * c.pitch;
+    if (c.activation.is_function())
+      apply_function(c.activation, c.output + at, c.output + at, c.pitch, 1, c.pitch / kLanes);
+  }
 }

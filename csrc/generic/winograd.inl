@@ -259,6 +259,9 @@ static void transform_output(const Winograd& c, int64_t first, int64_t count, Ra
       transform_output_tile(c, m + t * c.pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
                             c.epilogue.bias + channel);
     }
+    for (int64_t y = 0; y < rows; ++y)
+      finish_stored(c.epilogue, c.output, (pixel + y * c.width) * c.pitch + blocks.begin * kLanes, c.pitch, columns,
+                    blocks.end - blocks.begin);
   }
 }
 

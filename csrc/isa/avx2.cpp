@@ -38,6 +38,13 @@ FC_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 // Both instructions return their second operand if either is NaN, so a NaN in x stays.
 FC_INLINE V clamp(V x, V low, V high) { return _mm256_min_ps(high, _mm256_max_ps(low, x)); }
 FC_INLINE V maximum(V a, V b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+FC_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
+FC_INLINE V square_root(V x) { return _mm256_sqrt_ps(x); }
+FC_INLINE V absolute(V x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
+FC_INLINE V select_positive(V x, V a, V b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+FC_INLINE V low_bits_to_exponent(V x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 
 #include "../generic/all.inl"
 

@@ -43,6 +43,13 @@ FC_INLINE V clamp(V x, V low, V high) { return _mm512_min_ps(high, _mm512_max_ps
 FC_INLINE V maximum(V a, V b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
+FC_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+FC_INLINE V square_root(V x) { return _mm512_sqrt_ps(x); }
+FC_INLINE V absolute(V x) { return _mm512_abs_ps(x); }
+FC_INLINE V select_positive(V x, V a, V b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), a);
+}
+FC_INLINE V low_bits_to_exponent(V x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 
 #include "../generic/all.inl"
 

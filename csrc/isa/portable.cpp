@@ -5,6 +5,7 @@ namespace fastcascade {
 namespace portable {
 
 typedef float V __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
 constexpr int kLanes = 4, kMr = 6, kNrBlocks = 2;
 constexpr int kDirectRows[] = {12, 6, 4};  // pixels of the direct kernel's tile of 1, 2 and 3 blocks
 
@@ -29,6 +30,13 @@ FC_INLINE V clamp(V x, V low, V high) {
   return x > high ? high : x;
 }
 FC_INLINE V maximum(V a, V b) { return ((a != a) | (a > b)) ? a : b; }
+FC_INLINE V div(V a, V b) { return a / b; }
+FC_INLINE V square_root(V x) {
+  return V{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+}
+FC_INLINE V absolute(V x) { return (V)((I)x & 0x7fffffff); }
+FC_INLINE V select_positive(V x, V a, V b) { return x > 0.f ? a : b; }
+FC_INLINE V low_bits_to_exponent(V x) { return (V)((I)x << 23); }
 
 #include "../generic/all.inl"
 
