@@ -34,9 +34,15 @@ bool can_use_depthwise(const OpSpec& op, const Shape& in) {
   return op.groups > 1 && op.groups == op.weight_shape[0] && op.weight_shape[1] == 1 && in.c == op.groups;
 }
 
-bool can_use_winograd(const OpSpec& op) {
+// True where each group's inputs and outputs fill whole vectors.
+bool groups_fill_vectors(const OpSpec& op, int64_t lanes) {
+  return op.weight_shape[0] / op.groups % lanes == 0 && op.weight_shape[1] % lanes == 0;
+}
+
+bool can_use_winograd(const OpSpec& op, int64_t lanes) {
   const std::array<int64_t, 2> one{1, 1}, three{3, 3};
-  return op.kernel == three && op.stride == one && op.dilation == one && op.groups == 1 &&
+  return op.kernel == three && op.stride == one && op.dilation == one &&
+         (op.groups == 1 || groups_fill_vectors(op, lanes)) &&
          *std::max_element(op.padding.begin(), op.padding.end()) <= 1;
 }
 
@@ -46,8 +52,9 @@ ConvKernel choose_conv_kernel(const OpSpec& op, const Shape& in, const Shape& ou
                               const std::string& forced) {
   if (forced == "conv_direct_f32") return ConvKernel::direct;
   if (can_use_depthwise(op, in)) return ConvKernel::depthwise;
-  if (!can_use_winograd(op)) return ConvKernel::direct;
-  const bool winograd = !forced.empty() || winograd_is_faster(kernels.isa, op.weight_shape[1], out);
+  if (!can_use_winograd(op, kernels.lanes)) return ConvKernel::direct;
+  const Shape group{op.weight_shape[0] / op.groups, out.h, out.w};
+  const bool winograd = !forced.empty() || winograd_is_faster(kernels.isa, op.weight_shape[1], group);
   return winograd ? ConvKernel::winograd : ConvKernel::direct;
 }
 

@@ -86,8 +86,10 @@ struct Winograd {
   const float* untransformed_weights;  // null unless it pays to transform them on every call
   const float* zeros;                  // in_width * in_pitch zeros: the row above and below the image
   float* scratch;                      // winograd_scratch() floats
-  int64_t in_height, in_width, in_pitch, channels;
-  int64_t height, width, pitch;  // of the output
+  int64_t in_height, in_width, in_pitch;
+  int64_t height, width, pitch;         // of the output
+  int64_t channels;                     // inputs of a group
+  int64_t group_in_pitch, group_pitch;  // inputs and outputs of a group, rounded up to vectors
   int64_t pad_top, pad_left;
   int64_t tiles_per_pass;  // tiles that are transformed and multiplied together
   Epilogue epilogue;
@@ -129,7 +131,7 @@ struct KernelTable {
   int nr_blocks;  // its blocks; nr = nr_blocks * lanes
   // `pixels` counts output pixels over all instances, `panels` the panels of all groups.
   void (*conv_direct_f32)(const DirectConv&, Range pixels, Range panels);
-  void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);  // from a multiple of nr_blocks
+  void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range panels);  // of nr_blocks blocks of a group
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
   void (*conv_depthwise_f32)(const DepthwiseConv&, Range rows);  // output rows over all instances
@@ -160,7 +162,7 @@ inline int64_t winograd_depth(int64_t channels) { return (channels + 1) / 2 * 2;
 // slots of their own, followed by 36 planes for the weights of kKc terms. Slots and planes are one cache line longer
 // than what they hold, so that they do not map to the same cache sets.
 inline int64_t winograd_slot(const Winograd& c) {
-  return c.tiles_per_pass * (c.in_pitch > c.pitch ? c.in_pitch : c.pitch) + 16;
+  return c.tiles_per_pass * std::max(c.group_in_pitch, c.group_pitch) + 16;
 }
 inline int64_t winograd_plane(int64_t nr) { return kKc * nr + 16; }
 inline int64_t winograd_scratch(const Winograd& c, const KernelTable& kernels) {

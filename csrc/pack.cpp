@@ -66,19 +66,23 @@ Buffer pack_direct(const MergedWeights& m, int64_t lanes) {
 }
 
 WinogradWeights pack_winograd(const MergedWeights& m, const KernelTable& kernels) {
-  const int64_t lanes = kernels.lanes, depth = winograd_depth(m.in), plane = depth * round_up(m.out, lanes);
-  WinogradWeights packed{Buffer(9 * plane), Buffer(36 * plane)};
-  for_each_channel(m.out, kernels, [&](int64_t channel, int64_t first, int64_t width) {
-    for (int64_t i = 0; i < m.in; ++i) {
-      const bool unpaired = width == lanes;
-      const int64_t offset = unpaired ? tail_offset(channel - first, i, lanes) : i * width + channel - first;
-      const int64_t place = first * depth + offset;
-      float* vector = packed.untransformed.data() + place / lanes * 9 * lanes + place % lanes;
-      const float* weight = &m.weight[(channel * m.in + i) * 9];
-      for (int64_t tap = 0; tap < 9; ++tap) vector[tap * lanes] = weight[tap] / 9;
-    }
-  });
-  kernels.transform_weights_f32(packed.untransformed.data(), plane / lanes, packed.transformed.data(), plane);
+  const int64_t lanes = kernels.lanes, per_group = m.out / m.groups, depth = winograd_depth(m.in);
+  const int64_t plane = depth * round_up(per_group, lanes);
+  WinogradWeights packed{Buffer(9 * m.groups * plane), Buffer(36 * m.groups * plane)};
+  for (int64_t g = 0; g < m.groups; ++g) {
+    float* group = packed.untransformed.data() + 9 * g * plane;
+    for_each_channel(per_group, kernels, [&](int64_t channel, int64_t first, int64_t width) {
+      for (int64_t i = 0; i < m.in; ++i) {
+        const bool unpaired = width == lanes;
+        const int64_t offset = unpaired ? tail_offset(channel - first, i, lanes) : i * width + channel - first;
+        const int64_t place = first * depth + offset;
+        float* vector = group + place / lanes * 9 * lanes + place % lanes;
+        const float* weight = &m.weight[((g * per_group + channel) * m.in + i) * 9];
+        for (int64_t tap = 0; tap < 9; ++tap) vector[tap * lanes] = weight[tap] / 9;
+      }
+    });
+    kernels.transform_weights_f32(group, plane / lanes, packed.transformed.data() + 36 * g * plane, plane);
+  }
   return packed;
 }
 

@@ -22,12 +22,13 @@ MergedWeights merge_groups(const OpSpec& op, int64_t lanes);
 // a pixel of the kernel or a row of them. A slice of a tap's terms is contiguous, as the direct kernel reads it.
 Buffer pack_direct(const MergedWeights& merged, int64_t lanes);
 
-// Weights of a Winograd convolution as vectors: [panel][depth][blocks of the panel], panels of nr_blocks, zero where
-// depth exceeds `in`. An unpaired tail block is [depth / 2][2] instead: the first vector holds channels 0 and 1 of
-// every four, the second 2 and 3, each with two terms side by side. pairwise_add puts the sums back into order.
+// Weights of a Winograd convolution as vectors, group by group: [panel][depth][blocks of the panel], panels of
+// nr_blocks, zero where depth exceeds `in`. An unpaired tail block is [depth / 2][2] instead: the first vector holds
+// channels 0 and 1 of every four, the second 2 and 3, each with two terms side by side. pairwise_add puts the sums back
+// into order.
 struct WinogradWeights {
   Buffer untransformed;  // [vector][9][lanes]; each weight is divided by 9 so that the transform's factors are exact
-  Buffer transformed;    // [36][vector][lanes]
+  Buffer transformed;    // [group][36][vector][lanes]
 };
 WinogradWeights pack_winograd(const MergedWeights& merged, const KernelTable& kernels);
 

@@ -60,9 +60,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.scratch = scratch;
       set_residual(c.epilogue, residual);
       const ConvPart mine = conv_part(step, work, kernels, share);
-      const int64_t blocks = c.pitch / kernels.lanes, nr_blocks = kernels.nr_blocks;
-      return kernels.conv3x3_winograd_f32(
-          c, mine.positions, {mine.panels.begin * nr_blocks, std::min(blocks, mine.panels.end * nr_blocks)});
+      return kernels.conv3x3_winograd_f32(c, mine.positions, mine.panels);
     }
     case StepKind::depthwise: {
       DepthwiseConv c = step.depthwise;

@@ -209,18 +209,21 @@ class StepBuilder {
 
   void add_winograd(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    const MergedWeights merged = merge_groups(op, kernels_.lanes);
     Step& step = add_step(StepKind::winograd, op, operation_text(op, in.shape), "conv3x3_winograd_f32");
-    WinogradWeights packed = pack_winograd(merge_groups(op, kernels_.lanes), kernels_);
+    WinogradWeights packed = pack_winograd(merged, kernels_);
     step.weights = std::move(packed.transformed);
     step.untransformed_weights = std::move(packed.untransformed);
     step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);
-    step.panels = round_up(out.pitch, kernels_.nr()) / kernels_.nr();
     Winograd& c = step.winograd;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
     c.in_width = in.shape.w;
     c.in_pitch = in.pitch;
-    c.channels = in.shape.c;
+    c.channels = merged.in;
+    c.group_in_pitch = in.pitch / merged.groups;
+    c.group_pitch = out.pitch / merged.groups;
+    step.panels = merged.groups * (round_up(c.group_pitch, kernels_.nr()) / kernels_.nr());
     c.height = out.shape.h;
     c.width = out.shape.w;
     c.pitch = out.pitch;
