@@ -63,17 +63,23 @@ struct Epilogue {
   const float* residual_after_function;  // in place of `residual` where the activation before it is a function
 };
 
-// Direct convolution of an input whose padding is part of the buffer. An output pixel is the sum over `taps` of
-// `depth` consecutive input floats, starting at tap_offsets[t] from the pixel's origin, each times one row of
-// weights. A 1×1 convolution and a linear layer have one tap.
+// A tap of a direct convolution: its row and column in the kernel, and where its input lies from the first tap's.
+struct Tap {
+  int64_t offset, y, x;
+};
+
+// Direct convolution. Each tap takes `depth` consecutive floats of the input: the channels of a group, or, where
+// columns are joined, those of all pixels under a row of the kernel. A 1×1 convolution without stride and a linear
+// layer have maps of one column, so that all pixels of an image are a constant step apart.
 struct DirectConv {
   const float* input;
   float* output;
   const float* weights;  // see pack_direct
-  const int64_t* tap_offsets;
-  int64_t taps, depth;
-  int64_t image_step, row_step, pixel_step;  // floats between the origins of adjacent output pixels
-  int64_t height, width, pitch;              // of the output
+  const Tap* taps;
+  int64_t tap_count, depth;
+  bool joins_columns;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+  int64_t in_height, in_width, in_pitch, height, width, pitch;
   int64_t blocks_per_group, group_channels;  // each group of blocks reads its own slice of the input channels
   Epilogue epilogue;
 };
@@ -129,8 +135,8 @@ struct KernelTable {
   int lanes;      // floats in a vector
   int mr;         // tiles of Winograd's register tile
   int nr_blocks;  // its blocks; nr = nr_blocks * lanes
-  // `pixels` counts output pixels over all instances, `panels` the panels of all groups.
-  void (*conv_direct_f32)(const DirectConv&, Range pixels, Range panels);
+  // `rows` counts output rows over all instances, `panels` the panels of all groups.
+  void (*conv_direct_f32)(const DirectConv&, Range rows, Range panels);
   void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range panels);  // of nr_blocks blocks of a group
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);

@@ -28,13 +28,16 @@ int64_t tail_offset(int64_t channel, int64_t i, int64_t lanes) {
 
 }  // namespace
 
+int64_t neighbours_to_merge(const OpSpec& op, int64_t lanes) {
+  const int64_t merged = lanes / std::gcd(lanes, op.weight_shape[0] / op.groups);
+  return op.groups % merged ? op.groups : merged;
+}
+
 MergedWeights merge_groups(const OpSpec& op, int64_t lanes) {
   const auto& w = op.weight_shape;
   if (op.groups == 1) return {op.weight, 1, w[0], w[1], w[2], w[3]};
   const int64_t per_group = w[0] / op.groups;
-  // The fewest neighbours whose outputs fill whole vectors; all groups where that number does not divide them.
-  int64_t merged = lanes / std::gcd(lanes, per_group);
-  if (op.groups % merged) merged = op.groups;
+  const int64_t merged = neighbours_to_merge(op, lanes);
   const int64_t in = w[1] * merged, area = w[2] * w[3];
   if (merged > 1 && in * area > kMaxMergedFloats / w[0])
     throw std::invalid_argument("a convolution in " + std::to_string(op.groups) + " groups of " +

@@ -18,6 +18,9 @@ struct MergedWeights {
 };
 MergedWeights merge_groups(const OpSpec& op, int64_t lanes);
 
+// The fewest neighbours whose outputs fill whole vectors; all groups where that number does not divide them.
+int64_t neighbours_to_merge(const OpSpec& op, int64_t lanes);
+
 // [group][panel][tap][depth][panel's lanes]; see panel_begin. The order of terms is (ky, kx, channel), whether a tap is
 // a pixel of the kernel or a row of them. A slice of a tap's terms is contiguous, as the direct kernel reads it.
 Buffer pack_direct(const MergedWeights& merged, int64_t lanes);

@@ -11,7 +11,7 @@ Range part(int64_t count, Share share) {
 }
 
 struct ConvPart {
-  Range positions, panels;  // positions: pixels or Winograd tiles
+  Range positions, panels;  // positions: rows or Winograd tiles
 };
 
 // Splits a convolution over output positions, or over panels of output channels where positions are too few to fill the

@@ -29,12 +29,6 @@ FC_INLINE void add_kernel_row(DepthwiseTile& tile, const V (&taps)[KW], const fl
   ((pixel = add_column<KW, S, J>(tile, taps, pixel, step, std::make_index_sequence<kDepthwiseColumns>())), ...);
 }
 
-// The taps of a kernel of `size` that lie inside the image along one axis, where the first is at input pixel `at`.
-FC_INLINE Range inside_taps(int64_t at, int64_t size, int64_t dilation, int64_t limit) {
-  const int64_t begin = at < 0 ? std::min(size, (-at + dilation - 1) / dilation) : 0;
-  return {begin, std::max(begin, std::min(size, (limit - at + dilation - 1) / dilation))};
-}
-
 // Where a tile reads and writes.
 struct DepthwisePlace {
   const float* input;  // the first row under the kernel that is inside the image
