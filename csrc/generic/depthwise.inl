@@ -14,19 +14,24 @@ FC_INLINE void add_tap(DepthwiseTile& tile, const V (&taps)[KW], V x) {
   if constexpr (kx >= 0 && kx < KW) tile.sums[C] = fma(x, taps[kx], tile.sums[C]);
 }
 
-template <int KW, int S, int J, size_t... C>
-FC_INLINE const float* add_column(DepthwiseTile& tile, const V (&taps)[KW], const float* pixel, int64_t step,
-                                  std::index_sequence<C...>) {
+alignas(64) static const float kDepthwiseZeros[kLanes] = {};
+
+// Column J under the tile. Those outside the image, on the edges only, are zero.
+template <int KW, int S, bool Edge, int J, size_t... C>
+FC_INLINE void add_column(DepthwiseTile& tile, const V (&taps)[KW], const float* first, int64_t step, Range inside,
+                          std::index_sequence<C...>) {
+  const float* pixel = first + J * step;
+  if (Edge && (J < inside.begin || J >= inside.end)) pixel = kDepthwiseZeros;
   const V x = load(pixel);
   (add_tap<KW, S, J, C>(tile, taps, x), ...);
-  return pixel + step;
 }
 
-// Adds one row of a kernel that is KW wide, for outputs S input pixels apart. `pixel` is the first under the tile.
-template <int KW, int S, size_t... J>
-FC_INLINE void add_kernel_row(DepthwiseTile& tile, const V (&taps)[KW], const float* pixel, int64_t step,
+// Adds one row of a kernel that is KW wide, for outputs S input pixels apart. `first` is the first pixel under the
+// tile.
+template <int KW, int S, bool Edge, size_t... J>
+FC_INLINE void add_kernel_row(DepthwiseTile& tile, const V (&taps)[KW], const float* first, int64_t step, Range inside,
                               std::index_sequence<J...>) {
-  ((pixel = add_column<KW, S, J>(tile, taps, pixel, step, std::make_index_sequence<kDepthwiseColumns>())), ...);
+  (add_column<KW, S, Edge, J>(tile, taps, first, step, inside, std::make_index_sequence<kDepthwiseColumns>()), ...);
 }
 
 // Where a tile reads and writes.
@@ -54,8 +59,7 @@ FC_INLINE void store_some_sums(const DepthwiseTile& tile, const Epilogue& e, flo
     store(output + offset, finish(load(sums + x * kLanes), e, offset, bias));
 }
 
-// All channels of a tile. Where it reaches over the side of the image (Edge), each row of pixels under it is copied
-// between zeros first.
+// All channels of a tile. Edge where it reaches over a side of the image.
 template <int KW, int S, bool Edge>
 FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& place) {
   constexpr std::make_index_sequence<kDepthwiseColumns> each;
@@ -65,8 +69,7 @@ FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& plac
   const Epilogue e = c.epilogue;
   float* const output = c.output;
   const int64_t pitch = c.pitch, row_step = c.in_width * pitch, block_weights = c.kernel_h * KW * kLanes;
-  const int64_t begin = std::max<int64_t>(-at.x, 0), end = std::min<int64_t>(c.in_width - at.x, kUnder);
-  alignas(64) float copy[Edge ? kUnder * kLanes : 1] = {};
+  const Range inside{-at.x, c.in_width - at.x};
   const float* pixels = at.input + at.x * pitch;
   const float* weights = c.weights + at.ky.begin * KW * kLanes;
   for (int64_t channel = 0; channel < pitch; channel += kLanes, pixels += kLanes, weights += block_weights) {
@@ -75,9 +78,7 @@ FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& plac
     for (int64_t ky = at.ky.begin; ky < at.ky.end; ++ky, row += row_step, row_weights += KW * kLanes) {
       V taps[KW];
       load_vectors(taps, row_weights, std::make_index_sequence<KW>());
-      if constexpr (Edge)
-        for (int64_t j = begin; j < end; ++j) store(copy + j * kLanes, load(row + j * pitch));
-      add_kernel_row<KW, S>(tile, taps, Edge ? copy : row, Edge ? kLanes : pitch, std::make_index_sequence<kUnder>());
+      add_kernel_row<KW, S, Edge>(tile, taps, row, pitch, inside, std::make_index_sequence<kUnder>());
     }
     const V bias = load(e.bias + channel);
     if (at.columns == kDepthwiseColumns)
