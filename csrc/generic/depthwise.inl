@@ -21,7 +21,10 @@ template <int KW, int S, bool Edge, int J, size_t... C>
 FC_INLINE void add_column(DepthwiseTile& tile, const V (&taps)[KW], const float* first, int64_t step, Range inside,
                           std::index_sequence<C...>) {
   const float* pixel = first + J * step;
-  if (Edge && (J < inside.begin || J >= inside.end)) pixel = kDepthwiseZeros;
+  if constexpr (Edge) {
+    if (J < inside.begin || J >= inside.end) pixel = kDepthwiseZeros;
+    asm volatile("" : "+r"(pixel));  // or GCC loads all columns first and spills them
+  }
   const V x = load(pixel);
   (add_tap<KW, S, J, C>(tile, taps, x), ...);
 }
