@@ -92,8 +92,10 @@ struct Winograd {
   const float* untransformed_weights;  // null unless it pays to transform them on every call
   const float* zeros;                  // in_width * in_pitch zeros: the row above and below the image
   float* scratch;                      // winograd_scratch() floats
+  bool pools;                          // the output is the 2×2 maxima of the sums, with their epilogue
   int64_t in_height, in_width, in_pitch;
-  int64_t height, width, pitch;         // of the output
+  int64_t height, width;  // of the sums
+  int64_t out_height, out_width, pitch;
   int64_t channels;                     // inputs of a group
   int64_t group_in_pitch, group_pitch;  // inputs and outputs of a group, rounded up to vectors
   int64_t pad_top, pad_left;

@@ -75,6 +75,7 @@ Network build_network(StageSpec spec, const KernelTable& kernels, const std::str
   check_forced_kernel(forced);
   const std::vector<Shape> shapes = infer_shapes(spec);
   fuse_residual_adds(spec);
+  fuse_max_pools(spec, shapes, kernels, forced);
   Network net = build_steps(spec, shapes, kernels, forced);
   plan_memory(net);
   net.min_rows_per_thread = weights_are_rarely_used(net) ? kMinRowsPerThread : 1;

@@ -47,7 +47,8 @@ struct OpSpec {
   std::array<int64_t, 3> before{}, after{};               // pad
   std::array<int64_t, 3> start{}, stop{}, step{1, 1, 1};  // slice
   float value = 0.f;                                      // pad
-  bool residual_after_activation = false;                 // set by fusion only
+  // Set by fusion only: the convolution's 2×2 maxima are its output; the residual comes last.
+  bool max_pooled = false, residual_after_activation = false;
 
   bool has_activation() const { return activation.is_clamp() || activation.is_function(); }
 };

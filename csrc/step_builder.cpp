@@ -23,6 +23,7 @@ std::string conv_text(const OpSpec& op, const Shape& in) {
   if (op.groups > 1) text += " groups " + std::to_string(op.groups);
   text += " " + in.text();
   if (op.residual >= 0) text += " + residual";
+  if (op.max_pooled) text += " + max pool 2x2";
   text += activation_text(op.activation);
   return text;
 }
@@ -90,6 +91,7 @@ class StepBuilder {
   }
 
   ConvKernel conv_kernel(const OpSpec& op) const {
+    if (op.max_pooled) return ConvKernel::winograd;
     return choose_conv_kernel(op, net_.shape(op.inputs[0]), net_.shape(op.output), kernels_, forced_);
   }
 
@@ -211,8 +213,12 @@ class StepBuilder {
     WinogradWeights packed = pack_winograd(merged, kernels_);
     step.weights = std::move(packed.transformed);
     step.untransformed_weights = std::move(packed.untransformed);
-    step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);
     Winograd& c = step.winograd;
+    c.pools = op.max_pooled;
+    c.height = in.shape.h + op.padding[0] + op.padding[1] - 2;
+    c.width = in.shape.w + op.padding[2] + op.padding[3] - 2;
+    step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);
+    step.macs = c.height * c.width * out.shape.c * op.weight_shape[1] * 9;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
     c.in_width = in.shape.w;
@@ -221,8 +227,8 @@ class StepBuilder {
     c.group_in_pitch = in.pitch / merged.groups;
     c.group_pitch = out.pitch / merged.groups;
     step.panels = merged.groups * (round_up(c.group_pitch, kernels_.nr()) / kernels_.nr());
-    c.height = out.shape.h;
-    c.width = out.shape.w;
+    c.out_height = out.shape.h;
+    c.out_width = out.shape.w;
     c.pitch = out.pitch;
     c.pad_top = op.padding[0];
     c.pad_left = op.padding[2];

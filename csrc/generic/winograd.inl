@@ -225,7 +225,12 @@ FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, 
   for (int64_t x = 0; x < columns; ++x) store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
 }
 
-// Transforms one block of channels of one tile back and finishes its 4×4 outputs.
+// The larger of each two neighbours of two rows.
+FC_INLINE V pool_four(V a, V b, V c, V d) { return maximum(maximum(a, b), maximum(c, d)); }
+
+// Transforms one block of channels of one tile back and finishes its 4×4 outputs, or their 2×2 maxima. They begin at
+// `offset`; `rows` and `columns` of them are inside the map.
+template <bool Pools>
 FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t slot, int64_t offset, int64_t rows,
                                      int64_t columns, const float* bias_at) {
   const V bias = load(bias_at);
@@ -240,7 +245,18 @@ FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t 
   // Copies, because the compiler must assume that stores of outputs change what c points to.
   const Epilogue e = c.epilogue;
   float* const output = c.output;
-  const int64_t pitch = c.pitch, next = c.width * pitch;
+  const int64_t pitch = c.pitch, next = c.out_width * pitch;
+  if constexpr (Pools) {
+    const V pooled[4] = {
+        pool_four(out[0].v0, out[0].v1, out[1].v0, out[1].v1), pool_four(out[0].v2, out[0].v3, out[1].v2, out[1].v3),
+        pool_four(out[2].v0, out[2].v1, out[3].v0, out[3].v1), pool_four(out[2].v2, out[2].v3, out[3].v2, out[3].v3)};
+    for (int64_t y = 0; y < rows; ++y)
+      for (int64_t x = 0; x < columns; ++x) {
+        const int64_t at = offset + y * next + x * pitch;
+        store(output + at, finish(pooled[2 * y + x], e, at, bias));
+      }
+    return;
+  }
   if (rows == 4 && columns == 4) {
     finish_row(e, out[0], output, offset, pitch, bias);
     finish_row(e, out[1], output, offset + next, pitch, bias);
@@ -253,18 +269,20 @@ FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t 
 
 static void transform_output(const Winograd& c, int64_t first, int64_t count, Range blocks, const float* m,
                              int64_t slot) {
+  const int64_t shrink = c.pools ? 2 : 1, side = 4 / shrink;  // outputs of a tile along one axis
+  const auto transform_tile = c.pools ? transform_output_tile<true> : transform_output_tile<false>;
   for (int64_t t = 0; t < count; ++t) {
     const TileRun at = tile_run(c, first + t, 1);
-    const int64_t pixel = (at.image * c.height + at.y) * c.width + at.x;
-    const int64_t rows = std::min<int64_t>(4, c.height - at.y), columns = std::min<int64_t>(4, c.width - at.x);
+    const int64_t y = at.y / shrink, x = at.x / shrink, pixel = (at.image * c.out_height + y) * c.out_width + x;
+    const int64_t rows = std::min(side, c.out_height - y), columns = std::min(side, c.out_width - x);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t channel = block * kLanes;
-      transform_output_tile(c, m + t * c.group_pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
-                            c.epilogue.bias + channel);
+      transform_tile(c, m + t * c.group_pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
+                     c.epilogue.bias + channel);
     }
-    for (int64_t y = 0; y < rows; ++y)
-      finish_stored(c.epilogue, c.output, (pixel + y * c.width) * c.pitch + blocks.begin * kLanes, c.pitch, columns,
-                    blocks.end - blocks.begin);
+    for (int64_t row = 0; row < rows; ++row)
+      finish_stored(c.epilogue, c.output, (pixel + row * c.out_width) * c.pitch + blocks.begin * kLanes, c.pitch,
+                    columns, blocks.end - blocks.begin);
   }
 }
 

@@ -222,6 +222,40 @@ def test_grouped_convolution(run_ops: RunOps, isa: str, kernel: str, width: int)
         assert_near(got, expected, TOLERANCE[kernel])
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("image", [(2, 2), (3, 9), (6, 7), (8, 8), (17, 12)])
+def test_max_pool_in_the_epilogue(run_ops: RunOps, isa: str, image: tuple[int, int], activation: str) -> None:
+    """Winograd pools its own tiles: the twin's values, and the same NaN as a pool of its own gives."""
+    for channels, out, n in [(16, 16, 1), (17, 33, 2), (33, 8, 3)]:
+        conv = random_conv(channels, out, padding=(1, 1, 1, 1), activation=activation)
+        ops = [conv, Pool(2, 1, "max", (2, 2), (2, 2))]
+        x = torch.randn(n, channels, *image)
+        got, expected = run_ops(x, ops, isa, WINOGRAD)
+        assert_near(got, expected, TOLERANCE[WINOGRAD])
+        x[0, 0, 0, 0] = math.nan
+        fused, _ = run_ops(x, ops, isa, WINOGRAD, 3)
+        ops = [conv, Pool(2, 1, "max", (1, 1), (1, 1)), Pool(3, 2, "max", (2, 2), (2, 2))]
+        apart, _ = run_ops(x, ops, isa, WINOGRAD)
+        assert torch.equal(fused.nan_to_num(), apart.nan_to_num())
+        assert torch.equal(fused.isnan(), apart.isnan())
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        Pool(2, 1, "max", (2, 2), (2, 2), ceil_mode=True),
+        Pool(2, 1, "max", (3, 3), (2, 2), (1, 1, 1, 1)),
+        Pool(2, 1, "max", (2, 2), (1, 1)),
+        Pool(2, 1, "average", (2, 2), (2, 2)),
+    ],
+    ids=["ceil", "3×3", "stride 1", "average"],
+)
+def test_other_pools_stay_behind_the_convolution(run_ops: RunOps, isa: str, pool: Pool) -> None:
+    conv = random_conv(16, 16, padding=(1, 1, 1, 1))
+    got, expected = run_ops(torch.randn(2, 16, 9, 7), [conv, pool], isa, WINOGRAD)
+    assert_near(got, expected, TOLERANCE[WINOGRAD])
+
+
 @pytest.mark.parametrize("out", [8, 17, 24, 33, 40, 65, 100, 112])
 def test_panels_of_one_to_three_blocks(run_ops: RunOps, isa: str, out: int) -> None:
     for depth, width in [(3, 1), (129, 2), (64, 13), (300, 50)]:
