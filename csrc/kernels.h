@@ -116,23 +116,58 @@ struct DepthwiseConv {
   Epilogue epilogue;
 };
 
+// The windows of a pool along one axis.
+struct PoolAxis {
+  int64_t in, count;       // pixels of the input, windows
+  int64_t kernel, stride;  // adaptive where kernel is 0: window i spans ⌊i · in / count⌋ … ⌈(i + 1) · in / count⌉
+  int64_t pad_before, pad_after;
+};
+
 struct Pool {
   const float* input;
   float* output;
   bool is_max, include_padding;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, pad_bottom, pad_right;
-  int64_t in_height, in_width, height, width, pitch;
+  PoolAxis rows, columns;
+  int64_t pitch;
 };
 
-// y = activation(x * scale[c] + shift[c]), or activation(x + other) where `other` is not null.
+// An operand that may broadcast. Its steps are 0 along axes of size 1.
+struct Operand {
+  const float* data;
+  int64_t image_step, row_step, pixel_step;
+  bool one_channel;  // which counts for all
+};
+
+enum class Combine { none, add, multiply, scale_shift };
+
+// y = activation(a), activation(a + b), activation(a * b) or activation(a * b + shift), where `shift` is laid out as b.
+// The output may take the place of an operand that does not broadcast.
 struct Elementwise {
-  const float* input;
-  const float* other;
-  const float* scale;
+  Combine combine;
+  Operand a, b;
   const float* shift;
   float* output;
-  int64_t pitch;
+  int64_t height, width, channels, pitch;  // of the output
   Activation activation;
+};
+
+// Layer norm, softmax, mean or maximum over the channels of each pixel.
+struct ChannelOp {
+  const float* input;
+  float* output;
+  int64_t channels, in_pitch, pitch;
+  const float *scale, *shift;  // [pitch], of a layer norm
+  float eps;
+  int64_t parts;  // runs of channels that a softmax compares: channel c competes with c ± i · channels / parts
+  bool is_max;    // of a reduction
+};
+
+// Upsampling; bilinear unless `nearest`.
+struct Resize {
+  const float* input;
+  float* output;
+  bool nearest, align_corners;
+  int64_t in_height, in_width, height, width, pitch;
 };
 
 struct KernelTable {
@@ -146,8 +181,12 @@ struct KernelTable {
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
   void (*conv_depthwise_f32)(const DepthwiseConv&, Range rows);  // output rows over all instances
-  void (*pool_f32)(const Pool&, Range pixels);
+  void (*pool_f32)(const Pool&, Range pixels, Range blocks);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
+  void (*layer_norm_f32)(const ChannelOp&, Range pixels);
+  void (*softmax_f32)(const ChannelOp&, Range pixels);
+  void (*channel_reduce_f32)(const ChannelOp&, Range pixels);
+  void (*resize_f32)(const Resize&, Range pixels);
 
   int nr() const { return nr_blocks * lanes; }
 };

@@ -45,6 +45,26 @@ void copy_channels(const float* from, int64_t count, float* to) {
   for (int64_t c = chunked; c < count; ++c) to[c] = from[c];
 }
 
+// The pixel along an axis of `size` that reflect or replicate padding puts at position i of the input.
+int64_t padding_source(PadMode mode, int64_t i, int64_t size) {
+  if (mode == PadMode::replicate) return std::clamp<int64_t>(i, 0, size - 1);
+  return i < 0 ? -i : i < size ? i : 2 * (size - 1) - i;
+}
+
+void pad_with_pixels(const Network& net, const Step& step, const float* x, float* y, Range pixels) {
+  const Value &in = net.values[step.inputs[0]], &out = net.values[step.output];
+  const OpSpec& op = step.layout;
+  PixelRun run;
+  for (int64_t p = pixels.begin; p < pixels.end; p += run.count) {
+    run = run_at(p, pixels.end, out.shape);
+    const float* line =
+        x + pixel_offset(in, run.instance, padding_source(op.pad_mode, run.y - op.before[1], in.shape.h), 0);
+    for (int64_t i = 0; i < run.count; ++i)
+      copy_channels(line + padding_source(op.pad_mode, run.x + i - op.before[2], in.shape.w) * in.pitch, in.pitch,
+                    y + (p + i) * out.pitch);
+  }
+}
+
 }  // namespace
 
 void load_lines(const Network& net, const Source& source, int64_t instance, float* y, Range lines) {
@@ -68,6 +88,7 @@ void load_lines(const Network& net, const Source& source, int64_t instance, floa
 }
 
 void pad_f32(const Network& net, const Step& step, const float* x, float* y, Range pixels) {
+  if (step.layout.pad_mode != PadMode::constant) return pad_with_pixels(net, step, x, y, pixels);
   const Value &in = net.values[step.inputs[0]], &out = net.values[step.output];
   const auto& before = step.layout.before;
   const float value = step.layout.value;
@@ -95,6 +116,31 @@ void pad_f32(const Network& net, const Step& step, const float* x, float* y, Ran
       copy_channels(from, in.shape.c, to + before[0]);
       std::fill(to + before[0] + in.shape.c, to + out.pitch, value);
     }
+  }
+}
+
+void reorder_f32(const Network& net, const Step& step, const float* x, float* y, Range pixels) {
+  const Value &in = net.values[step.inputs[0]], &out = net.values[step.output];
+  const std::vector<int64_t>& channels = step.layout.channels;
+  for (int64_t p = pixels.begin; p < pixels.end; ++p) {
+    const float* from = x + p * in.pitch;
+    float* to = y + p * out.pitch;
+    for (int64_t c = 0; c < out.shape.c; ++c) to[c] = from[channels[c]];
+    std::fill(to + out.shape.c, to + out.pitch, 0.f);
+  }
+}
+
+void reshape_f32(const Network& net, const Step& step, const float* x, float* y, Range pixels) {
+  const Value &in = net.values[step.inputs[0]], &out = net.values[step.output];
+  const int64_t in_area = in.shape.h * in.shape.w, area = out.shape.h * out.shape.w;
+  for (int64_t p = pixels.begin; p < pixels.end; ++p) {
+    const float* image = x + p / area * in.floats;
+    float* to = y + p * out.pitch;
+    for (int64_t c = 0; c < out.shape.c; ++c) {
+      const int64_t place = c * area + p % area;  // in (C, H, W) order
+      to[c] = image[place % in_area * in.pitch + place / in_area];
+    }
+    std::fill(to + out.shape.c, to + out.pitch, 0.f);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "memory_plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -70,11 +71,37 @@ std::vector<Lifetime> first_and_last_uses(const Network& net) {
   return lives;
 }
 
+// True where the step may write its output over this input, element by element.
+bool may_overwrite(const Network& net, const Step& step, int64_t input) {
+  const Value &in = net.values[input], &out = net.values[step.output];
+  return step.kind == StepKind::elementwise && in.shape == out.shape && in.pitch == out.pitch;
+}
+
+// The value in whose place each value is stored: itself, or an input that dies in the step that writes it. Merges the
+// lives of values that share a place into that of the first.
+std::vector<int64_t> share_places(const Network& net, std::vector<Lifetime>& lives) {
+  std::vector<int64_t> place(net.values.size());
+  std::iota(place.begin(), place.end(), 0);
+  const std::vector<Lifetime> own = lives;
+  for (size_t i = 0; i < net.steps.size(); ++i) {
+    const Step& step = net.steps[i];
+    for (int64_t v : step.inputs) {
+      if (own[v].end != i || !may_overwrite(net, step, v)) continue;
+      place[step.output] = place[v];
+      lives[place[v]].end = own[step.output].end;
+      lives[step.output] = Lifetime();
+      break;
+    }
+  }
+  return place;
+}
+
 // Liveness analysis. All steps of a segment run on one sub-tile before the next, so a value that leaves its segment is
 // alive in all of it; this sets Value::holds_tile.
-std::vector<Lifetime> find_lifetimes(Network& net) {
+std::vector<Lifetime> find_lifetimes(Network& net, std::vector<int64_t>& place) {
   const std::vector<size_t> segment_of = segment_of_steps(net);
   std::vector<Lifetime> lives = first_and_last_uses(net);
+  place = share_places(net, lives);
   for (size_t v = 0; v < lives.size(); ++v) {
     Lifetime& life = lives[v];
     if (life.empty()) continue;
@@ -118,7 +145,12 @@ int64_t place_values(const std::vector<Lifetime>& lives, std::vector<Value>& val
 void plan_memory(Network& net) {
   for (net.tile_instances = kMaxTileInstances;; net.tile_instances /= 2) {
     net.segments = cut_segments(net);
-    net.arena_floats = place_values(find_lifetimes(net), net.values);
+    std::vector<int64_t> place;
+    net.arena_floats = place_values(find_lifetimes(net, place), net.values);
+    for (size_t v = 0; v < net.values.size(); ++v) {
+      net.values[v].holds_tile = net.values[place[v]].holds_tile;
+      net.values[v].offset = net.values[place[v]].offset;
+    }
     if (net.tile_instances == 1 || net.arena_floats * 4 <= kArenaBytes) break;
   }
   if (net.arena_floats > kMaxFloats)

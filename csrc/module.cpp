@@ -81,6 +81,36 @@ void set_activation(OpSpec& op, const std::string& kind) {
   if (kind == "relu6") op.activation.high = 6.f;
 }
 
+// The place of a name among the choices.
+size_t read_choice(const py::dict& d, const char* key, std::initializer_list<const char*> choices) {
+  const auto name = get<std::string>(d, key);
+  const auto found = std::find(choices.begin(), choices.end(), name);
+  if (found != choices.end()) return static_cast<size_t>(found - choices.begin());
+  std::string expected;
+  for (const char* choice : choices) expected += (expected.empty() ? "" : " or ") + std::string(choice);
+  fail(std::string("field '") + key + "' is '" + name.substr(0, kMaxRepr) + "'; expected " + expected);
+}
+
+void read_scale_shift(OpSpec& op, const py::dict& d) {
+  op.weight = get_floats(d, "scale");
+  op.bias = get_floats(d, "shift");
+}
+
+void read_size(OpSpec& op, const py::dict& d) {
+  const auto size = get<std::array<int64_t, 2>>(d, "size");
+  op.size = {1, size[0], size[1]};
+}
+
+void read_reshape(OpSpec& op, const py::dict& d) {
+  const auto shape = get<std::vector<int64_t>>(d, "shape");
+  if (shape.size() == 1)
+    op.size = {shape[0], 1, 1};
+  else if (shape.size() == 3)
+    op.size = {shape[0], shape[1], shape[2]};
+  else
+    fail("field 'shape' has " + std::to_string(shape.size()) + " sizes; expected 1 or 3");
+}
+
 void read_conv2d(OpSpec& op, const py::dict& d) {
   std::vector<int64_t> shape;
   op.weight = get_floats(d, "weight", &shape);
@@ -97,9 +127,7 @@ void read_conv2d(OpSpec& op, const py::dict& d) {
 }
 
 void read_pool(OpSpec& op, const py::dict& d) {
-  const auto kind = get<std::string>(d, "kind");
-  if (kind != "max" && kind != "average") fail("unknown pool '" + kind + "'; expected max or average");
-  op.is_max = kind == "max";
+  op.is_max = read_choice(d, "kind", {"average", "max"}) == 1;
   op.kernel = get<std::array<int64_t, 2>>(d, "kernel");
   op.stride = get<std::array<int64_t, 2>>(d, "stride");
   op.padding = get<std::array<int64_t, 4>>(d, "padding");
@@ -125,7 +153,15 @@ OpSpec read_op(const py::dict& d) {
                                                       {"ScaleShift", OpKind::scale_shift},
                                                       {"Pad", OpKind::pad},
                                                       {"Concat", OpKind::concat},
-                                                      {"Flatten", OpKind::flatten}};
+                                                      {"Flatten", OpKind::flatten},
+                                                      {"AdaptivePool", OpKind::adaptive_pool},
+                                                      {"Multiply", OpKind::multiply},
+                                                      {"LayerNorm", OpKind::layer_norm},
+                                                      {"Softmax", OpKind::softmax},
+                                                      {"ChannelReduce", OpKind::channel_reduce},
+                                                      {"Resize", OpKind::resize},
+                                                      {"Reorder", OpKind::reorder},
+                                                      {"Reshape", OpKind::reshape}};
   const auto name = get<std::string>(d, "op");
   const auto found = kinds.find(name);
   if (found == kinds.end()) fail("unknown operation '" + name.substr(0, kMaxRepr) + "'");
@@ -139,10 +175,24 @@ OpSpec read_op(const py::dict& d) {
     case OpKind::pool: read_pool(op, d); break;
     case OpKind::linear: read_linear(op, d); break;
     case OpKind::activation: op.activation.parameter = get<float>(d, "parameter"); break;
-    case OpKind::scale_shift:
-      op.weight = get_floats(d, "scale");
-      op.bias = get_floats(d, "shift");
+    case OpKind::adaptive_pool:
+      op.is_max = read_choice(d, "kind", {"average", "max"}) == 1;
+      read_size(op, d);
       break;
+    case OpKind::scale_shift: read_scale_shift(op, d); break;
+    case OpKind::layer_norm:
+      read_scale_shift(op, d);
+      op.value = get<float>(d, "eps");
+      break;
+    case OpKind::softmax: op.parts = get<int64_t>(d, "parts"); break;
+    case OpKind::channel_reduce: op.is_max = read_choice(d, "kind", {"mean", "max"}) == 1; break;
+    case OpKind::resize:
+      op.nearest = read_choice(d, "kind", {"bilinear", "nearest"}) == 1;
+      op.align_corners = get<bool>(d, "align_corners");
+      read_size(op, d);
+      break;
+    case OpKind::reorder: op.channels = get<std::vector<int64_t>>(d, "channels"); break;
+    case OpKind::reshape: read_reshape(op, d); break;
     case OpKind::slice:
       op.start = get<std::array<int64_t, 3>>(d, "start");
       op.stop = get<std::array<int64_t, 3>>(d, "stop");
@@ -152,6 +202,7 @@ OpSpec read_op(const py::dict& d) {
       op.before = get<std::array<int64_t, 3>>(d, "before");
       op.after = get<std::array<int64_t, 3>>(d, "after");
       op.value = get<float>(d, "value");
+      op.pad_mode = static_cast<PadMode>(read_choice(d, "mode", {"constant", "reflect", "replicate"}));
       break;
     default: break;
   }

@@ -27,7 +27,24 @@ struct Value {
   }
 };
 
-enum class StepKind { load, direct, winograd, depthwise, pool, elementwise, pad, slice, concat, flatten };
+enum class StepKind {
+  load,
+  direct,
+  winograd,
+  depthwise,
+  pool,
+  elementwise,
+  layer_norm,
+  softmax,
+  channel_reduce,
+  resize,
+  reorder,
+  reshape,
+  pad,
+  slice,
+  concat,
+  flatten
+};
 
 struct Step {
   StepKind kind;
@@ -45,7 +62,9 @@ struct Step {
   DepthwiseConv depthwise{};
   Pool pool{};
   Elementwise elementwise{};
-  OpSpec layout;  // pad, slice
+  ChannelOp channel_op{};
+  Resize resize{};
+  OpSpec layout;  // of a step that only moves data
 
   std::vector<int64_t> reads() const {
     std::vector<int64_t> values = inputs;

@@ -40,6 +40,12 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   const float* residual = step.residual < 0 ? nullptr : at(step.residual);
   float* y = at(step.output);
   const int64_t work = step.work_items * instances;
+  const auto channel_op = [&] {
+    ChannelOp c = step.channel_op;
+    c.input = x;
+    c.output = y;
+    return c;
+  };
   switch (step.kind) {
     case StepKind::load:
       for (int64_t n = 0; n < instances; ++n)
@@ -73,15 +79,28 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       Pool c = step.pool;
       c.input = x;
       c.output = y;
-      return kernels.pool_f32(c, part(work, share));
+      const ConvPart mine = conv_part(step, work, kernels, share);
+      return kernels.pool_f32(c, mine.positions, mine.panels);
     }
     case StepKind::elementwise: {
       Elementwise c = step.elementwise;
-      c.input = x;
+      c.a.data = x;
+      // Constants are set; an operand that the kernel does not use points at what may be read.
+      if (c.combine != Combine::scale_shift) c.shift = c.b.data = step.inputs.size() > 1 ? at(step.inputs[1]) : x;
       c.output = y;
-      c.other = step.inputs.size() > 1 ? at(step.inputs[1]) : nullptr;
       return kernels.elementwise_f32(c, part(work, share));
     }
+    case StepKind::layer_norm: return kernels.layer_norm_f32(channel_op(), part(work, share));
+    case StepKind::softmax: return kernels.softmax_f32(channel_op(), part(work, share));
+    case StepKind::channel_reduce: return kernels.channel_reduce_f32(channel_op(), part(work, share));
+    case StepKind::resize: {
+      Resize c = step.resize;
+      c.input = x;
+      c.output = y;
+      return kernels.resize_f32(c, part(work, share));
+    }
+    case StepKind::reorder: return reorder_f32(net, step, x, y, part(work, share));
+    case StepKind::reshape: return reshape_f32(net, step, x, y, part(work, share));
     case StepKind::pad: return pad_f32(net, step, x, y, part(work, share));
     case StepKind::slice: return slice_f32(net, step, x, y, part(work, share));
     case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, share));

@@ -118,6 +118,14 @@ Shape pad_shape(const std::string& where, const OpSpec& op, const Shape& in) {
     check_range(where, "padding", op.before[axis], 0, kMaxChannels);
     check_range(where, "padding", op.after[axis], 0, kMaxChannels);
   }
+  if (op.pad_mode != PadMode::constant) {
+    check_range(where, "channel padding", op.before[0] + op.after[0], 0, 0);
+    // A reflection does not repeat the border.
+    if (op.pad_mode == PadMode::reflect) {
+      check_range(where, "reflected rows", std::max(op.before[1], op.after[1]), 0, in.h - 1);
+      check_range(where, "reflected columns", std::max(op.before[2], op.after[2]), 0, in.w - 1);
+    }
+  }
   return {in.c + op.before[0] + op.after[0], in.h + op.before[1] + op.after[1], in.w + op.before[2] + op.after[2]};
 }
 
@@ -132,18 +140,63 @@ Shape concat_shape(const std::string& where, const OpSpec& op, const std::vector
   return out;
 }
 
+int64_t broadcast_size(const std::string& where, const Shape& a, const Shape& b, int64_t m, int64_t n) {
+  if (m != n && m != 1 && n != 1)
+    fail(where, "combines values of shapes " + a.text() + " and " + b.text() +
+                    "; expected equal sizes, or 1, along each axis");
+  return std::max(m, n);
+}
+
+Shape broadcast_shape(const std::string& where, const Shape& a, const Shape& b) {
+  return {broadcast_size(where, a, b, a.c, b.c), broadcast_size(where, a, b, a.h, b.h),
+          broadcast_size(where, a, b, a.w, b.w)};
+}
+
+Shape resized_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  check_range(where, "height", op.size.h, 1, kMaxSide);
+  check_range(where, "width", op.size.w, 1, kMaxSide);
+  return {in.c, op.size.h, op.size.w};
+}
+
+Shape reshaped_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  check_shape(where, op.size);
+  if (op.size.size() != in.size()) fail(where, "reshapes a value of shape " + in.text() + " to " + op.size.text());
+  return op.size;
+}
+
+Shape reordered_shape(const std::string& where, const OpSpec& op, const Shape& in) {
+  check_range(where, "channels", static_cast<int64_t>(op.channels.size()), 1, kMaxChannels);
+  for (int64_t c : op.channels) check_range(where, "channel", c, 0, in.c - 1);
+  return {static_cast<int64_t>(op.channels.size()), in.h, in.w};
+}
+
+// Scale and shift have one number per channel or, where `varies` allows it, one per element.
+void check_scale_shift(const std::string& where, const OpSpec& op, const Shape& in, bool varies) {
+  const bool per_element = varies && static_cast<int64_t>(op.weight.size()) == in.size();
+  check_count(where, "scale", op.weight.size(), per_element ? in.size() : in.c);
+  check_count(where, "shift", op.bias.size(), per_element ? in.size() : in.c);
+}
+
 Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>& shapes) {
   const Shape& in = shapes[op.inputs[0]];
   switch (op.kind) {
     case OpKind::conv2d: return conv_shape(where, op, in);
     case OpKind::pool: return pool_shape(where, op, in);
     case OpKind::linear: return linear_shape(where, op, in);
-    case OpKind::add: check_same(where, in, shapes[op.inputs[1]]); return in;
+    case OpKind::adaptive_pool:
+    case OpKind::resize: return resized_shape(where, op, in);
+    case OpKind::add:
+    case OpKind::multiply: return broadcast_shape(where, in, shapes[op.inputs[1]]);
     case OpKind::activation: return in;
-    case OpKind::scale_shift:
-      check_count(where, "scale", op.weight.size(), in.c);
-      check_count(where, "shift", op.bias.size(), in.c);
+    case OpKind::scale_shift: check_scale_shift(where, op, in, true); return in;
+    case OpKind::layer_norm: check_scale_shift(where, op, in, false); return in;
+    case OpKind::softmax:
+      check_range(where, "parts", op.parts, 1, in.c);
+      if (in.c % op.parts) fail(where, "a softmax over " + std::to_string(op.parts) + " parts reads " + in.text());
       return in;
+    case OpKind::channel_reduce: return {1, in.h, in.w};
+    case OpKind::reorder: return reordered_shape(where, op, in);
+    case OpKind::reshape: return reshaped_shape(where, op, in);
     case OpKind::slice: return slice_shape(where, op, in);
     case OpKind::pad: return pad_shape(where, op, in);
     case OpKind::concat: return concat_shape(where, op, shapes);
@@ -166,7 +219,7 @@ std::vector<Shape> infer_shapes(const StageSpec& spec) {
   for (size_t i = 0; i < spec.ops.size(); ++i) {
     const OpSpec& op = spec.ops[i];
     const std::string where = stage + ", operation " + std::to_string(i);
-    const size_t arity = op.kind == OpKind::add ? 2 : 1;
+    const size_t arity = op.kind == OpKind::add || op.kind == OpKind::multiply ? 2 : 1;
     if (op.inputs.size() < arity || op.inputs.size() > kMaxInputs ||
         (op.kind != OpKind::concat && op.inputs.size() != arity))
       fail(where, "has " + std::to_string(op.inputs.size()) + " inputs");

@@ -28,7 +28,28 @@ struct Shape {
   }
 };
 
-enum class OpKind { conv2d, pool, linear, add, activation, scale_shift, slice, pad, concat, flatten };
+enum class OpKind {
+  conv2d,
+  pool,
+  adaptive_pool,
+  linear,
+  add,
+  multiply,
+  activation,
+  scale_shift,
+  layer_norm,
+  softmax,
+  channel_reduce,
+  resize,
+  reorder,
+  reshape,
+  slice,
+  pad,
+  concat,
+  flatten
+};
+
+enum class PadMode { constant, reflect, replicate };
 
 // One operation. Fields that its kind does not use keep their defaults. Arrays are (C, H, W) or (height, width);
 // padding is (top, bottom, left, right).
@@ -39,14 +60,19 @@ struct OpSpec {
   int64_t residual = -1;
   Activation activation;
   std::array<int64_t, 4> weight_shape{};
-  std::vector<float> weight, bias;  // of scale_shift: scale and shift
+  std::vector<float> weight, bias;  // scale and shift of scale_shift and layer_norm
   std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, dilation{1, 1};
   std::array<int64_t, 4> padding{};
   int64_t groups = 1;
   bool is_max = false, ceil_mode = false, include_padding = true;
   std::array<int64_t, 3> before{}, after{};               // pad
   std::array<int64_t, 3> start{}, stop{}, step{1, 1, 1};  // slice
-  float value = 0.f;                                      // pad
+  float value = 0.f;                                      // of a pad; the eps of a layer norm
+  PadMode pad_mode = PadMode::constant;
+  Shape size;  // of the result of adaptive_pool, resize (both without channels) and reshape
+  bool nearest = false, align_corners = false;  // resize
+  int64_t parts = 1;                            // softmax
+  std::vector<int64_t> channels;                // reorder: of the input, one per channel of the output
   // Set by fusion only: the convolution's 2×2 maxima are its output; the residual comes last.
   bool max_pooled = false, residual_after_activation = false;
 

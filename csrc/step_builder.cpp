@@ -2,49 +2,14 @@
 
 #include <algorithm>
 
+#include "fusion.h"
 #include "kernel_choice.h"
+#include "operation_text.h"
 #include "pack.h"
+#include "step_arguments.h"
 
 namespace fastcascade {
 namespace {
-
-std::string activation_text(const Activation& a) {
-  static const char* const names[] = {"none", "leaky_relu", "elu",  "sigmoid", "hard_sigmoid", "silu", "hard_swish",
-                                      "gelu", "gelu_tanh",  "mish", "tanh",    "exp",          "sqrt", "reciprocal"};
-  static_assert(sizeof(names) / sizeof(names[0]) == static_cast<size_t>(Function::count));
-  if (a.is_function()) return std::string(" + ") + names[static_cast<size_t>(a.function)];
-  if (!a.is_clamp()) return "";
-  return a.high == 6.f ? " + relu6" : " + relu";
-}
-
-std::string conv_text(const OpSpec& op, const Shape& in) {
-  std::string text = "conv " + std::to_string(op.kernel[0]) + "x" + std::to_string(op.kernel[1]);
-  if (op.stride[0] != 1 || op.stride[1] != 1) text += " stride " + std::to_string(op.stride[0]);
-  if (op.groups > 1) text += " groups " + std::to_string(op.groups);
-  text += " " + in.text();
-  if (op.residual >= 0) text += " + residual";
-  if (op.max_pooled) text += " + max pool 2x2";
-  text += activation_text(op.activation);
-  return text;
-}
-
-std::string operation_text(const OpSpec& op, const Shape& in) {
-  switch (op.kind) {
-    case OpKind::conv2d: return conv_text(op, in);
-    case OpKind::linear: return "linear " + in.text();
-    case OpKind::pool:
-      return (op.is_max ? "max pool " : "average pool ") + std::to_string(op.kernel[0]) + "x" +
-             std::to_string(op.kernel[1]) + " " + in.text();
-    case OpKind::add: return "add";
-    case OpKind::activation: return "activation";
-    case OpKind::scale_shift: return "scale and shift";
-    case OpKind::slice: return "slice";
-    case OpKind::pad: return "pad";
-    case OpKind::concat: return "concat";
-    case OpKind::flatten: return "flatten";
-  }
-  return "";
-}
 
 // The kernel's pixels, or its rows where columns are joined.
 std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) {
@@ -126,7 +91,21 @@ class StepBuilder {
     step.work_items = net_.shape(0).h;
   }
 
+  // A function that may leave the finite numbers is a step of its own, which clears the padded channels.
   void add_op(const OpSpec& op) {
+    const bool sums = op.kind == OpKind::conv2d || op.kind == OpKind::linear;
+    if (!sums || stays_finite(op.activation.function)) return add_whole_op(op);
+    OpSpec sum = op, function;
+    sum.activation = Activation();
+    sum.output = add_value(net_.shape(op.output));
+    function.activation = op.activation;
+    function.inputs = {sum.output};
+    function.output = op.output;
+    add_whole_op(sum);
+    add_elementwise(function);
+  }
+
+  void add_whole_op(const OpSpec& op) {
     switch (op.kind) {
       case OpKind::conv2d:
         switch (conv_kernel(op)) {
@@ -136,10 +115,18 @@ class StepBuilder {
         }
         return;
       case OpKind::linear: return add_direct(op);
-      case OpKind::pool: return add_pool(op);
+      case OpKind::pool:
+      case OpKind::adaptive_pool: return add_pool(op);
       case OpKind::add:
+      case OpKind::multiply:
       case OpKind::activation:
       case OpKind::scale_shift: return add_elementwise(op);
+      case OpKind::layer_norm: return add_channel_op(StepKind::layer_norm, op, "layer_norm_f32");
+      case OpKind::softmax: return add_channel_op(StepKind::softmax, op, "softmax_f32");
+      case OpKind::channel_reduce: return add_channel_op(StepKind::channel_reduce, op, "channel_reduce_f32");
+      case OpKind::resize: return add_resize(op);
+      case OpKind::reorder: return add_layout(StepKind::reorder, op, "reorder_f32");
+      case OpKind::reshape: return add_layout(StepKind::reshape, op, "reshape_f32");
       case OpKind::slice: return add_layout(StepKind::slice, op, "slice_f32");
       case OpKind::pad: return add_layout(StepKind::pad, op, "pad_f32");
       case OpKind::concat: return add_layout(StepKind::concat, op, "concat_f32");
@@ -236,36 +223,27 @@ class StepBuilder {
   void add_pool(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
     const char* kernel = op.is_max ? "pool_max_f32" : "pool_average_f32";
-    Pool& c = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel).pool;
-    c.is_max = op.is_max;
-    c.include_padding = op.include_padding;
-    c.kernel_h = op.kernel[0];
-    c.kernel_w = op.kernel[1];
-    c.stride_h = op.stride[0];
-    c.stride_w = op.stride[1];
-    c.pad_top = op.padding[0];
-    c.pad_bottom = op.padding[1];
-    c.pad_left = op.padding[2];
-    c.pad_right = op.padding[3];
-    c.in_height = in.shape.h;
-    c.in_width = in.shape.w;
-    c.height = out.shape.h;
-    c.width = out.shape.w;
-    c.pitch = out.pitch;
+    Step& step = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel);
+    step.pool = pool_arguments(op, in, out);
+    step.panels = out.pitch / kernels_.lanes;
   }
 
   void add_elementwise(const OpSpec& op) {
-    const int64_t pitch = net_.values[op.output].pitch;
     Step& step = add_step(StepKind::elementwise, op, operation_text(op, net_.shape(op.inputs[0])), "elementwise_f32");
-    Elementwise& c = step.elementwise;
-    c.pitch = pitch;
-    c.activation = op.activation;
-    if (op.kind != OpKind::scale_shift) return;
-    step.weights = Buffer(2 * pitch);
-    std::copy(op.weight.begin(), op.weight.end(), step.weights.data());
-    std::copy(op.bias.begin(), op.bias.end(), step.weights.data() + pitch);
-    c.scale = step.weights.data();
-    c.shift = c.scale + pitch;
+    const Value* other = op.inputs.size() > 1 ? &net_.values[op.inputs[1]] : nullptr;
+    step.elementwise =
+        elementwise_arguments(op, net_.values[op.inputs[0]], other, net_.values[op.output], step.weights);
+  }
+
+  void add_channel_op(StepKind kind, const OpSpec& op, const char* kernel) {
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    Step& step = add_step(kind, op, operation_text(op, in.shape), kernel);
+    step.channel_op = channel_arguments(op, in, out, step.weights);
+  }
+
+  void add_resize(const OpSpec& op) {
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    add_step(StepKind::resize, op, operation_text(op, in.shape), "resize_f32").resize = resize_arguments(op, in, out);
   }
 };
 

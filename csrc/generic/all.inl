@@ -7,7 +7,10 @@
 #include "direct.inl"
 #include "winograd.inl"
 #include "depthwise.inl"
+#include "pool.inl"
 #include "elementwise.inl"
+#include "channels.inl"
+#include "resize.inl"
 // clang-format on
 
 static constexpr KernelTable make_table(const char* isa) {
@@ -20,5 +23,9 @@ static constexpr KernelTable make_table(const char* isa) {
           transform_weights_f32,
           conv_depthwise_f32,
           pool_f32,
-          elementwise_f32};
+          elementwise_f32,
+          layer_norm_f32,
+          softmax_f32,
+          channel_reduce_f32,
+          resize_f32};
 }

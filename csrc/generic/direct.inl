@@ -39,11 +39,11 @@ FC_INLINE void store_tile(const Accumulators<R, B>& acc, const Epilogue& e, cons
 
 // Tiles of R pixels × B blocks along a run, whose length is a multiple of R. `channel` is the panel's first.
 template <int R, int B>
-FC_KERNEL void direct_tiles(const DirectConv& c, const DirectPart& in_part, const PixelRun& in_run, int64_t channel) {
+FC_KERNEL void direct_tiles(const DirectConv& c, const DirectPart& in_part, const ConvRun& in_run, int64_t channel) {
   constexpr std::make_index_sequence<R * B> each;
   // Copies, because the compiler must assume that stores of outputs change what the references point to.
   const DirectPart part = in_part;
-  const PixelRun run = in_run;
+  const ConvRun run = in_run;
   const Epilogue e = c.epilogue;
   const Tap* const taps = c.taps;
   float* const output = c.output;
@@ -68,7 +68,7 @@ FC_KERNEL void direct_tiles(const DirectConv& c, const DirectPart& in_part, cons
   }
 }
 
-using DirectTiles = void (*)(const DirectConv&, const DirectPart&, const PixelRun&, int64_t);
+using DirectTiles = void (*)(const DirectConv&, const DirectPart&, const ConvRun&, int64_t);
 
 template <int B, size_t... R>
 inline DirectTiles direct_tiles_of(int64_t rows, std::index_sequence<R...>) {
@@ -79,7 +79,7 @@ inline DirectTiles direct_tiles_of(int64_t rows, std::index_sequence<R...>) {
 // Divides a run into tiles of at most kDirectRows[B] pixels that differ by one pixel at most, because small tiles are
 // slow.
 template <int B>
-static void run_tiles(const DirectConv& c, const DirectPart& part, PixelRun run, int64_t channel) {
+static void run_tiles(const DirectConv& c, const DirectPart& part, ConvRun run, int64_t channel) {
   constexpr int64_t limit = kDirectRows[B - 1];
   const int64_t tiles = divide_up(run.count, limit), rows = run.count / tiles, larger = run.count % tiles;
   const auto run_some = [&](int64_t count, int64_t size) {
@@ -109,7 +109,7 @@ static void multiply_panel(const DirectConv& c, Range rows, int64_t group, int64
       part.tap_weights = (part.terms.end - i) * B * kLanes;
       part.is_first = tap == 0 && i == 0;
       part.is_last = part.taps.end == c.tap_count && part.terms.end == c.depth;
-      for_each_run(c.geometry, rows, [&](const PixelRun& run) { run_tiles<B>(c, part, run, channel); });
+      for_each_run(c.geometry, rows, [&](const ConvRun& run) { run_tiles<B>(c, part, run, channel); });
       part.weights += (part.taps.end - tap) * part.tap_weights;
     }
 }

@@ -7,7 +7,7 @@ FC_INLINE Range intersect(Range a, Range b) { return {std::max(a.begin, b.begin)
 FC_INLINE bool contains(Range r, int64_t i) { return r.begin <= i && i < r.end; }
 
 // Output pixels a constant step apart.
-struct PixelRun {
+struct ConvRun {
   int64_t input;   // offset of what is under the first pixel's first tap; may lie outside the image
   int64_t output;  // offset of the first pixel
   int64_t count, input_step, output_step;
@@ -34,7 +34,7 @@ FC_INLINE void visit_block(const ConvGeometry& g, int64_t image, Range x, Range 
   if (x.begin >= x.end || y.begin >= y.end) return;
   const int64_t top = y.begin * g.stride_h - g.pad_top, left = x.begin * g.stride_w - g.pad_left;
   const int64_t row_step = g.in_width * g.in_pitch;
-  PixelRun run;
+  ConvRun run;
   run.ky = inside_taps(top, g.kernel_h, g.dilation_h, g.in_height);
   run.kx = inside_taps(left, g.kernel_w, g.dilation_w, g.in_width);
   run.input = (image * g.in_height + top) * row_step + left * g.in_pitch;

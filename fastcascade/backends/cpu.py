@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
+from fastcascade.backends.torch_module import in_best_layout
 from fastcascade.errors import BackendUnavailable, FastCascadeError
-from fastcascade.lowering.operations import Activation, Conv2d, Flip, Op, Shape, Slice, beyond_core
+from fastcascade.lowering.operations import Activation, Conv2d, Flip, Op, Shape, Slice
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
 if TYPE_CHECKING:
@@ -82,14 +83,6 @@ def _selector(selector: SelectorPlan | None) -> dict[str, Any] | None:
         return {"score": selector.kind}
     arrays = {name: value.numpy() for name, value in selector.weights._asdict().items()}
     return {**arrays, "score": selector.features, "b2": float(selector.weights.b2)}
-
-
-def engine_reason(stage: StagePlan) -> str | None:
-    """Why the engine cannot run a stage, which then runs through torch; None if it can."""
-    if stage.module is not None:
-        return stage.opaque_reason or "it is a torch module"
-    reasons = (beyond_core(op, stage.shapes) for op in stage.ops if not isinstance(op, Flip))
-    return next((reason for reason in reasons if reason), None)
 
 
 class CpuProgram:
@@ -202,11 +195,11 @@ class MixedProgram(ReferenceProgram):
 
     def __init__(self, plan: Plan, threads: int) -> None:
         engines = [
-            None if engine_reason(stage) else _EngineStage(plan, k, threads)
+            _EngineStage(plan, k, threads) if stage.module is None else None
             for k, stage in enumerate(plan.stages)
         ]
         stages = tuple(
-            stage if engine is None else replace(stage, ops=(), module=engine)
+            _in_torch(stage) if engine is None else replace(stage, ops=(), module=engine)
             for stage, engine in zip(plan.stages, engines, strict=True)
         )
         super().__init__(replace(plan, stages=stages), torch.device("cpu"))
@@ -214,10 +207,20 @@ class MixedProgram(ReferenceProgram):
 
     def describe(self) -> list[StageReport]:
         """One report per stage."""
+        reports = zip(super().describe(), self.plan.stages, self._engines, strict=True)
         return [
-            report if engine is None else _report(engine.stage, engine.engine.describe()[0])
-            for report, engine in zip(super().describe(), self._engines, strict=True)
+            replace(report, opaque_reason=stage.opaque_reason)
+            if engine is None
+            else _report(engine.stage, engine.engine.describe()[0])
+            for report, stage, engine in reports
         ]
+
+
+def _in_torch(stage: StagePlan) -> StagePlan:
+    """A stage for torch, an opaque one in the layout that it runs fastest in."""
+    if stage.module is None:
+        return stage
+    return replace(stage, module=in_best_layout(stage.module, stage.shapes[0]))
 
 
 class CpuBackend:
@@ -252,7 +255,7 @@ class CpuBackend:
     ) -> CpuProgram | MixedProgram:
         """Prepare a plan for which both reasons are None."""
         threads = torch.get_num_threads() if threads is None else threads
-        opaque = any(engine_reason(s) or (s.selector and s.selector.module) for s in plan.stages)
+        opaque = any(s.module or (s.selector and s.selector.module) for s in plan.stages)
         try:
             return MixedProgram(plan, threads) if opaque else CpuProgram(plan, threads)
         except (ValueError, MemoryError) as error:

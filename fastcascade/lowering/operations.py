@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -40,7 +40,6 @@ __all__ = [
     "Shape",
     "Slice",
     "Softmax",
-    "beyond_core",
     "require",
     "require_tensor",
 ]
@@ -93,6 +92,7 @@ def require_tensor(tensor: Tensor, shape: Shape, what: str) -> None:
 def _windows(size: int, kernel: int, stride: int, before: int, after: int, ceil: bool = False) -> int:
     """Number of windows along an axis; in ceil mode the last may overhang, but starts inside the image."""
     room = size + before + after - kernel
+    require(room >= 0, f"a window of {kernel} is larger than the {size + before + after} cells along an axis")
     count = (-(-room // stride) if ceil else room // stride) + 1
     return count - 1 if ceil and (count - 1) * stride >= size + before else count
 
@@ -582,27 +582,3 @@ class Flatten(Op):
 
     def __str__(self) -> str:
         return "flatten"
-
-
-CORE = (Activation, Add, Concat, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift, Slice)
-CORE_ACTIVATIONS = ("none", "relu", "relu6")
-
-
-def beyond_core(op: Op, shapes: Sequence[Shape]) -> str | None:
-    """What an operation needs beyond the core set, for which every backend has kernels; None if nothing.
-
-    Args:
-        shapes: of all values of the stage.
-    """
-    activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", "none")
-    if not isinstance(op, CORE):
-        return f"no kernel for {op}"
-    if activation not in CORE_ACTIVATIONS:
-        return f"no kernel for {activation}"
-    if isinstance(op, Add) and shapes[op.input] != shapes[op.other]:
-        return f"broadcasts {shapes[op.input]} and {shapes[op.other]}"
-    if isinstance(op, Pad) and op.mode != "constant":
-        return f"no kernel for {op.mode} padding"
-    if isinstance(op, ScaleShift) and op.scale.ndim > 1:
-        return "its constants vary within a channel"
-    return None

@@ -64,7 +64,9 @@ def test_error_in_last_places(run_ops: RunOps, isa: str, kind: str) -> None:
         finite
     ]
     print(f"{kind}: {error.max():.2f} units in the last place at {x[finite][error.argmax()]:g}")  # pytest -s
-    assert error.max() <= ULPS
+    # The tails of GELU are as exact as the exponent of an exponential, up to x² here, is.
+    allowed = ULPS + (x[finite] ** 2 if kind.startswith("gelu") else 0)
+    assert (error <= allowed).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +85,7 @@ def convolution(channels: int, kind: str, **fields: object) -> Conv2d:
 @pytest.mark.parametrize("kernel", ["conv_direct_f32", "conv3x3_winograd_f32"])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in (*PARAMETRIC, "sqrt", "reciprocal")])
 def test_epilogue(run_ops: RunOps, isa: str, kind: str, kernel: str) -> None:
-    """The function follows the bias and a residual, or a residual follows it; threads do not change the bits."""
+    """A function after the bias and a residual, or before a residual; threads give the same bits."""
     for channels in (1, 17, 33):
         first = convolution(channels, "none")
         before = [first, convolution(channels, kind, output=2, input=1, residual=1)]

@@ -15,17 +15,25 @@ from torch import Tensor
 
 from fastcascade.lowering.operations import (
     Activation,
+    AdaptivePool,
     Add,
+    ChannelReduce,
     Concat,
     Conv2d,
     Flatten,
     Flip,
+    LayerNorm,
     Linear,
+    Multiply,
     Op,
     Pad,
     Pool,
+    Reorder,
+    Reshape,
+    Resize,
     ScaleShift,
     Slice,
+    Softmax,
 )
 
 RunOps = Callable[..., tuple[Tensor, Tensor]]
@@ -49,9 +57,10 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float) -> None:
 def random_conv(
     channels: int, out: int, kernel: tuple[int, int] = (3, 3), groups: int = 1, **fields: object
 ) -> Conv2d:
-    """A convolution of value 0."""
+    """A convolution, of value 0 unless told otherwise."""
     weight = torch.randn(out, channels // groups, *kernel) / math.sqrt(channels * math.prod(kernel))
-    return Conv2d(output=1, input=0, weight=weight, bias=torch.randn(out), groups=groups, **fields)  # type: ignore[arg-type]
+    fields = {"output": 1, "input": 0, **fields}
+    return Conv2d(weight=weight, bias=torch.randn(out), groups=groups, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", [DIRECT, WINOGRAD])
@@ -306,14 +315,104 @@ def _layers(channels: int) -> dict[str, list[Op]]:
         "flip": [Flip(1, 0)],
         "concat": [Slice(1, 0, (0, 0, 0), (1, 7, 6), (1, 1, 1)), Concat(2, (0, 1, 0))],
         "add": [ScaleShift(1, 0, vector, vector.flip(0)), Add(2, 1, 0, "relu6")],
+        "pad, reflect": [Pad(1, 0, (0, 3, 1), (0, 2, 5), mode="reflect")],
+        "pad, replicate": [Pad(1, 0, (0, 3, 1), (0, 2, 9), mode="replicate")],
+        "scale and shift, per element": [
+            ScaleShift(1, 0, torch.randn(channels, 7, 6), torch.randn(channels, 7, 6))
+        ],
+        "adaptive average pool": [AdaptivePool(1, 0, "average", (3, 5))],
+        "adaptive max pool": [AdaptivePool(1, 0, "max", (9, 4))],
+        "reorder": [Reorder(1, 0, (*reversed(range(channels)), 0, channels // 2))],
+        "reshape": [Reshape(1, 0, (7, channels, 6))],
+        "reshape to a vector": [Reshape(1, 0, (channels * 42,)), Reshape(2, 1, (6, 7, channels))],
+        "nearest resize": [Resize(1, 0, "nearest", (15, 4))],
+        "bilinear resize": [Resize(1, 0, "bilinear", (15, 4))],
+        "bilinear resize, aligned corners": [Resize(1, 0, "bilinear", (13, 1), align_corners=True)],
+        "layer norm": [LayerNorm(1, 0, vector, vector.flip(0) + 1, 1e-6)],
+        "layer norm of a vector": [
+            Flatten(1, 0),
+            LayerNorm(2, 1, torch.randn(42 * channels), torch.ones(42 * channels), 0.01),
+        ],
+        "mean over channels": [ChannelReduce(1, 0, "mean")],
+        "maximum over channels": [ChannelReduce(1, 0, "max")],
+        "softmax": [Softmax(1, 0, channels)],
+        "multiply": [ScaleShift(1, 0, vector, vector.flip(0)), Multiply(2, 1, 0)],
+        "square": [Multiply(1, 0, 0)],
+        "channel gate": [AdaptivePool(1, 0, "average", (1, 1)), Multiply(2, 0, 1)],
+        "channel gate first": [AdaptivePool(1, 0, "max", (1, 1)), Multiply(2, 1, 0)],
+        "spatial gate": [ChannelReduce(1, 0, "max"), Activation(2, 1, "sigmoid"), Multiply(3, 0, 2)],
+        "outer sum": [AdaptivePool(1, 0, "max", (7, 1)), Pool(2, 0, "max", (7, 1), (1, 1)), Add(3, 1, 2)],
+        "outer product": [AdaptivePool(1, 0, "max", (1, 1)), ChannelReduce(2, 0, "mean"), Multiply(3, 1, 2)],
+        "squeeze and excitation": [
+            AdaptivePool(1, 0, "average", (1, 1)),
+            random_conv(channels, 5, (1, 1), output=2, input=1, activation="silu"),
+            random_conv(5, channels, (1, 1), output=3, input=2, activation="sigmoid"),
+            Multiply(4, 0, 3),
+            Activation(5, 4, "silu"),
+        ],
+        "root of a product": [Multiply(1, 0, 0), Activation(2, 1, "sqrt"), Activation(3, 2, "exp")],
     }
+
+
+def _split_attention(channels: int) -> list[Op]:
+    """Softmax over two and over three parts, as many channels each as given."""
+    parts = [Softmax(3, 2, 3), Slice(4, 3, (0, 0, 0), (2 * channels, 7, 6), (1, 1, 1)), Softmax(5, 4, 2)]
+    return [Activation(1, 0, "silu"), Concat(2, (0, 1, 0)), *parts]
 
 
 @pytest.mark.parametrize("name", _layers(1))
 @pytest.mark.parametrize("channels", [1, 3, 16, 17, 33])
 def test_other_layers(run_ops: RunOps, isa: str, name: str, channels: int) -> None:
-    got, expected = run_ops(torch.randn(5, channels, 7, 6), _layers(channels)[name], isa)
+    x, ops = torch.randn(5, channels, 7, 6), _layers(channels)[name]
+    got, expected = run_ops(x, ops, isa)
     assert_near(got, expected, TOLERANCE[DIRECT])
+    assert torch.equal(got, run_ops(x, ops, isa, threads=3)[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 15, 16, 17, 33, 65])
+def test_softmax_over_parts(run_ops: RunOps, isa: str, channels: int) -> None:
+    got, expected = run_ops(torch.randn(3, channels, 7, 6), _split_attention(channels), isa)
+    assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 65), (64, 63)])
+def test_global_pools_of_integers_are_exact(run_ops: RunOps, isa: str, size: tuple[int, int]) -> None:
+    for channels, kind in product((1, 15, 33, 65, 130), ("average", "max")):
+        x = integers(torch.empty(2, channels, *size), 9)
+        pool = AdaptivePool(1, 0, kind, (1, 1))  # type: ignore[arg-type]
+        area = ScaleShift(2, 1, torch.full((channels,), float(math.prod(size))), torch.zeros(channels))
+        got, expected = run_ops(x, [pool, area], isa)
+        assert torch.equal(got.round(), expected.round().float())
+        assert torch.equal(got, run_ops(x, [pool, area], isa, threads=4)[0])
+
+
+# Functions and products of padded channels may not be finite; a Winograd convolution reads one of them.
+@pytest.mark.parametrize("kind", ["reciprocal", "exp", "sqrt"])
+def test_padded_channels_stay_finite(run_ops: RunOps, isa: str, kind: Any) -> None:
+    x = torch.rand(2, 3, 5, 5) + 1
+    first = random_conv(3, 3, (1, 1), activation=kind)
+    first.weight.abs_()
+    first.bias.abs_().add_(1)
+    padded = Slice(2, 1, (0, 0, 0), (1, 5, 5), (1, 1, 1))
+    alone = Activation(3, 2, kind)
+    got, expected = run_ops(x, [first, padded, alone, random_conv(1, 5, input=3, output=4)], isa, WINOGRAD)
+    assert_near(got, expected, TOLERANCE[WINOGRAD])
+
+
+GATED = ["channel gate", "spatial gate", "squeeze and excitation", "softmax", "layer norm", "outer product"]
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_gates_keep_to_their_instance(run_ops: RunOps, isa: str, name: str, value: float) -> None:
+    """What is not finite shows in its instance, and nowhere else."""
+    x, ops = torch.randn(20, 17, 7, 6), _layers(17)[name]
+    clean, _ = run_ops(x, ops, isa)
+    bad = torch.arange(20) % 3 == 1
+    x[bad, 3, 2, 2] = value
+    got, expected = run_ops(x, ops, isa)
+    assert torch.equal(got[~bad], clean[~bad])
+    assert torch.equal(got.isfinite(), expected.isfinite())
 
 
 @pytest.mark.parametrize("position", range(9))

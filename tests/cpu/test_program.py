@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastcascade as fc
@@ -131,6 +133,19 @@ def test_random_networks(seed: int) -> None:
     torch.testing.assert_close(
         run(plan, x, torch.empty(0)).log_probs.double(), expected, rtol=1e-4, atol=1e-4
     )
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6))
+def test_random_networks_of_every_operation(isa: str, seed: int) -> None:
+    network = random_network(seed, every_operation=True)
+    plan = fc.plan(fc.Cascade([network], None, 5, (3, 9, 8)))
+    assert plan.stages[0].module is None, plan.stages[0].opaque_reason
+    x = torch.randn(5, 3, 9, 8, generator=torch.Generator().manual_seed(seed))
+    results = run(plan, x, torch.empty(0), 1, isa)
+    expected = reference_logits(plan, x)[0].log_softmax(1)
+    torch.testing.assert_close(results.log_probs.double(), expected, rtol=1e-4, atol=1e-4)
+    assert_same_bits(run(plan, x, torch.empty(0), 3, isa), results)
 
 
 @pytest.mark.parametrize("build", [independent, segments])

@@ -24,6 +24,7 @@ class Fault:
     file: str
     old: str
     new: str
+    unit: str = ""  # the instruction set's file that includes ``file``; "" where it is compiled itself
 
     def plant(self, objects: Sequence[Path], folder: Path) -> list[Path]:
         """The engine's objects, with the faulty file compiled into ``folder``."""
@@ -33,7 +34,8 @@ class Fault:
         text = spoilt.read_text()
         assert text.count(self.old) == 1, f"{self.file} no longer holds {self.old!r} once; plant it elsewhere"
         spoilt.write_text(text.replace(self.old, self.new))
-        target = driver.compile_file(spoilt, folder, driver.PACKAGE_FLAGS)
+        unit = source / "isa" / self.unit if self.unit else spoilt
+        target = driver.compile_file(unit, folder, driver.PACKAGE_FLAGS)
         return [target, *(o for o in objects if o.name != target.name)]
 
 
@@ -72,6 +74,39 @@ BF16_LAYER = Fault(
     " for (int64_t j = 0; m.in == 16 && j < packed.transformed.size(); ++j) {"
     " uint32_t bits; __builtin_memcpy(&bits, packed.transformed.data() + j, 4);"
     " bits = (bits + 0x8000) & 0xffff0000u; __builtin_memcpy(packed.transformed.data() + j, &bits, 4); }",
+)
+NARROWED_AFFINITY = Fault(
+    "a helper keeps its narrowed affinity",
+    "threads.cpp",
+    "if (sched_setaffinity(0, sizeof allowed, &allowed) == 0) return;",
+    "return;",
+)
+SHORT_SQUEEZE = Fault(
+    "a global pool leaves out the last row",
+    "generic/pool.inl",
+    "for (int64_t r = 1; r < rows; ++r)",
+    "for (int64_t r = 1; r < rows - (rows > 5); ++r)",
+    "avx2.cpp",
+)
+EARLY_GATE = Fault(
+    "a gate comes before the activation",
+    "generic/elementwise.inl",
+    "    if (!lone_function) combine_pixels(c, run);\n",
+    "    if (c.combine == Combine::multiply && c.activation.is_function()) {\n"
+    "      apply_function(c.activation, run.a, run.y, c.pitch, count, c.pitch / kLanes);\n"
+    "      run.a = run.y;\n"
+    "      combine_pixels(c, run);\n"
+    "      continue;\n"
+    "    }\n"
+    "    if (!lone_function) combine_pixels(c, run);\n",
+    "avx2.cpp",
+)
+PADDED_SOFTMAX = Fault(
+    "a softmax counts padded channels",
+    "generic/channels.inl",
+    "const V factor = broadcast(1.f / channel_sum(y, channels));",
+    "const V factor = broadcast(1.f / channel_sum(y, (channels + kLanes - 1) / kLanes * kLanes));",
+    "avx2.cpp",
 )
 UNCHECKED_CLASS = Fault(
     "the finite check skips the last class",

@@ -7,6 +7,7 @@ Packs the weights and turns shortcuts into residual reads of convolutions. Two s
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -17,7 +18,6 @@ from fastcascade.kernels.layers import Conv, ConvShape, Elementwise, Layer, Pool
 from fastcascade.lowering.operations import (
     Activation,
     Add,
-    Concat,
     Conv2d,
     Flatten,
     Linear,
@@ -27,7 +27,6 @@ from fastcascade.lowering.operations import (
     ScaleShift,
     Shape,
     Slice,
-    beyond_core,
 )
 from fastcascade.lowering.plan import StagePlan
 
@@ -36,12 +35,18 @@ __all__ = ["no_kernel_reason", "stage_layers"]
 LARGE_IMAGE = 64
 """Largest height or width. Above it cuDNN's convolutions are faster, so the stage runs in torch."""
 
+WITH_KERNELS = (Activation, Add, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift, Slice)
+ACTIVATIONS = ("none", "relu", "relu6")
 
-def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
+
+def no_kernel_reason(
+    stage: StagePlan, next_input: str | None, activations: Collection[str] = ACTIVATIONS
+) -> str | None:
     """Why a stage cannot run in custom kernels; None if it can.
 
     Args:
         next_input: what the next stage reads; None for the last stage.
+        activations: those that the kernels have.
     """
     if stage.opaque_reason is not None:
         return stage.opaque_reason
@@ -53,7 +58,7 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
         return f"images of {image[1]}×{image[2]}: cuDNN's convolutions are faster above {limit}"
     writers = {op.output: op for op in stage.ops}
     for op in stage.ops:
-        reason = _op_reason(stage, op, writers)
+        reason = _op_reason(stage, op, activations)
         if reason is not None:
             return f"{op}: {reason}"
     if not isinstance(writers.get(stage.logits), Linear):
@@ -65,10 +70,8 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
     return None
 
 
-def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
-    if isinstance(op, Concat):
-        return "no custom kernel"
-    if reason := beyond_core(op, stage.shapes):
+def _op_reason(stage: StagePlan, op: Op, activations: Collection[str]) -> str | None:
+    if reason := _missing_kernel(op, stage.shapes, activations):
         return reason
     if isinstance(op, Conv2d) and op.groups != 1:
         return f"groups={op.groups}"
@@ -84,6 +87,22 @@ def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
         return "features are flattened" if stage.features == op.output else None
     if len(stage.shapes[op.output]) == 1 and not isinstance(op, Linear | Activation | Add | ScaleShift):
         return "reads a vector"
+    return None
+
+
+def _missing_kernel(op: Op, shapes: Sequence[Shape], activations: Collection[str]) -> str | None:
+    """What the kernels lack for an operation of a stage whose values have these shapes; None if nothing."""
+    activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", "none")
+    if not isinstance(op, WITH_KERNELS):
+        return "no custom kernel"
+    if activation not in activations:
+        return f"no custom kernel for {activation}"
+    if isinstance(op, Add) and shapes[op.input] != shapes[op.other]:
+        return f"broadcasts {shapes[op.input]} and {shapes[op.other]}"
+    if isinstance(op, Pad) and op.mode != "constant":
+        return f"no custom kernel for {op.mode} padding"
+    if isinstance(op, ScaleShift) and op.scale.ndim > 1:
+        return "its constants vary within a channel"
     return None
 
 
