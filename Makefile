@@ -122,12 +122,15 @@ $(VENV)/.peers: $(VENV)/.installed
 # The benchmarks also measure the installed wheel; only bench/ itself comes from this checkout.
 bench_folder := mkdir -p $(outside) && ln -sfn $(CURDIR)/bench $(outside)/bench && cd $(outside)
 
-.PHONY: bench bench-docs bench-suite bench-compare
+.PHONY: bench bench-docs bench-serving bench-suite bench-compare coverage
 bench: $(VENV)/.peers  ## measure against other runtimes, and show every target
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
 
 bench-docs: install  ## update the tables in docs/performance.md from the newest results
 	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
+
+bench-serving: install  ## measure requests per second with fc.Batcher and with one call per request
+	@$(bench_folder) && $(bin)/python -m bench.serving $(ARGS)
 
 bench-suite: $(VENV)/.peers  ## run pytest-benchmark on kernels, stages, cascades and other runtimes
 	@$(bench_folder) && $(bin)/python -m pytest -c $(CURDIR)/bench/suite/pytest.ini --rootdir $(CURDIR) $(CURDIR)/bench/suite $(ARGS)
@@ -135,6 +138,14 @@ bench-suite: $(VENV)/.peers  ## run pytest-benchmark on kernels, stages, cascade
 bench-compare: install  ## compare two commits in one run: make bench-compare A=main B=HEAD
 	@test -n "$(A)" -a -n "$(B)" || { echo "name two commits: make bench-compare A=main B=HEAD"; exit 1; }
 	@$(bench_folder) && $(bin)/python -m bench.compare "$(A)" "$(B)" $(ARGS)
+
+$(VENV)/.coverage-networks: $(VENV)/.installed
+	$(say) "installing torchvision and timm"
+	@$(pip) install -c constraints.txt "$$(echo dist/*.whl)[coverage,peers]"
+	@touch $@
+
+coverage: $(VENV)/.coverage-networks  ## lower the networks of torchvision and timm, and write docs/coverage.md
+	@$(bench_folder) && $(bin)/python -m bench.coverage $(ARGS)
 
 .PHONY: format
 format: $(VENV)/.dependencies  ## apply ruff's fixes, and format Python, C++ and CUDA

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastcascade
+from bench import architectures
 from bench.machine import CACHE, ROOT
 from fastcascade import Cascade, MLPSelector, OperatingPoint
 from fastcascade.data.sources import load_data
@@ -140,10 +141,13 @@ def load_model(name: str) -> Cascade:
 
     Args:
         name: ``cascade:FOLDER`` for a saved cascade ("random" for random weights), ``last:FOLDER`` for its
-            last network alone, or a network's registry name. Single networks become cascades of one
-            stage.
+            last network alone, ``torchvision:NAME`` or ``timm:NAME`` (see :mod:`bench.architectures`), or a
+            network's registry name. Single networks become cascades of one stage.
     """
     kind, _, folder = name.partition(":")
+    if kind in ("torchvision", "timm"):
+        network, shape = architectures.build(name)
+        return Cascade([network], None, architectures.NUM_CLASSES, shape).eval()
     if kind not in ("cascade", "last"):
         return Cascade([dense_network(name)], None, NUM_CLASSES, INPUT_SHAPE).eval()
     cascade = _random_cascade() if folder == "random" else fastcascade.load(folder).eval()

@@ -471,12 +471,16 @@ def quick_subjects(run: Run) -> list[Subject]:
     ]
 
 
-def quick(run: Run, output: Path, seconds: float) -> int:
-    """Measure every way to run a stage; write the report after every entry; 1 if one of our own disagreed."""
+def quick(run: Run, output: Path, seconds: float, part: str | None) -> int:
+    """Measure every way to run a stage; write the report after every entry; 1 if one of our own disagreed.
+
+    Args:
+        part: "core", "rest" or None for both; see ``gpu_quick.is_core``.
+    """
     torch.manual_seed(0)
     whole: dict[str, Any] = {"machine": versions(run.device)}
     batches = BATCHES_QUICK if run.timed else (4,)
-    for found in quick_report(quick_subjects(run), run.device, seconds, not run.timed, batches):
+    for found in quick_report(quick_subjects(run), run.device, seconds, not run.timed, batches, part):
         output.write_text(json.dumps(whole | {"models": found}, indent=1) + "\n")
     refused = [
         f"{subject}, batch {batch}, {name}: {entry['refused']}"
@@ -497,6 +501,9 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="minutes: every way to run a stage, beside torch"
     )
+    parser.add_argument(
+        "--part", choices=("core", "rest"), help="of --quick: the resident kernel beside torch, or all else"
+    )
     parser.add_argument("--seconds", type=float, default=280, help="of --quick: starts nothing after so long")
     arguments = parser.parse_args()
     if arguments.dry_run:
@@ -508,7 +515,7 @@ def main() -> int:
     else:
         sys.exit("torch sees no GPU here, so nothing can be measured; --dry-run checks the code without one")
     if arguments.quick:
-        return quick(run, arguments.output, arguments.seconds)
+        return quick(run, arguments.output, arguments.seconds, arguments.part)
     begin = time.perf_counter()
     for found in report(run):
         found["took_s"] = time.perf_counter() - begin

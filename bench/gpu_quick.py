@@ -143,6 +143,11 @@ def forms(
     return found
 
 
+def is_core(name: str, batch: int, batches: tuple[int, ...]) -> bool:
+    """Whether an entry answers the first question: is the resident kernel faster than torch at its best?"""
+    return batch == batches[0] and (name == "fastcascade, resident" or name.startswith("torch.compile"))
+
+
 def expected(subject: Subject, few: Tensor) -> tuple[Answer, Tensor]:
     """fp32 on the CPU: the cascade's labels and exits, and the labels of its last network alone."""
     own = fc.compile(subject.plan, backend="reference", device="cpu").program.run(
@@ -221,8 +226,13 @@ def quick_report(
     seconds: float,
     dry_run: bool,
     batches: tuple[int, ...] = BATCHES,
+    part: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the report so far after every entry. Forms that are out of time are in it as skipped."""
+    """Yield the report so far after every entry. Forms that are out of time are in it as skipped.
+
+    Args:
+        part: "core" for the entries for which :func:`is_core`, "rest" for the others.
+    """
     begin = time.monotonic()
     found: dict[str, Any] = {}
     built: dict[tuple[str, str], Any] = {}
@@ -232,6 +242,8 @@ def quick_report(
             x = subject.images.repeat(-(-batch // len(subject.images)), 1, 1, 1)[:batch].to(device)
             check = expected(subject, x[:CHECKED])
             for name, build in forms(subject, device, dry_run).items():
+                if part is not None and is_core(name, batch, batches) != (part == "core"):
+                    continue
                 if time.monotonic() - begin > seconds:
                     entries[name] = {"skipped": "out of time"}
                     continue

@@ -24,7 +24,7 @@ from bench.cases import Case, Reference, reference_exits
 from bench.machine import CACHE, ROOT
 from bench.ratios import relative_spread
 
-__all__ = ["Engine", "Gate", "Timing", "Worker", "check", "measure"]
+__all__ = ["Engine", "Gate", "Timing", "Worker", "check", "measure", "prepare"]
 
 _PATIENCE_S = 600
 """An engine that takes longer over one command is killed and refused."""
@@ -243,7 +243,7 @@ def measure(
             if model not in expected:
                 expected[model] = reference_exits(model, images)
             try:
-                timed[worker] = _prepare(worker, path, case.batch, expected[model], tuning)
+                timed[worker] = prepare(worker, path, case.batch, expected[model], tuning)
             except RuntimeError as error:
                 refused.append(Timing(worker.engine.name, refused=str(error)))
         for r in range(rounds):
@@ -258,7 +258,7 @@ def measure(
     return [*timed.values(), *refused]
 
 
-def _prepare(worker: Worker, images: Path, batch: int, expected: Reference, tuning: float) -> Timing:
+def prepare(worker: Worker, images: Path, batch: int, expected: Reference, tuning: float) -> Timing:
     """Tune an engine and compare its results with torch's.
 
     Raises:

@@ -25,6 +25,7 @@ from bench.engines import OURS, engines_for, left_out
 from bench.fma_peaks import fma_peaks
 from bench.machine import ROOT, THREADS, machine, machine_slug
 from bench.measure import Engine, Worker, measure
+from bench.paced import measure_paced
 from bench.stored import PEAK, beside, beside_table
 from bench.targets import target_table
 
@@ -138,7 +139,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", help='only cases whose name contains one of these, or "facts"')
+    parser.add_argument("--only", nargs="*", help='only cases named like one of these, "facts", "paced"')
     parser.add_argument("--everything", action="store_true", help="all peers, networks and batch sizes")
     parser.add_argument("--engines", nargs="*", help="measure only the engines of these names")
     parser.add_argument("--threads", type=int, default=THREADS)
@@ -178,6 +179,9 @@ def main() -> None:
         console.print(results_table(entry, case.key))
     if wanted("facts"):
         results["facts"] = measure_facts(cascade, arguments.threads, arguments.rounds, arguments.seconds)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    if wanted("paced"):
+        results["paced"] = measure_paced(arguments.threads, arguments.rounds)
         path.write_text(json.dumps(results, indent=1) + "\n")
     console.print(target_table(results))
     if stored is not None:

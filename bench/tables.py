@@ -17,7 +17,7 @@ from bench.engines import BEST_LAST, FP32_PEERS, OURS, PYTORCH
 from bench.machine import ROOT
 from bench.targets import target_rows
 
-__all__ = ["TABLES", "main", "write_tables"]
+__all__ = ["TABLES", "main", "markdown_table", "write_tables"]
 
 DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 _SECTION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,7 +25,9 @@ _SECTION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Results = Mapping[str, Any]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
@@ -44,7 +46,7 @@ def machine_table(results: Results) -> str:
         ("packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
         ("measured", f"{when[0]} … {when[-1]}" if when else "not yet"),
     ]
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
 
 
 def peaks_table(results: Results) -> str:
@@ -54,13 +56,13 @@ def peaks_table(results: Results) -> str:
         (_title(key), *(f"{entry['peaks'].get(name, 0):,.0f}" for name in names))
         for key, entry in results["cases"].items()
     ]
-    return _table(("case", *(name.replace("_", " ") for name in names)), rows)
+    return markdown_table(("case", *(name.replace("_", " ") for name in names)), rows)
 
 
 def targets_table(results: Results) -> str:
     """Every target, with pass or distance."""
     rows = ((r.work, r.wanted, r.measured, r.verdict, r.beside) for r in target_rows(results))
-    return _table(("work", "target", "measured", "verdict", "beside"), rows)
+    return markdown_table(("work", "target", "measured", "verdict", "beside"), rows)
 
 
 def engines_table(results: Results) -> str:
@@ -86,7 +88,9 @@ def engines_table(results: Results) -> str:
                     engine["schedule"],
                 )
             )
-    return _table(("case", "engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"), rows)
+    return markdown_table(
+        ("case", "engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"), rows
+    )
 
 
 def speeds_table(results: Results) -> str:
@@ -103,7 +107,7 @@ def speeds_table(results: Results) -> str:
             pytorch = max((rates[name] for name in (*PYTORCH, *BEST_LAST) if name in rates), default=None)
             cells = ["–" if rate is None else f"{rate:,.0f}" for rate in (*columns, pytorch)]
             rows.append((_title(key).removesuffix(", batch 256"), *cells))
-    return _table(("network", OURS, *runtimes, "PyTorch"), rows)
+    return markdown_table(("network", OURS, *runtimes, "PyTorch"), rows)
 
 
 def slower_table(results: Results) -> str:
@@ -116,7 +120,7 @@ def slower_table(results: Results) -> str:
         rows += [
             (_title(key), name, f"{rate / ours:.2f}×") for name, rate in others.items() if 0 < ours < rate
         ]
-    return _table(("case", "peer", "faster by"), rows) if rows else "In none of the cases above."
+    return markdown_table(("case", "peer", "faster by"), rows) if rows else "In none of the cases above."
 
 
 def stages_table(results: Results) -> str:
@@ -136,7 +140,7 @@ def stages_table(results: Results) -> str:
         )
         for stage in facts["stages"]
     )
-    return _table(("stage", "images in", "out", "µs/image", "exit µs", "GFLOP/s", "KB/image"), rows)
+    return markdown_table(("stage", "images in", "out", "µs/image", "exit µs", "GFLOP/s", "KB/image"), rows)
 
 
 def time_table(results: Results) -> str:
@@ -164,7 +168,24 @@ def time_table(results: Results) -> str:
         "efficiency",
         "η",
     )
-    return _table(head, rows)
+    return markdown_table(head, rows)
+
+
+def paced_table(results: Results) -> str:
+    """Latencies by pattern of calls: p50, p95 and p99 of every engine."""
+    facts = results.get("paced")
+    if facts is None:
+        return "Not measured yet."
+    engines = {name: e for name, e in facts["engines"].items() if "refused" not in e}
+    patterns = next(iter(engines.values()), {})
+
+    def cell(latency: Mapping[str, float]) -> str:
+        return " / ".join(f"{latency[p]:.2f}" for p in ("p50", "p95", "p99"))
+
+    rows = [(pattern, *(cell(e[pattern]) for e in engines.values())) for pattern in patterns]
+    refused = facts["engines"].keys() - engines.keys()
+    note = f"\n\nRefused: {', '.join(sorted(refused))}." if refused else ""
+    return markdown_table((f"ms, {facts['calls']} calls", *engines), rows) + note
 
 
 def _title(key: str) -> str:
@@ -183,16 +204,17 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "slower": slower_table,
     "stages": stages_table,
     "time": time_table,
+    "paced": paced_table,
 }
 
 
-def write_tables(text: str, results: Results) -> str:
+def write_tables(text: str, results: Results, tables: Mapping[str, Callable[[Results], str]] = TABLES) -> str:
     """The document with its tables replaced.
 
     Raises:
         KeyError: the document names an unknown table.
     """
-    return _SECTION.sub(lambda match: f"{match[1]}{TABLES[match[2]](results)}\n{match[3]}", text)
+    return _SECTION.sub(lambda match: f"{match[1]}{tables[match[2]](results)}\n{match[3]}", text)
 
 
 def main() -> None:

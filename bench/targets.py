@@ -95,6 +95,7 @@ def target_rows(results: Results) -> list[Row]:
     speeds = [*_dense_speeds(), *_cascade_speeds(results)]
     return [
         *(speed.row(results) for speed in speeds),
+        *_paced_rows(results.get("paced")),
         *_schedule_rows(results["facts"].get("schedule")),
         *_error_rows(results["facts"].get("errors", {})),
         *_memory_rows(results["facts"].get("memory", {})),
@@ -128,6 +129,33 @@ def _cascade_speeds(results: Results) -> Iterator[Speed]:
             case = f"{name} batch {batch} "
             yield Speed(f"cascade, batch {batch}: best hand-written one", case, FP32_PEERS, 2.5)
             yield Speed(f"cascade, batch {batch}: eager, last network on everything", case, (LAST,), 20.0)
+
+
+def _paced_rows(facts: Results | None) -> Iterator[Row]:
+    """A call after a pause, against calls in a loop and the best peer after the same pause; its tail."""
+
+    def at_most(work: str, limit: float, beside: str, value: float | None) -> Row:
+        if value is None:
+            return Row(work, f"≤ {limit:g}×", beside)
+        verdict = "pass" if value <= limit else f"{value / limit:.2f} times too long"
+        return Row(work, f"≤ {limit:g}×", beside, f"{value:.2f}×", verdict)
+
+    engines = {} if facts is None else {n: e for n, e in facts["engines"].items() if "refused" not in e}
+    ours = engines.pop(OURS, None)
+    for pattern, limit in (("after 1 ms", 1.1), ("after 30 ms", 1.7), ("after torch", 1.3)):
+        value = ours and ours[pattern]["p50"] / ours["loop"]["p50"]
+        yield at_most(f"ResNet-20, 8 images {pattern}: median", limit, "its own loop's median", value)
+    for pattern in ("after 1 ms", "after 30 ms", "after torch"):
+        value = ours and ours[pattern]["p99"] / ours[pattern]["p50"]
+        yield at_most(f"ResNet-20, 8 images {pattern}: p99", 1.5, "its own median", value)
+    work = "ResNet-20, 8 images after 30 ms: best fp32 peer"
+    if ours is None or not engines:
+        yield Row(work, "≥ 1.6×")
+        return
+    best = min(engines, key=lambda name: float(engines[name]["after 30 ms"]["p50"]))
+    ratio = engines[best]["after 30 ms"]["p50"] / ours["after 30 ms"]["p50"]
+    verdict = "pass" if ratio >= 1.6 else f"{ratio / 1.6:.0%} of it"
+    yield Row(work, "≥ 1.6×", best, f"{ratio:.2f}×", verdict)
 
 
 def _unknown(work: str, wanted: str, fact: Results | None) -> Row:

@@ -56,25 +56,26 @@ class Subject(ABC):
 
 
 class PeerNetwork(Subject):
-    """One network on a peer."""
+    """One network on a peer, with a schedule for every batch size that was tuned."""
 
     def __init__(self, peer: str, model: str, threads: int) -> None:
         self.peer: Peer = make_peer(peer)
         single = load_model(model)
         self.peer.build(single.stage(0).module, single.input.shape, threads)
-        self.schedule: Schedule | None = None
+        self.chosen: dict[int, Schedule] = {}
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        return self.peer.run(x, self.schedule or self.peer.schedules(len(x))[0])
+        return self.peer.run(x, self.chosen.get(len(x)) or self.peer.schedules(len(x))[0])
 
     def results(self, x: np.ndarray) -> dict[str, np.ndarray]:
         logits = self.run(x)
         return {"log_probs": logits, "labels": logits.argmax(1), "exits": np.zeros(len(x), np.int64)}
 
     def tune(self, batches: Batches, seconds: float) -> str:
-        candidates = self.peer.schedules(len(batches[0]))
-        self.schedule = fastest(candidates, lambda s: self.peer.run(batches[0], s), seconds)
-        return _describe(self.schedule, len(batches[0]))
+        rows = len(batches[0])
+        best = fastest(self.peer.schedules(rows), lambda s: self.peer.run(batches[0], s), seconds)
+        self.chosen[rows] = best
+        return _describe(best, rows)
 
 
 class PeerCascadeSubject(Subject):
@@ -223,6 +224,21 @@ class Commands:
         subject.run(batches[0])
         passes = _times(lambda: [subject.run(x) for x in batches], seconds)
         return {"seconds": [t / sum(map(len, batches)) for t in passes]}
+
+    def tune_each(self, seconds: float) -> dict[str, Any]:
+        """Choose a schedule for every batch size up to the images'."""
+        assert self.subject is not None
+        x = self.batches[0]
+        return {"schedules": [self.subject.tune([x[:rows]], seconds) for rows in range(1, len(x) + 1)]}
+
+    def paced(self, pattern: str, count: int, seed: int) -> dict[str, Any]:
+        """Seconds of calls in a pattern of :data:`fastcascade.benchmarking.pacing.PATTERNS`."""
+        from fastcascade.benchmarking import pacing  # older ones have none
+
+        subject, x = self.subject, self.batches[0]
+        assert subject is not None
+        wanted = next(p for p in pacing.PATTERNS if p.name == pattern)
+        return {"seconds": pacing.paced_calls(lambda rows: subject.run(x[:rows]), wanted, count, seed)}
 
     def again(self) -> dict[str, Any]:
         """One batch."""

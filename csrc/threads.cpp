@@ -1,9 +1,13 @@
 #include "threads.h"
 
 #include <unistd.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -14,8 +18,35 @@ namespace {
 
 constexpr int kIdleSpins = 2000;  // a helper spins for some 50 µs after a job, then sleeps
 
+#if defined(__linux__)
+
+int current_processor() { return sched_getcpu(); }
+
+// The system often wakes a helper on the processor of the thread that posts the job, and leaves both there for
+// milliseconds, in turns. A helper that finds itself there asks for any other processor, and then again for all that
+// it had, so that only its place changes. Where there is no other, or the system refuses, it stays.
+void leave_processor(int processor) {
+  if (sched_getcpu() != processor) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(processor, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  if (sched_setaffinity(0, sizeof allowed, &allowed) == 0) return;
+  std::memset(&allowed, 0xff, sizeof allowed);  // the system has just taken some away; it grants what is left
+  sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+#else
+
+int current_processor() { return -1; }
+void leave_processor(int) {}
+
+#endif
+
 struct Job {
   const TeamWork* work;
+  int processor;    // where the caller was when it posted the job
   int helpers = 0;  // invited
   int vacancies = 0;
   int next_rank = 1;
@@ -27,7 +58,7 @@ class HelperPool {
   const pid_t owner = getpid();
 
   void run(int threads, const TeamWork& work) {
-    Job job{&work};
+    Job job{&work, current_processor()};
     post(job, threads - 1);
     std::exception_ptr error;
     try {
@@ -105,6 +136,7 @@ class HelperPool {
       ++job->running;
       if (--job->vacancies == 0) withdraw(job);
       lock.unlock();
+      leave_processor(job->processor);
       (*job->work)(rank, job->helpers);
       lock.lock();
       if (--job->running == 0) done_.notify_all();

@@ -1,23 +1,34 @@
 """Cascades of image classifiers with learned early exit, run in batches on custom CPU and GPU kernels."""
 
-from fastcascade.benchmarking.runner import benchmark
-from fastcascade.data.sources import load_data
-from fastcascade.engine import compile
-from fastcascade.errors import FastCascadeError
-from fastcascade.evaluation.calibration import calibrate
-from fastcascade.evaluation.evaluation import evaluate
-from fastcascade.evaluation.stage_choice import choose_stages
-from fastcascade.lowering.export import plan
-from fastcascade.lowering.plan_file import load_plan
-from fastcascade.model.cascade import Cascade, Stage
-from fastcascade.model.selector import MLPSelector, ThresholdSelector
-from fastcascade.model.store import load_cascade as load
-from fastcascade.training.trainer import Recipe, fit
-from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastcascade.benchmarking.runner import benchmark
+    from fastcascade.data.sources import load_data
+    from fastcascade.engine import compile
+    from fastcascade.errors import FastCascadeError
+    from fastcascade.evaluation.calibration import calibrate
+    from fastcascade.evaluation.evaluation import evaluate
+    from fastcascade.evaluation.stage_choice import choose_stages
+    from fastcascade.lowering.export import plan
+    from fastcascade.lowering.plan_file import load_plan
+    from fastcascade.model.cascade import Cascade, Stage
+    from fastcascade.model.selector import MLPSelector, ThresholdSelector
+    from fastcascade.model.store import load_cascade as load
+    from fastcascade.prediction.batcher import Batcher, BatcherStats
+    from fastcascade.prediction.predictions import Predictions
+    from fastcascade.prediction.predictor import predict
+    from fastcascade.training.trainer import Recipe, fit
+    from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batcher",
+    "BatcherStats",
     "Cascade",
     "CascadeOutput",
     "Evaluation",
@@ -25,6 +36,7 @@ __all__ = [
     "MLPSelector",
     "Normalize",
     "OperatingPoint",
+    "Predictions",
     "Recipe",
     "Stage",
     "ThresholdSelector",
@@ -38,4 +50,46 @@ __all__ = [
     "load_data",
     "load_plan",
     "plan",
+    "predict",
 ]
+
+_HOMES = {
+    "Batcher": "fastcascade.prediction.batcher:Batcher",
+    "BatcherStats": "fastcascade.prediction.batcher:BatcherStats",
+    "Cascade": "fastcascade.model.cascade:Cascade",
+    "CascadeOutput": "fastcascade.types:CascadeOutput",
+    "Evaluation": "fastcascade.types:Evaluation",
+    "FastCascadeError": "fastcascade.errors:FastCascadeError",
+    "MLPSelector": "fastcascade.model.selector:MLPSelector",
+    "Normalize": "fastcascade.types:Normalize",
+    "OperatingPoint": "fastcascade.types:OperatingPoint",
+    "Predictions": "fastcascade.prediction.predictions:Predictions",
+    "Recipe": "fastcascade.training.trainer:Recipe",
+    "Stage": "fastcascade.model.cascade:Stage",
+    "ThresholdSelector": "fastcascade.model.selector:ThresholdSelector",
+    "benchmark": "fastcascade.benchmarking.runner:benchmark",
+    "calibrate": "fastcascade.evaluation.calibration:calibrate",
+    "choose_stages": "fastcascade.evaluation.stage_choice:choose_stages",
+    "compile": "fastcascade.engine:compile",
+    "evaluate": "fastcascade.evaluation.evaluation:evaluate",
+    "fit": "fastcascade.training.trainer:fit",
+    "load": "fastcascade.model.store:load_cascade",
+    "load_data": "fastcascade.data.sources:load_data",
+    "load_plan": "fastcascade.lowering.plan_file:load_plan",
+    "plan": "fastcascade.lowering.export:plan",
+    "predict": "fastcascade.prediction.predictor:predict",
+}
+"""Where each public name is defined. Modules are imported at first use, because torch takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastcascade' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

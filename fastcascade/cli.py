@@ -15,10 +15,8 @@ import os
 import platform
 import re
 import sys
-import time
 import warnings
-from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
     from fastcascade.engine import CompiledCascade
     from fastcascade.lowering.plan import Plan
     from fastcascade.model.cascade import Cascade
-    from fastcascade.prediction.predictions import Prediction
+    from fastcascade.prediction.predictions import Predictions
     from fastcascade.types import OperatingPoint, SelectorComparison
 
 __all__ = ["app", "main"]
@@ -207,81 +204,96 @@ def train(
     say("saved:", str(out / "model"))
 
 
-@app.command(epilog="Example: fastcascade predict model/ folder:photos --output photos.parquet")
+@app.command(epilog="Example: fastcascade predict model/ photos/ -o predictions/")
 def predict(
     model: Model,
-    data: Source,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="a folder, a file (npz, npy, Parquet, tar, CIFAR), a pattern in quotes, or image files",
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help=".parquet, .jsonl or .csv file; default: JSON lines on standard output"
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="a folder: repeat the command after a kill, and it continues. Or a .parquet, .jsonl or .csv "
+            "file, which appears when it is complete. Default: JSON lines on standard output",
         ),
     ] = None,
     operating_point: Point = None,
+    top_k: Annotated[int, typer.Option(min=0, help="also write the K most probable classes")] = 0,
     split: Split = None,
     rows: RowRange = None,
-    resize: Resize = False,
+    resize: Annotated[
+        bool, typer.Option(help="scale image files to the model's size; otherwise other sizes are errors")
+    ] = True,
+    file_format: Annotated[
+        Literal["parquet", "jsonl", "csv"], typer.Option("--format", help="of the files in a folder")
+    ] = "parquet",
+    rows_per_file: Annotated[int, typer.Option(min=1, help="inputs per file in a folder")] = 16_384,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="stop at the first input that is an error")
+    ] = False,
     backend: Backend = "auto",
     precision: Precision = "fp32",
     threads: Threads = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an existing file, or another run in the folder")
+    ] = False,
 ) -> None:
-    """Classify images. Writes one row per image: label, class name, score, exit and cost, or an error."""
-    from fastcascade.prediction.predictions import (
-        check_destination,
-        predictions,
-        save_predictions,
-        write_json_lines,
-    )
+    """Classify images. Every input has a row: label, class name, probability, exit and cost, or an error."""
+    import fastcascade as fc
+    from fastcascade.data.sources import load_inputs
+    from fastcascade.prediction.predictor import predict_batches
+    from fastcascade.prediction.progress import RunProgress
+    from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
+    from fastcascade.prediction.writers import check_destination, save_predictions, write_json_lines
 
-    if output is not None:
+    to_folder = output is not None and output.suffix not in _FILES
+    if output is not None and not to_folder:
         check_destination(output, overwrite)
-    compiled = _compile(_load_model(model), backend, precision, threads)
-    compiled.plan.thresholds(operating_point)  # fails on an unknown name before the progress bar appears
-    images = _load_images(data, compiled.plan, split, rows, resize)
-    tally = Tally(len(images))
-    # Closed before an error is printed, or the progress bar would be drawn after it.
-    with contextlib.closing(tally.watch(predictions(compiled, images, operating_point))) as batches:
-        if output is None:
-            write_json_lines(batches, sys.stdout.buffer)
-            sys.stdout.flush()
+    compiled = fc.compile(model, backend=backend, precision=precision, threads=threads)
+    compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
+    images = load_inputs(inputs[0] if len(inputs) == 1 else inputs, compiled.plan.input.shape, resize, split)
+    if rows is not None:
+        images = images.take(_row_range(rows, len(images)))
+    num_exits = len(compiled.plan.stages)
+    # Left before an error is printed, or the progress bar would be drawn after it.
+    with RunProgress(len(images), num_exits) as progress:
+        if output is not None and to_folder:
+            options = RunOptions(top_k, file_format, rows_per_file, strict, overwrite)
+            predict_to_folder(
+                compiled, images, output, operating_point, options, progress.started, progress.watch
+            )
         else:
-            save_predictions(batches, output, overwrite)
-    say("done:", tally.summary())
+            found = predict_batches(compiled, images, operating_point, top_k, resize, progress.waits)
+            with contextlib.closing(found):
+                batches = _watched(found, strict, lambda batch: progress.watch(Tally.of(batch, num_exits)))
+                if output is None:
+                    write_json_lines(batches, sys.stdout.buffer)
+                    sys.stdout.flush()
+                else:
+                    save_predictions(batches, output, overwrite)
+    say("done:", progress.summary())
 
 
-class Tally:
-    """Counts predictions and shows a progress bar on standard error."""
+_FILES = (".parquet", ".jsonl", ".csv")
+"""Suffixes of an output that is one file."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.errors = 0
-        self.cost = 0
-        self.exits: Counter[int] = Counter()
-        self.seconds = 0.0
 
-    def watch(self, batches: Iterable[list[Prediction]]) -> Generator[list[Prediction], None, None]:
-        """Yield the batches unchanged and count them."""
-        start = time.perf_counter()
-        columns = (TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=self.total)
-            for batch in batches:
-                self.errors += sum(p.error is not None for p in batch)
-                self.exits.update(p.exit for p in batch if p.exit is not None)
-                self.cost += sum(p.cost_macs or 0 for p in batch)
-                bar.advance(task, len(batch))
-                yield batch
-        self.seconds = time.perf_counter() - start
-
-    def summary(self) -> str:
-        """The counts in one line."""
-        ran = max(1, self.exits.total())
-        shares = " / ".join(f"{self.exits[k] / ran:.1%}" for k in range(max(self.exits, default=0) + 1))
-        return (
-            f"{self.total:,} images in {self.seconds:.1f} s, {self.errors:,} with an error; "
-            f"mean cost {self.cost / ran / 1e6:.2f} M MACs; stopped at exits {shares}"
-        )
+def _watched(
+    batches: Iterable[Predictions], strict: bool, watch: Callable[[Predictions], None]
+) -> Iterator[Predictions]:
+    """The batches unchanged; the first error row is an error if ``strict``."""
+    for batch in batches:
+        if strict:
+            batch.require_no_errors()
+        watch(batch)
+        yield batch
 
 
 @app.command(epilog="Example: fastcascade evaluate model/ cifar10:data --curve curve.png")
@@ -519,6 +531,22 @@ def comparison_table(comparison: SelectorComparison) -> Table:
     return table
 
 
+@app.command(epilog="Example: fastcascade export model/ --onnx exported/")
+def export(
+    model: Model,
+    onnx: Annotated[Path, typer.Option(metavar="DIR", help="where the ONNX models go")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a cascade as ONNX models: one for single images, and one per stage with a script for batches."""
+    from fastcascade.interchange.onnx_model import export_onnx
+    from fastcascade.lowering.export import plan as lower
+    from fastcascade.lowering.plan import Plan
+
+    loaded = _load_model(model)
+    for path in export_onnx(loaded if isinstance(loaded, Plan) else lower(loaded), onnx, overwrite=overwrite):
+        say("wrote", str(path))
+
+
 @app.command(epilog="Example: fastcascade choose pool.npz --budget 3e7")
 def choose(
     pool: Annotated[
@@ -560,8 +588,9 @@ def choose(
 
 
 OPTIONAL = {
-    "pyarrow": "Parquet output",
-    "Pillow": "folders of images",
+    "pyarrow": "Parquet",
+    "Pillow": "image files",
+    "simplejpeg": "faster decoding of JPEG",
     "matplotlib": "pictures of the cost–accuracy curve",
     "triton": "the triton backend",
     "cupy": "the cuda backend",

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from io import StringIO
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -16,15 +17,21 @@ from torch import Tensor, nn
 
 from fastcascade.backends.interface import ExitResults, Precision, StageReport
 from fastcascade.backends.registry import choose_backend
-from fastcascade.errors import FastCascadeError, InvalidArgument
+from fastcascade.backends.torch_module import compiled_modules
+from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument
 from fastcascade.lowering import export as lower
 from fastcascade.lowering.plan import Plan
+from fastcascade.lowering.plan_file import load_plan, plan_exists, plan_sha256
 from fastcascade.model.cascade import Cascade
+from fastcascade.model.store import cascade_exists, load_cascade, plan_note
 from fastcascade.scale import ScaleCheck
 from fastcascade.text import plain, printable
 from fastcascade.types import CascadeOutput, OperatingPointLike
 
-__all__ = ["CompiledCascade", "compile"]
+if TYPE_CHECKING:
+    from fastcascade import Predictions
+
+__all__ = ["CompiledCascade", "compile", "load_model"]
 
 Output = Literal["cascade", "log_probs"]
 
@@ -37,30 +44,36 @@ class Settings(NamedTuple):
     device: torch.device
     threads: int | None
     output: Output
+    torch_compile: bool = False
 
 
 def compile(
-    cascade: Cascade | Plan,
+    cascade: Cascade | Plan | str | Path,
     backend: str = "auto",
     precision: Precision = "fp32",
     device: torch.device | str | None = None,
     threads: int | None = None,
     output: Output = "cascade",
+    torch_compile: bool = False,
 ) -> CompiledCascade:
     """Compile a cascade, or a plan, for fast inference: a drop-in replacement for its forward pass.
 
     Args:
-        cascade: a :class:`fastcascade.Cascade`, left unchanged, or a plan from :func:`fastcascade.load_plan`.
+        cascade: a :class:`fastcascade.Cascade`, left unchanged; a plan from :func:`fastcascade.load_plan`; or
+            the folder of a saved cascade or plan.
         backend: "auto" for the fastest one that can run the cascade, or a name, without fallback.
             FASTCASCADE_BACKEND in the environment overrides "auto".
         precision: of the stages; exit decisions are always fp32.
         device: of the images and the output; by default the cascade's device, the CPU for a plan.
         threads: CPU threads; by default torch's number.
         output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
+        torch_compile: run opaque stages through ``torch.compile``. Each is compiled when it first sees 1, 2,
+            4, … or 64 rows, which takes seconds to minutes; other numbers of rows are padded to the next one.
 
     Raises:
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
         BackendUnavailable: the backend cannot run on this machine or cannot run this plan.
+        FileFormatError: the folder holds neither, or a cascade of custom modules without its plan.
 
     Example:
         >>> import fastcascade as fc
@@ -70,18 +83,47 @@ def compile(
         >>> fast(torch.randn(4, 3, 32, 32)).probs.shape
         torch.Size([4, 10])
     """
+    if isinstance(cascade, str | Path):
+        cascade = load_model(cascade)
     if not isinstance(cascade, Cascade | Plan):
-        raise InvalidArgument(f"got {type(cascade).__name__}; expected a Cascade or a Plan")
+        raise InvalidArgument(f"got {type(cascade).__name__}; expected a Cascade, a Plan or a folder")
     if output not in get_args(Output):
         raise InvalidArgument(f"unknown output {output!r}; expected one of {get_args(Output)}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InvalidArgument(f"threads is {threads!r}; expected a number from 1, or None for torch's")
     if device is None:
         device = cascade.device if isinstance(cascade, Cascade) else "cpu"
-    settings = Settings(backend, precision, _full_device(device), threads, output)
+    settings = Settings(backend, precision, _full_device(device), threads, output, torch_compile)
     if isinstance(cascade, Plan):
         return CompiledCascade(cascade, settings)
     return CompiledCascade(lower.plan(cascade), settings, source=cascade)
+
+
+def load_model(directory: str | Path) -> Cascade | Plan:
+    """The plan in a directory, or the cascade if there is no plan of it.
+
+    Raises:
+        FileFormatError: the directory holds neither, or a cascade of custom modules without its plan.
+    """
+    directory = Path(directory)
+    if not cascade_exists(directory):
+        if directory.is_dir() and plan_exists(directory):
+            return load_plan(directory)
+        raise FileFormatError(
+            f"{directory} holds no saved cascade or plan; expected cascade.json or plan.json in it, as "
+            "cascade.save writes them"
+        )
+    note = plan_note(directory)
+    if note.sha256 is not None and note.sha256 == plan_sha256(directory):
+        return load_plan(directory)
+    if not note.custom_modules:
+        return load_cascade(directory)
+    reason = note.missing_reason or "it was saved without its plan, or the plan beside it is of another save"
+    raise FileFormatError(
+        f"{directory} holds a cascade of custom modules ({', '.join(note.custom_modules)}) and no plan of "
+        f"it: {reason}. Where its code is at hand, load it with fc.load(directory, modules=…); then "
+        "cascade.save(directory, plan=True, overwrite=True) stores the plan, which runs without the code"
+    )
 
 
 def _full_device(device: torch.device | str) -> torch.device:
@@ -119,9 +161,14 @@ class CompiledCascade(nn.Module):
         self._build(plan)
 
     def _build(self, plan: Plan) -> None:
-        name, precision, device, threads, _ = self._settings
+        name, precision, device, threads, _, torch_compile = self._settings
         backend = choose_backend(name, plan, precision=precision, device=device)
-        self.program = backend.lower(plan, precision=precision, device=device, threads=threads)
+        self.program = backend.lower(
+            compiled_modules(plan) if torch_compile else plan,
+            precision=precision,
+            device=device,
+            threads=threads,
+        )
         self._exit_macs = plan.exit_macs.to(device)
         self._named_thresholds: dict[str | None, Tensor] = {}
         self.plan = plan
@@ -150,24 +197,48 @@ class CompiledCascade(nn.Module):
         Raises:
             InvalidArgument: wrong shape, dtype, device or operating point, or an input that requires grad.
         """
-        thresholds = self._thresholds(operating_point)
-        images = self._images(x)
+        thresholds = self.thresholds(operating_point)
+        images = self.images(x)
+        if self._scale_check.open:
+            self._scale_check(images, stacklevel=5)
         results = self.program.run(images, thresholds) if len(images) else self._no_results()
         if self._settings.output == "log_probs":
             return results.log_probs
         cost = self._exit_macs.take(results.exit_stage)
         return CascadeOutput(_exp(results.log_probs), results.label, results.exit_stage, cost)
 
-    def _thresholds(self, operating_point: OperatingPointLike) -> Tensor:
-        """(K−1,) float32 on the CPU. Names are cached, which is measurable at batch size 1."""
+    @property
+    def precision(self) -> Precision:
+        """Precision of the stages."""
+        return self._settings.precision
+
+    def predict(
+        self, inputs: Any, operating_point: OperatingPointLike = None, top_k: int = 5, resize: bool = True
+    ) -> Predictions:
+        """Classify files, images, arrays or data sets; see :func:`fastcascade.predict`."""
+        import fastcascade
+
+        return fastcascade.predict(self, inputs, operating_point, top_k, resize)
+
+    def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
+        """The K−1 stop thresholds of an operating point, float32 on the CPU.
+
+        Raises:
+            InvalidArgument: an unknown name, the wrong number of thresholds, NaN, or no default.
+        """
+        # Names are cached, which is measurable at batch size 1.
         if operating_point is not None and not isinstance(operating_point, str):
             return self.plan.thresholds(operating_point)
         if operating_point not in self._named_thresholds:
             self._named_thresholds[operating_point] = self.plan.thresholds(operating_point)
         return self._named_thresholds[operating_point]
 
-    def _images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """Check the input; (N, C, H, W) uint8 or float32 on the program's device."""
+    def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """Check images as a call does; returns them as (N, C, H, W) uint8 or float32, a view where possible.
+
+        Raises:
+            InvalidArgument: wrong shape, dtype or device, or an input that requires grad.
+        """
         images = self.plan.input.nchw(x)
         if images.requires_grad and torch.is_grad_enabled():
             raise InvalidArgument(
@@ -181,8 +252,6 @@ class CompiledCascade(nn.Module):
             )
         if images.layout != torch.strided:
             raise InvalidArgument(f"images have layout {images.layout}; expected a dense tensor")
-        if self._scale_check.open:
-            self._scale_check(images)
         return images.detach() if images.dtype == torch.uint8 else images.detach().float()
 
     def _no_results(self) -> ExitResults:
@@ -230,7 +299,7 @@ class CompiledCascade(nn.Module):
 
     def describe(self) -> str:
         """How each stage runs: operations or why it is opaque, kernels, ISA, weight and scratch memory."""
-        _, precision, device, threads, _ = self._settings
+        _, precision, device, threads, _, _ = self._settings
         head = (
             f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
         )

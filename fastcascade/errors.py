@@ -10,6 +10,8 @@ __all__ = [
     "FileFormatError",
     "InvalidArgument",
     "LoweringError",
+    "Overloaded",
+    "RequestTimeout",
     "SaveError",
     "ScaleWarning",
 ]
@@ -45,6 +47,14 @@ class LoweringError(FastCascadeError):
 
 class SaveError(FastCascadeError, OSError):
     """Writing failed: full disk, missing permission, or a device error."""
+
+
+class Overloaded(FastCascadeError):
+    """A batcher has no room for a request."""
+
+
+class RequestTimeout(FastCascadeError, TimeoutError):
+    """A request waited longer than its timeout and was not run."""
 
 
 class ScaleWarning(UserWarning):

@@ -133,7 +133,7 @@ class InputSpec:
         Raises:
             InvalidArgument: another dtype or shape, or uint8 images without ``preprocess``.
         """
-        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        x = _tensor(x) if isinstance(x, np.ndarray) else x
         if not isinstance(x, Tensor):
             raise InvalidArgument(f"got {type(x).__name__}; expected a tensor or array of images")
         channels, height, width = self.shape
@@ -168,6 +168,15 @@ class InputSpec:
         if table is None:
             table = self.preprocess.table().to(x.device)
         return torch.stack([row[plane.long()] for row, plane in zip(table, x.unbind(1), strict=True)], 1)
+
+
+def _tensor(x: np.ndarray[Any, Any]) -> Tensor:
+    """The array as a tensor, sharing its memory where torch can.
+
+    Torch has no read-only tensors, and a module may write to its input; nor has it negative strides.
+    """
+    copied = not x.flags.writeable or any(stride < 0 for stride in x.strides)
+    return torch.from_numpy(x.copy() if copied else x)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """The plain-torch twin of every kernel: the readable definition that all backends are tested against.
 
 Notation: N instances in the batch, n ≤ N still active, C classes, F features, H hidden units. Class scores
-    are
-log-probabilities throughout. A third of CIFAR images have a top probability that rounds to 1 in float32, so
-log-odds come from log-sum-exp, never from 1 − q.
+are log-probabilities throughout. A third of CIFAR images have a top probability that rounds to 1 in float32,
+so log-odds come from log-sum-exp, never from 1 − q.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ __all__ = [
     "ExitTables",
     "MLPWeights",
     "ResidentExit",
+    "ResidentStage",
     "Score",
     "compact_index",
     "conv",
@@ -357,6 +357,8 @@ def elementwise(work: Elementwise, x: Tensor, other: Tensor | None, vectors: Ten
 def _activated(x: Tensor, activation: str) -> Tensor:
     if activation == "none":
         return x
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
     return x.relu() if activation == "relu" else x.clamp(0, 6)
 
 
@@ -416,8 +418,22 @@ class ResidentExit(NamedTuple):
     weights: MLPWeights | None = None
 
 
+class ResidentStage(NamedTuple):
+    """One stage.
+
+    Attributes:
+        layers: as in :func:`persistent`.
+        kept: the value that the next stage reads; None if that reads the image.
+        mirror: whether the stage reads the mirror image.
+    """
+
+    layers: Sequence[Layer]
+    kept: int | None
+    mirror: bool = False
+
+
 def resident(
-    stages: Sequence[tuple[Sequence[Layer], int | None]],
+    stages: Sequence[ResidentStage],
     exits: Sequence[ResidentExit],
     images: Tensor,
     tables: ExitTables,
@@ -428,8 +444,6 @@ def resident(
     """The first stages of a cascade, exits included: the twin of the resident kernel.
 
     Args:
-        stages: for each, the layers as in :func:`persistent`, and the value that the next stage reads; None
-            if that reads the image.
         tables: as before the first stage; written.
         thresholds: one per selector.
         pixel_table: (C, 256), the value of each byte; for uint8 images only.
@@ -438,7 +452,8 @@ def resident(
         (m,) the images that stay active, in order.
     """
     index, source = torch.arange(len(images)), images
-    for k, ((layers, kept), how) in enumerate(zip(stages, exits, strict=True)):
+    mirrored = images.flip(3)
+    for k, ((layers, kept, mirror), how) in enumerate(zip(stages, exits, strict=True)):
         work = [layer.work for layer in layers]
         reads_images = any(isinstance(w, Conv) and w.image for w in work)
         classes = next(w.out[2] for w in work if isinstance(w, Conv) and w.logits)
@@ -446,7 +461,7 @@ def resident(
         dtype = next(layer.weight.dtype for layer in layers if layer.weight is not None)
         logits = torch.empty(len(index), classes)
         features = None if kept is None else torch.empty(len(index), *shapes[kept], dtype=dtype)
-        rows = images if reads_images else source
+        rows = (mirrored if mirror else images) if reads_images else source
         persistent(layers, rows, index, features, logits, kept=kept, pixel_table=pixel_table)
         stays = exit_head(
             tables,

@@ -98,6 +98,17 @@ def test_other_floats_and_arrays_are_taken(fast: CompiledCascade) -> None:
         assert torch.equal(fast(x.requires_grad_()).probs, want)
 
 
+@pytest.mark.filterwarnings("error")
+def test_read_only_and_mirrored_arrays_are_taken(fast: CompiledCascade) -> None:
+    array = torch.randn(4, *SHAPE).numpy()
+    mirrored = array[..., ::-1]
+    want = fast(torch.from_numpy(mirrored.copy())).probs
+    assert torch.equal(fast(mirrored).probs, want)
+    frozen = mirrored.copy()
+    frozen.flags.writeable = False
+    assert torch.equal(fast(frozen).probs, want)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

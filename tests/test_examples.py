@@ -1,4 +1,4 @@
-"""The example's training script runs, resumes to the same bits, and takes a teacher."""
+"""The example's training script runs, resumes to the same bits, and goes on in a second phase."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10"
 N = 60
+
+
+def random_images() -> tuple[Tensor, Tensor]:
+    """(N, 3, 32, 32) uint8 and labels (N,)."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=draw), torch.arange(N) % 10
 
 
 @pytest.fixture
@@ -28,12 +37,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_training_resumes_to_the_same_bits_and_takes_a_teacher(script: ModuleType, tmp_path: Path) -> None:
-    images, labels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8), torch.arange(N) % 10
-    run = script.Run("pooled_net:2", 2, batch_size=20)
-    targets = script.targets_of(run, labels[:40], images[:40], None)
-    assert torch.allclose(targets.sum(1), torch.ones(40))
-    teacher = script.train(run, images, targets, labels, tmp_path / "whole")
+def test_training_resumes_to_the_same_bits(script: ModuleType, tmp_path: Path) -> None:
+    images, labels = random_images()
+    run = script.Run("pooled_net:2", 2, batch_size=20, padding=3, cutout=8)
+    targets = script.targets_of(run, labels, images, None)
+    assert torch.allclose(targets.sum(1), torch.ones(N))
+    script.train(run, None, images, targets, (images, labels), tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -46,16 +55,87 @@ def test_training_resumes_to_the_same_bits_and_takes_a_teacher(script: ModuleTyp
 
     script.save_checkpoint = save_and_die
     with pytest.raises(Killed):
-        script.train(run, images, targets, labels, tmp_path / "resumed")
+        script.train(run, None, images, targets, (images, labels), tmp_path / "resumed")
     script.save_checkpoint = saved
-    script.train(run, images, targets, labels, tmp_path / "resumed")
+    script.train(run, None, images, targets, (images, labels), tmp_path / "resumed")
     whole, resumed = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    student = replace(run, teacher=run.network, distillation=1.0)
-    taught = script.targets_of(student, labels[:40], images[:40], teacher)
-    assert torch.allclose(taught.sum(1), torch.ones(40), atol=1e-5)
-    assert not torch.allclose(taught, targets)
+
+def test_the_second_phase_goes_on_with_the_first_ones_networks(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = random_images()
+    data = tmp_path / "images.npz"
+    np.savez(data, images=images.movedim(1, -1).numpy(), labels=labels.numpy())
+    first = script.Run("pooled_net:2", 1, batch_size=20)
+    second = replace(first, average=0.5, rate=0.0, hard_images=20, whitening_epochs=0, teacher=first.network)
+    monkeypatch.setattr(script, "FIRST_PHASE", (first,))
+    monkeypatch.setattr(script, "SECOND_PHASE", (second,))
+    monkeypatch.setattr(script, "FIRST_STAGE", "pooled_net-2")
+    run = ["train_stages.py", str(data), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*run, "--phase", "1"])
+    script.main()
+    assert not (tmp_path / "second").exists()
+    monkeypatch.setattr("sys.argv", run)
+    script.main()
+    old, new = (script.trained_network(tmp_path / phase / "pooled_net-2") for phase in ("first", "second"))
+    assert torch.allclose(old.head.weight, new.head.weight, rtol=1e-3), "rate 0 keeps the first's weights"
+    old_mean, new_mean = (network.blocks[0].norms[0].running_mean for network in (old, new))
+    assert not torch.allclose(old_mean, new_mean, rtol=1e-3), "yet it saw images"
+
+
+def test_an_average_lags_behind_the_weights(script: ModuleType, tmp_path: Path) -> None:
+    images, labels = random_images()
+    weights = {}
+    for decay in (0.0, 0.5, 1.0):
+        run = script.Run("pooled_net:2", 1, average=decay, batch_size=20, whitening_epochs=0)
+        targets = script.targets_of(run, labels, images, None)
+        folder = tmp_path / str(decay)
+        weights[decay] = script.train(run, None, images, targets, (images, labels), folder).head.weight
+    step, half = weights[0.0] - weights[1.0], weights[0.5] - weights[1.0]
+    assert 0 < half.norm() < step.norm()
+
+
+def test_a_teacher_changes_the_targets(script: ModuleType) -> None:
+    images, labels = random_images()
+    run = script.Run("pooled_net:2", 1, distillation=1.0)
+    taught = script.targets_of(run, labels, images, script.build_network("pooled_net:2", 10))
+    assert torch.allclose(taught.sum(1), torch.ones(N), atol=1e-5)
+    assert not torch.allclose(taught, script.targets_of(run, labels, images, None))
+
+
+class Answers(nn.Module):
+    """A classifier that is the surer of an image the brighter it is."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        sureness = images.mean((1, 2, 3)) - images.min()
+        return F.pad(sureness[:, None], (0, 9))
+
+
+def test_the_images_of_least_margin_are_used(script: ModuleType) -> None:
+    brightness = torch.tensor([90, 10, 250, 30, 170], dtype=torch.uint8)
+    images = brightness[:, None, None, None].expand(-1, 3, 32, 32)
+    assert script.least_sure(Answers(), images, 3).tolist() == [1, 3, 0]
+
+
+def test_augmented_images_are_shifted_mirrored_and_cut_out(script: ModuleType) -> None:
+    images, _ = random_images()
+    plain = script.Images(images, script.Run("", 1, padding=0)).batch(np.arange(N), 0)
+    again = script.Images(images, script.Run("", 1, padding=0)).batch(np.arange(N), 1)
+    assert torch.equal(plain, again.flip(3)), "every other epoch is mirrored"
+    straight = script.normalised(images)
+    first = (plain == straight).all(3).all(2).all(1)
+    assert first.any()
+    assert not first.all()
+    assert torch.equal(torch.where(first[:, None, None, None], plain, again), straight)
+
+    cut = script.Images(images, script.Run("", 1, padding=0, cutout=8)).batch(np.arange(N), 0)
+    gone = (cut == 0).all(1)
+    assert (gone.sum((1, 2)) == 64).all()
+    assert ((cut == plain) | gone[:, None]).all()
+    assert (gone.any(2).sum(1) == 8).all()
+    assert gone.any(0).all(), "a square may lie anywhere"
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one(script: ModuleType) -> None:

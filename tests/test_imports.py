@@ -27,10 +27,11 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": set("errors text types storage kernels model data lowering engine".split()),
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
+    "interchange": {"errors", "types", "storage", "kernels", "lowering"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
     "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},
-    "prediction": {"errors", "types", "storage", "data", "engine"},
+    "prediction": set("errors text types storage data model lowering engine".split()),
     "benchmarking": set("errors text types storage model data evaluation lowering backends engine".split()),
 }
 """For each folder or module of the package, the others that it may import. There is no cycle."""

@@ -26,7 +26,8 @@ from fastcascade.evaluation.curve import Curves, cost_accuracy_curve, plot_curve
 from fastcascade.evaluation.evaluation import Trace, traces
 from fastcascade.model.cost import eval_mode
 from fastcascade.model.selector import ScoreKind
-from fastcascade.prediction.predictions import predictions, save_predictions
+from fastcascade.prediction.predictor import predict_batches
+from fastcascade.prediction.writers import save_predictions
 
 HERE = Path(__file__).parent
 OUTPUT = Path("demo")
@@ -57,7 +58,7 @@ def main() -> None:
     results = race(contestants(cascade, fast), images, labels, cascade.dense_macs)
     console.print(comparison(results, cascade.dense_macs))
     console.print(exits(fast, images, labels))
-    save_predictions(predictions(fast, data), OUTPUT / "predictions.parquet", overwrite=True)
+    save_predictions(predict_batches(fast, data, top_k=0), OUTPUT / "predictions.parquet", overwrite=True)
     draw(cascade, (images, labels))
     console.print(f"wrote {OUTPUT / 'predictions.parquet'} and {OUTPUT / 'curve.png'}")
 

@@ -1,12 +1,13 @@
 """The selection study: which selector decides best, on the same stages and at the same accumulated cost.
 
-Reads the saved logits of two families of stages and rewrites tables of docs/selection.md, all or some:
+Reads the saved logits of families of stages and rewrites tables of docs/selection.md, all or some:
 
     python examples/cifar10/study.py
     python examples/cifar10/study.py --tables rules
 
 Every row repeats five times: the 5,000 held-out images are split at random into one half that fits the
-selector and one that finds the thresholds for each budget; accuracy is then measured on the test images.
+selector and one that finds the thresholds for each budget; accuracy is then measured on the test images. Of
+stages that have seen all training images, 5,000 random test images are held out and the other 5,000 judge.
 """
 
 from __future__ import annotations
@@ -89,16 +90,25 @@ FEATURES = [
 ]
 
 
+Labelled = tuple[Tensor, Tensor]
+"""Logits (K, N, 10) and labels (N,)."""
+
+
 @dataclass(frozen=True)
 class Logits:
-    """Logits (K, N, 10) and labels (N,) of the held-out and of the test images."""
+    """What the stages say about held-out and about test images; ``unseen`` if both come from one set."""
 
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    held_out: Labelled
+    test: Labelled
+    unseen: Labelled | None = None
 
     @classmethod
     def load(cls, path: Path) -> Logits:
         t = load_file(path)
+        if "unseen" in t:
+            z, y = t["unseen"].float(), t["y_unseen"].long()
+            half = len(y) // 2
+            return cls((z[:, :half], y[:half]), (z[:, half:], y[half:]), (z, y))
         if "held_out" in t:
             return cls(
                 (t["held_out"].float(), t["y_held_out"].long()), (t["test"].float(), t["y_test"].long())
@@ -111,8 +121,21 @@ class Logits:
             (t["test"], t["y_test"]),
         )
 
+    def split(self, seed: int) -> tuple[Labelled, Labelled, Labelled]:
+        """Random halves of the held-out images, and the images that judge."""
+        held_out, test = self.held_out, self.test
+        rng = np.random.default_rng(seed)
+        if self.unseen is not None:
+            z, y = self.unseen
+            drawn = torch.from_numpy(rng.permutation(len(y)))
+            held_out, test = ((z[:, rows], y[rows]) for rows in (drawn[: len(y) // 2], drawn[len(y) // 2 :]))
+        z, y = held_out
+        order = torch.from_numpy(rng.permutation(len(y)))
+        first, second = order[: len(y) // 2], order[len(y) // 2 :]
+        return (z[:, first], y[first]), (z[:, second], y[second]), test
 
-def overconfident(images: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+
+def overconfident(images: Labelled, seed: int) -> Labelled:
     """Logits three times too large, and one mistake in seven twelve times: stages sure of their mistakes."""
     z, y = images
     generator = torch.Generator().manual_seed(seed)
@@ -156,23 +179,19 @@ def accuracies(
     """Test accuracy at each budget, NaN where it cannot be met."""
     torch.manual_seed(seed)
     cascade = with_selector(trained, method.selector(), combine)
-    z, y = logits.held_out
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
-    first, second = order[: len(y) // 2], order[len(y) // 2 :]
+    fitted_on, found_on, judge = logits.split(seed)
     if method.objective:
         fit_selector(
             cascade,
-            z[:, first],
-            y[first],
+            *fitted_on,
             method.objective,
             alpha,
             baseline=method.baseline,
             seed=seed,
             **PLAIN,
         )
-    calibration = Trace.from_logits(cascade, z[:, second], y[second])
-    test = Trace.from_logits(cascade, *logits.test)
-    return budget_accuracies(calibration, test, trained.dense_macs)
+    calibration = Trace.from_logits(cascade, *found_on)
+    return budget_accuracies(calibration, Trace.from_logits(cascade, *judge), trained.dense_macs)
 
 
 def budget_accuracies(
@@ -195,9 +214,10 @@ def budget_heads(budgets: Sequence[float] = BUDGETS) -> list[str]:
 
 
 def mean_and_spread(rows: list[list[float]]) -> list[str]:
-    """One cell per budget: mean ± standard deviation over the repetitions, in per cent."""
+    """One cell per budget: mean ± standard deviation over the repetitions, in per cent; – if never met."""
     values = 100 * np.array(rows)
-    return [f"{m:.2f} ± {s:.2f}" for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
+    cells = zip(values.mean(0), values.std(0, ddof=1), strict=True)
+    return ["–" if math.isnan(m) else f"{m:.2f} ± {s:.2f}" for m, s in cells]
 
 
 def against_rules(family: Family, combine: Combine, seed: int) -> dict[str, list[float]]:
@@ -205,19 +225,16 @@ def against_rules(family: Family, combine: Combine, seed: int) -> dict[str, list
 
     One half of the held-out images fits temperatures and selector, the other finds thresholds for all.
     """
-    z, y = family.logits.held_out
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
-    first, second = order[: len(y) // 2], order[len(y) // 2 :]
+    fitted_on, found_on, judge = family.logits.split(seed)
     rows = {}
     ways = {"learned": {}, "learned, plain cross-entropy, T = 1": PLAIN}
     for name, settings in list(ways.items())[: 2 if combine == "last" else 1]:
         cascade = family.cascade(fc.MLPSelector(), combine)
-        fit_selector(cascade, z[:, first], y[first], alpha=ALPHA, seed=seed, **settings)
+        fit_selector(cascade, *fitted_on, alpha=ALPHA, seed=seed, **settings)
         rules: tuple[Any, ...] = (None,) if settings else (None, "max_prob", "margin", "entropy")
         for rule in rules:
-            found_on = Trace.from_logits(cascade, z[:, second], y[second], rule)
-            judge = Trace.from_logits(cascade, *family.logits.test, rule)
-            row = budget_accuracies(found_on, judge, cascade.dense_macs, RULE_BUDGETS)
+            calibration, test = (Trace.from_logits(cascade, *part, rule) for part in (found_on, judge))
+            row = budget_accuracies(calibration, test, cascade.dense_macs, RULE_BUDGETS)
             rows[f"threshold: {rule}" if rule else name] = row
     return rows
 
@@ -233,7 +250,7 @@ def rules_table(families: Sequence[Family]) -> str:
                 [family.name, name, way, *mean_and_spread([rows[way] for rows in found])] for way in means
             ]
             best = np.max([row for way, row in means.items() if way.startswith("threshold")], 0)
-            gaps = [f"**{gap:+.2f}**" for gap in means["learned"] - best]
+            gaps = ["–" if math.isnan(g) else f"**{g:+.2f}**" for g in means["learned"] - best]
             lines.append([family.name, name, "**learned − best threshold**", *gaps])
             print(*lines[-1], file=sys.stderr)
     return table(["stages", "combine", "selector", *budget_heads(RULE_BUDGETS)], lines)
@@ -384,7 +401,7 @@ def main() -> None:
     ]
     for path in arguments.families:
         macs = tuple(load_file(path)["macs"].tolist())
-        families.append(Family(path.stem, macs, Logits.load(path)))
+        families.append(Family(path.stem.removeprefix("family-"), macs, Logits.load(path)))
     tables: dict[str, Callable[[], str]] = {
         "families": lambda: family_table(families),
         "rules": lambda: rules_table(families),

@@ -3,9 +3,10 @@
     python examples/cifar10/train_stages.py cifar10:data --out examples/cifar10/run
 
 The recipe is that of Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU* (arXiv 2404.00498): a first
-convolution that whitens, orthogonalised momentum (Muon), label smoothing, alternating flips. Images
-0 … 44,999 train; the other 5,000 training images only say how good an epoch was. A run that was stopped
-continues where it was. The arithmetic is bfloat16; two CPU cores do about 1 PFLOP an hour.
+convolution that whitens, orthogonalised momentum (Muon), label smoothing, alternating flips. A second phase
+goes on at low, constant rates, with stronger augmentation, for the larger networks on hard images alone, and
+averages the weights. Images 0 … 44,999 train; the other 5,000 training images only say how good an epoch was.
+A run that was stopped continues where it was. The arithmetic is bfloat16 where the CPU can do it fast.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastcascade.data.batches import arrays
 from fastcascade.data.sources import load_data
@@ -30,8 +32,13 @@ from fastcascade.training.checkpoint import Position, load_checkpoint, restore_o
 from fastcascade.training.progress import EpochProgress
 from fastcascade.types import Normalize
 
+HERE = Path(__file__).parent
+WEIGHTS = "weights.safetensors"
 TRAIN_IMAGES = 45_000
 NORMALIZE = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+FIRST_STAGE = "pooled_net-16"
+FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+"""Without such instructions bfloat16 is several times slower than float32."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,28 @@ class Run:
 
     Attributes:
         network: registry name.
-        epochs: passes over the training images; every rate falls to zero linearly.
+        epochs: passes over the training images. Every rate falls to zero linearly, if ``average`` is 0.
+        average: if positive, rates are constant, and the result is an exponential moving average of the
+            weights with this decay per step.
+        rate: share of all peak rates.
+        hard_images: if positive, only so many are used: those of which ``FIRST_STAGE`` is least sure. They
+            are most of what a later stage of a cascade sees.
         muon_rate, muon_momentum: of the 3×3 convolutions.
         bias_rate, head_rate: peaks for losses summed over a batch; the head's is divided by 256·its width.
         decay: weight decay of biases and head, per image.
         smoothing: of the labels.
         padding: random shifts by up to so many pixels, with reflected borders.
+        cutout: side of a square at a random place that is set to the mean colour, in pixels.
         whitening_epochs: after which the first convolution's bias is fixed, too.
-        teacher: a network trained before; its mean over both directions is ``distillation`` of the target.
+        teacher: a network of the first phase; its mean over both directions is ``distillation`` of the
+            target.
     """
 
     network: str
     epochs: int
+    average: float = 0.0
+    rate: float = 1.0
+    hard_images: int = 0
     batch_size: int = 500
     muon_rate: float = 0.1
     muon_momentum: float = 0.6
@@ -60,24 +77,62 @@ class Run:
     decay: float = 2e-6
     smoothing: float = 0.2
     padding: int = 2
+    cutout: int = 0
     whitening_epochs: int = 3
     teacher: str | None = None
     distillation: float = 0.5
     seed: int = 0
 
 
-NETWORKS = (
+FIRST_PHASE = (
     Run("pooled_net:32", 14),
     Run("pooled_net:16", 12, teacher="pooled_net:32"),
     Run("pooled_net:64", 20),
 )
-"""The cascade's networks, in the order of their training."""
+"""In the order of training."""
+
+SECOND_PHASE = (
+    Run(
+        "pooled_net:16",
+        6,
+        average=0.99,
+        rate=0.25,
+        whitening_epochs=0,
+        teacher="pooled_net:32",
+        seed=1,
+    ),
+    Run(
+        "pooled_net:32",
+        6,
+        average=0.98,
+        rate=0.2,
+        hard_images=20_000,
+        batch_size=250,
+        padding=3,
+        whitening_epochs=0,
+        teacher="pooled_net:64",
+        seed=1,
+    ),
+    Run(
+        "pooled_net:64",
+        6,
+        average=0.97,
+        rate=0.15,
+        hard_images=20_000,
+        batch_size=250,
+        padding=4,
+        cutout=8,
+        whitening_epochs=0,
+        seed=1,
+    ),
+)
+"""Each goes on with the network of the same name."""
 
 
 def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
-    """About U·Vᵀ of a matrix U·S·Vᵀ: a quintic Newton–Schulz iteration in bfloat16 (Jordan et al. 2024)."""
+    """About U·Vᵀ of a matrix U·S·Vᵀ: a quintic Newton–Schulz iteration (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if FAST_BFLOAT16 else matrix
     x = x / (x.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -126,7 +181,7 @@ def optimizers_of(network: PooledNet, run: Run) -> list[torch.optim.Optimizer]:
     ]
     for optimizer in made:
         for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+            group["peak"] = run.rate * group["lr"]
     return made
 
 
@@ -134,10 +189,11 @@ class Images:
     """Augmented, normalised training images.
 
     Each image is shifted at random every epoch, and mirrored every other epoch, starting with a random one.
+    Then a square of it may be cut out.
     """
 
     def __init__(self, images: Tensor, run: Run) -> None:
-        self.padding, self.seed = run.padding, run.seed
+        self.padding, self.cutout, self.seed = run.padding, run.cutout, run.seed
         self.padded = F.pad(
             images.float(), (run.padding,) * 4, mode="reflect"
         ).byte()  # (N, 3, H + 2p, W + 2p)
@@ -146,7 +202,8 @@ class Images:
 
     def batch(self, index: np.ndarray[Any, Any], epoch: int) -> Tensor:
         """(n, 3, H, W) float32, channels last."""
-        shifts = torch.from_numpy(uniforms(self.seed, epoch, index, 2) * (2 * self.padding + 1)).long()
+        draws = torch.from_numpy(uniforms(self.seed, epoch, index, 4))
+        shifts = (draws[:, :2] * (2 * self.padding + 1)).long()
         along = torch.arange(self.size)
         rows = (shifts[:, 0, None] + along)[:, :, None]
         columns = shifts[:, 1, None] + along
@@ -155,46 +212,73 @@ class Images:
         columns = torch.where(mirror, columns.flip(1), columns)[:, None, :]
         which = torch.from_numpy(index)[:, None, None]
         pixels = self.padded.movedim(1, -1)[which, rows, columns].long()  # (n, H, W, 3)
-        return self.table[torch.arange(3), pixels].movedim(-1, 1)
+        result = self.table[torch.arange(3), pixels]
+        corner = (draws[:, 2:] * (self.size - self.cutout + 1)).long()[:, :, None]
+        inside = (along >= corner) & (along < corner + self.cutout)  # (n, 2, size)
+        result[inside[:, 0, :, None] & inside[:, 1, None, :]] = 0
+        return result.movedim(-1, 1)
 
 
-def train(run: Run, images: Tensor, targets: Tensor, labels: Tensor, folder: Path) -> PooledNet:
-    """Train one network on the first images; the others measure each epoch.
+def train(
+    run: Run,
+    start: PooledNet | None,
+    images: Tensor,
+    targets: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    folder: Path,
+) -> PooledNet:
+    """Train one network.
 
     Args:
-        images: (N, 3, H, W) uint8.
-        targets: (TRAIN_IMAGES, 10) probabilities to learn. labels: (N,) int64.
+        start: the network to go on with; a new one if None.
+        images: (n, 3, H, W) uint8.
+        targets: (n, 10) probabilities to learn.
+        held_out: images and labels that measure each epoch.
         folder: receives the checkpoint and, at the end, ``weights.safetensors`` in half precision.
     """
     torch.manual_seed(run.seed)
     network = cast(PooledNet, build_network(run.network, 10))
-    network.set_whitening(normalised(images[:5000]))
+    if start is None:
+        network.set_whitening(normalised(images[:5000]))
+    else:
+        network.load_state_dict(start.state_dict())
     network.to(memory_format=torch.channels_last)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(run.average), use_buffers=True)
+    both = nn.ModuleDict({"network": network, "average": average})
     settings = asdict(run)
-    position, states = load_checkpoint(folder, settings, network)
+    position, states = load_checkpoint(folder, settings, both)
     optimizers = optimizers_of(network, run)
     restore_optimizers(optimizers, states)
-    source = Images(images[:TRAIN_IMAGES], run)
+    source = Images(images, run)
     history = list(position.history)
     for epoch in range(position.epoch, run.epochs):
         network.train()
         cast(nn.Parameter, network.whiten.bias).requires_grad_(epoch < run.whitening_epochs)
-        order = epoch_order(run.seed, epoch, TRAIN_IMAGES)
-        steps = TRAIN_IMAGES // run.batch_size
+        order = epoch_order(run.seed, epoch, len(images))
+        steps = len(images) // run.batch_size
         with EpochProgress(f"{run.network} {epoch + 1}/{run.epochs}", enabled=True) as bar:
             for step in bar.steps(range(steps)):
                 index = order[step * run.batch_size : (step + 1) * run.batch_size]
-                remaining = 1 - (epoch + step / steps) / run.epochs
-                batch = source.batch(index, epoch)
-                loss = train_step(network, optimizers, batch, targets[index], remaining)
+                share = 1.0 if run.average else 1 - (epoch + step / steps) / run.epochs
+                loss = train_step(network, optimizers, source.batch(index, epoch), targets[index], share)
+                average.update_parameters(network)
                 bar.note(loss=loss)
-        right = logits_of(network, images[TRAIN_IMAGES:]).argmax(1) == labels[TRAIN_IMAGES:]
+        right = logits_of(average, held_out[0]).argmax(1) == held_out[1]
         history.append({"epoch": epoch + 1, "held_out_accuracy": round(float(right.float().mean()), 4)})
         print(f"{run.network}: {history[-1]}")
-        save_checkpoint(folder, Position(0, epoch + 1, 0.0, tuple(history)), settings, network, optimizers)
+        save_checkpoint(folder, Position(0, epoch + 1, 0.0, tuple(history)), settings, both, optimizers)
+    network = cast(PooledNet, average.module)
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.state_dict().items()}
-    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "weights.safetensors")
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS)
     return network
+
+
+def trained_network(folder: Path) -> PooledNet:
+    """The network that :func:`train` left in a folder named after it."""
+    network = cast(PooledNet, build_network(folder.name.replace("-", ":"), 10))
+    weights = load_file(folder / WEIGHTS)
+    network.load_state_dict({key: w.float() if w.is_floating_point() else w for key, w in weights.items()})
+    return network.eval()
 
 
 def train_step(
@@ -202,14 +286,14 @@ def train_step(
     optimizers: list[torch.optim.Optimizer],
     images: Tensor,
     targets: Tensor,
-    remaining: float,
+    share: float,
 ) -> float:
-    """One step at ``remaining`` of the peak rates; returns the mean loss."""
+    """One step at a share of the peak rates; returns the mean loss."""
     for optimizer in optimizers:
         optimizer.zero_grad()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * remaining
-    with torch.autocast("cpu", torch.bfloat16):
+            group["lr"] = group["peak"] * share
+    with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16):
         logits = network(images)
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     loss.backward()
@@ -227,6 +311,12 @@ def targets_of(run: Run, labels: Tensor, images: Tensor, teacher: nn.Module | No
     return (1 - run.distillation) * smoothed + run.distillation * taught
 
 
+def least_sure(network: nn.Module, images: Tensor, count: int) -> Tensor:
+    """(count,) indices of the images with the smallest difference between the two largest probabilities."""
+    best = logits_of(network, images).softmax(1).topk(2).values
+    return (best[:, 0] - best[:, 1]).argsort()[:count]
+
+
 def normalised(images: Tensor) -> Tensor:
     """uint8 → float32, both (n, 3, H, W)."""
     return NORMALIZE.table()[torch.arange(3)[:, None, None], images.long()]
@@ -234,9 +324,9 @@ def normalised(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """(n, 10) in bfloat16 arithmetic, in eval mode."""
+    """(n, 10) in the arithmetic of the training, in eval mode."""
     network.eval()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16):
         return torch.cat([network(normalised(part)).float() for part in images.split(500)])
 
 
@@ -245,17 +335,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="CIFAR-10, for example cifar10:data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "run")
+    parser.add_argument("--out", type=Path, default=HERE / "run")
+    parser.add_argument("--phase", type=int, choices=(1, 2), help="this phase alone")
+    parser.add_argument("--network", help="this network alone")
     arguments = parser.parse_args()
     images, labels = arrays(load_data(arguments.source, "train"), 10)
     images = images.movedim(-1, 1)
     assert labels is not None
-    trained: dict[str, PooledNet] = {}
-    for run in NETWORKS:
-        teacher = None if run.teacher is None else trained[run.teacher]
-        targets = targets_of(run, labels[:TRAIN_IMAGES], images[:TRAIN_IMAGES], teacher)
-        folder = arguments.out / run.network.replace(":", "-")
-        trained[run.network] = train(run, images, targets, labels, folder)
+    held_out = images[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]
+    first, second = arguments.out / "first", arguments.out / "second"
+    for phase, runs in enumerate((FIRST_PHASE, SECOND_PHASE), 1):
+        for run in runs:
+            if arguments.phase not in (None, phase) or arguments.network not in (None, run.network):
+                continue
+            name = run.network.replace(":", "-")
+            start = trained_network(first / name) if phase == 2 else None
+            teacher = None if run.teacher is None else trained_network(first / run.teacher.replace(":", "-"))
+            used = torch.arange(TRAIN_IMAGES)
+            if run.hard_images:
+                used = least_sure(trained_network(first / FIRST_STAGE), images[used], run.hard_images)
+            targets = targets_of(run, labels[used], images[used], teacher)
+            train(run, start, images[used], targets, held_out, (first, second)[phase - 1] / name)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport, StepTime
 from fastcascade.backends.reference import ReferenceProgram
+from fastcascade.backends.torch_module import in_best_layout
 from fastcascade.errors import BackendUnavailable, FastCascadeError
 from fastcascade.lowering.operations import Activation, Conv2d, Flip, Op, Shape, Slice
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
@@ -198,7 +199,7 @@ class MixedProgram(ReferenceProgram):
             for k, stage in enumerate(plan.stages)
         ]
         stages = tuple(
-            stage if engine is None else replace(stage, ops=(), module=engine)
+            _in_torch(stage) if engine is None else replace(stage, ops=(), module=engine)
             for stage, engine in zip(plan.stages, engines, strict=True)
         )
         super().__init__(replace(plan, stages=stages), torch.device("cpu"))
@@ -206,10 +207,20 @@ class MixedProgram(ReferenceProgram):
 
     def describe(self) -> list[StageReport]:
         """One report per stage."""
+        reports = zip(super().describe(), self.plan.stages, self._engines, strict=True)
         return [
-            report if engine is None else _report(engine.stage, engine.engine.describe()[0])
-            for report, engine in zip(super().describe(), self._engines, strict=True)
+            replace(report, opaque_reason=stage.opaque_reason)
+            if engine is None
+            else _report(engine.stage, engine.engine.describe()[0])
+            for report, stage, engine in reports
         ]
+
+
+def _in_torch(stage: StagePlan) -> StagePlan:
+    """A stage for torch, an opaque one in the layout that it runs fastest in."""
+    if stage.module is None:
+        return stage
+    return replace(stage, module=in_best_layout(stage.module, stage.shapes[0]))
 
 
 class CpuBackend:

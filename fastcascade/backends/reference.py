@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcascade.backends.float32_precision import exact_float32
 from fastcascade.backends.interface import ExitResults, KernelChoice, Precision, StageReport
+from fastcascade.backends.torch_module import module_kernel
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import (
     ExitTables,
@@ -96,10 +97,12 @@ class ReferenceProgram:
 
 def _report(stage: StagePlan) -> StageReport:
     selector = "last exit" if stage.selector is None else f"selector {stage.selector}"
+    module = () if stage.module is None else (KernelChoice("module", module_kernel(stage.module)),)
     return StageReport(
         name=stage.name,
         opaque_reason=stage.opaque_reason,
         kernels=(
+            *module,
             *(KernelChoice(str(op), "torch") for op in stage.ops),
             KernelChoice(f"exit head, {selector}", "torch"),
         ),

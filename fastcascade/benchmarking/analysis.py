@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastcascade.benchmarking.clocks import clocks_of
+from fastcascade.benchmarking.clocks import clocks_of, percentiles_ms
 from fastcascade.benchmarking.parts import without_stage
 from fastcascade.benchmarking.programs import Programs
 from fastcascade.benchmarking.results import BatchTiming, Spread, StageTiming, StepTiming, WhatIf
@@ -92,7 +91,7 @@ def batch_timing(programs: Programs, size: int) -> BatchTiming:
     turns, dense = programs.cascade[size], programs.dense[size].per_image
     time_share = statistics.median(a / b for a, b in zip(turns.per_image, dense, strict=True))
     macs = mac_share(programs)
-    calls = sorted(call.seconds for part in turns.rounds for call in part)
+    calls = [call.seconds for part in turns.rounds for call in part]
     shares = [_breakdown(programs, turns, r) for r in range(len(turns.rounds))]
     stages, exits, compaction, idle = (
         Spread.of([1e3 * part for part in parts]) for parts in zip(*shares, strict=True)
@@ -101,7 +100,7 @@ def batch_timing(programs: Programs, size: int) -> BatchTiming:
         batch=size,
         batches=len({call.batch for part in turns.rounds for call in part}),
         images_per_s=turns.rate,
-        latency_ms={f"p{p}": 1e3 * calls[math.ceil(p / 100 * len(calls)) - 1] for p in (50, 90, 95, 99)},
+        latency_ms=percentiles_ms(calls, (50, 90, 95, 99)),
         calls=len(calls),
         schedule_efficiency=Spread.of([_efficiency(programs, turns, r) for r in range(len(turns.rounds))]),
         stages_ms_per_image=stages,

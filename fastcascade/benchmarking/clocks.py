@@ -1,14 +1,15 @@
-"""Clocks around a call, with a fixed number of torch threads."""
+"""Clocks around a call, with a fixed number of torch threads; percentiles of times."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["clocks_of", "seconds_of", "torch_threads"]
+__all__ = ["clocks_of", "percentiles_ms", "seconds_of", "torch_threads"]
 
 
 def clocks_of(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -31,6 +32,17 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def percentiles_ms(seconds: Sequence[float], ranks: Sequence[int] = (50, 95, 99)) -> dict[str, float]:
+    """Percentiles in milliseconds: the smallest value that so many percent do not exceed.
+
+    Example:
+        >>> percentiles_ms([n / 1e3 for n in range(1, 201)])
+        {'p50': 100.0, 'p95': 190.0, 'p99': 198.0}
+    """
+    ordered = sorted(seconds)
+    return {f"p{p}": 1e3 * ordered[math.ceil(p / 100 * len(ordered)) - 1] for p in ranks}
 
 
 @contextmanager

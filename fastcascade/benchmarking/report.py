@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastcascade.benchmarking.results import Benchmark, StageTiming, StepTiming
-from fastcascade.benchmarking.tables import KERNEL_COLUMNS, kernel_cells
+from fastcascade.benchmarking.tables import KERNEL_COLUMNS, PACED_COLUMNS, kernel_cells, paced_cells
 from fastcascade.errors import InvalidArgument
 from fastcascade.evaluation.curve import Curves, plot_curves
 from fastcascade.storage.files import write_atomically
@@ -134,6 +134,8 @@ def _page(
         *(["<h2>Kernels</h2>", _table(KERNEL_COLUMNS, kernels, text_columns=2)] if kernels else []),
         "<h2>Batch sizes</h2>",
         _batch_table(measured),
+        "<h2>Calls when they come</h2>",
+        _table(PACED_COLUMNS, paced_cells(measured)),
         *(["<h2>What if</h2>", _what_if_table(measured)] if measured.what_if else []),
         f'<p class="soft">{escape(measured.energy_note)}</p>',
     ]

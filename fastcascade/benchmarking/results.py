@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcascade.benchmarking.torch_peaks import Peaks
 
-__all__ = ["BatchTiming", "Benchmark", "Spread", "StageTiming", "StepTiming", "WhatIf"]
+__all__ = ["BatchTiming", "Benchmark", "PacedTiming", "Spread", "StageTiming", "StepTiming", "WhatIf"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,19 @@ class BatchTiming:
 
 
 @dataclass(frozen=True)
+class PacedTiming:
+    """The whole cascade in one pattern of calls, see :data:`fastcascade.benchmarking.pacing.PATTERNS`.
+
+    Attributes:
+        latency_ms: p50, p95 and p99 of a call, over ``calls`` calls.
+    """
+
+    pattern: str
+    calls: int
+    latency_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
 class WhatIf:
     """A change, and the throughput that the measured stage times say it would have.
 
@@ -159,6 +172,7 @@ class Benchmark:
         max_error: largest difference of a probability from the reference backend's, at forced exits.
         instrumentation_share: what reading the clocks adds to the shortest call. Calls that are not timed pay
             nothing.
+        paced: calls in a loop, after pauses and at random times, of 8 images or 1 to 8.
         threads: by number, images/s at the largest batch.
         mac_share: mean MACs over dense MACs.
         peers: images/s by name and batch size; empty unless asked for.
@@ -176,6 +190,7 @@ class Benchmark:
     peaks: Peaks
     stages: tuple[StageTiming, ...]
     batches: tuple[BatchTiming, ...]
+    paced: tuple[PacedTiming, ...]
     threads: dict[int, Spread]
     mac_share: float
     what_if: tuple[WhatIf, ...]

@@ -25,6 +25,7 @@ from fastcascade.benchmarking.analysis import (
 )
 from fastcascade.benchmarking.clocks import seconds_of, torch_threads
 from fastcascade.benchmarking.machine import describe_machine, measure_energy
+from fastcascade.benchmarking.pacing import PATTERNS, PacedTurns
 from fastcascade.benchmarking.programs import Programs
 from fastcascade.benchmarking.results import Benchmark
 from fastcascade.benchmarking.torch_peaks import measure_peaks
@@ -113,10 +114,11 @@ def benchmark(
         max_error = _check(program, images[:_CHECKED_IMAGES], precision)
         programs = Programs(program, images, operating_point, sizes, build, precision)
         peaks = measure_peaks(program.device)
+        paced = [PacedTurns(program, images, pattern, thresholds) for pattern in PATTERNS]
         counts = {count: programs.turns_of(build(plan, count), sizes[-1]) for count in threads}
         plain = programs.plain_torch(model) if isinstance(model, Cascade) and peers else {}
         others = [turns for of_peer in plain.values() for turns in of_peer.values()]
-        take_turns([*programs.turns(), *counts.values(), *others], rounds, seconds)
+        take_turns([*programs.turns(), *paced, *counts.values(), *others], rounds, seconds)
         machine = describe_machine(program)
         energy, note = measure_energy(lambda: program(largest, thresholds), sizes[-1])
     return Benchmark(
@@ -131,6 +133,7 @@ def benchmark(
         peaks=peaks,
         stages=tuple(stage_timing(programs, k, peaks) for k in range(len(plan.stages))),
         batches=tuple(batch_timing(programs, size) for size in sizes),
+        paced=tuple(turns.timing for turns in paced),
         threads={count: turns.rate for count, turns in counts.items()},
         mac_share=mac_share(programs),
         what_if=tuple(what_ifs(programs)),

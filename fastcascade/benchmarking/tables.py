@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from fastcascade.benchmarking.pacing import loop_of
 from fastcascade.benchmarking.results import Benchmark, Spread, StepTiming
 from fastcascade.text import plain
 
-__all__ = ["KERNEL_COLUMNS", "bench_tables", "kernel_cells"]
+__all__ = ["KERNEL_COLUMNS", "PACED_COLUMNS", "bench_tables", "kernel_cells", "paced_cells"]
 
 KERNEL_COLUMNS = (
     "stage",
@@ -23,13 +24,15 @@ KERNEL_COLUMNS = (
     "of bandwidth",
 )
 
+PACED_COLUMNS = ("pattern", "calls", "p50 ms", "p95 ms", "p99 ms", "over the loop")
+
 
 def bench_tables(measured: Benchmark) -> list[Table]:
     """Tables for ``rich``: stages, batch sizes and time; kernels, threads, peers and what-ifs where measured.
 
     Stage names may come from an untrusted file and are shown as plain text.
     """
-    tables = [_stages(measured), _batches(measured), _time(measured)]
+    tables = [_stages(measured), _batches(measured), _paced(measured), _time(measured)]
     if any(stage.steps for stage in measured.stages):
         tables.append(_kernels(measured))
     if measured.threads:
@@ -92,6 +95,32 @@ def _batches(measured: Benchmark) -> Table:
             "–" if batch.saving is None else f"{batch.saving:.2f}",
         )
     return table
+
+
+def _paced(measured: Benchmark) -> Table:
+    table = _new(
+        "Calls when they come",
+        PACED_COLUMNS,
+        "8 images a call, or 1 to 8 (mixed); Poisson: 30 calls a second; after torch: straight after an "
+        "operation on a million numbers",
+    )
+    for cells in paced_cells(measured):
+        table.add_row(*cells)
+    return table
+
+
+def paced_cells(measured: Benchmark) -> list[tuple[str, ...]]:
+    """One row of :data:`PACED_COLUMNS` per pattern."""
+    medians = {timing.pattern: timing.latency_ms["p50"] for timing in measured.paced}
+    return [
+        (
+            timing.pattern,
+            str(timing.calls),
+            *(f"{timing.latency_ms[name]:.3g}" for name in ("p50", "p95", "p99")),
+            f"{timing.latency_ms['p50'] / medians[loop_of(timing.pattern)]:.2f}×",
+        )
+        for timing in measured.paced
+    ]
 
 
 def _energy(measured: Benchmark) -> str:

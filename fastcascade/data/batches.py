@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastcascade.data.image_data import Array, ImageData, Rows, as_tensor
 from fastcascade.errors import DataError, InvalidArgument
 
-__all__ = ["Data", "arrays", "batches", "image_hashes"]
+__all__ = ["Data", "arrays", "batches", "count_images", "image_hashes"]
 
 Data: TypeAlias = "ImageData | Dataset[Any] | DataLoader[Any] | Sequence[Any]"
 """Accepted data; a pair of arrays is a sequence."""
@@ -80,6 +80,24 @@ def arrays(data: Data, num_classes: int | None = None) -> tuple[Tensor, Tensor |
     if len(labels) not in (0, len(pairs)):
         raise InvalidArgument("some batches have labels and some have none; give labels for all or none")
     return torch.cat([images for images, _ in pairs]), torch.cat(labels) if labels else None
+
+
+def count_images(data: Data) -> int | None:
+    """How many images there are; None for data without a length.
+
+    Example:
+        >>> count_images((np.zeros((5, 32, 32, 3), np.uint8), None))
+        5
+    """
+    images: Any = data
+    if isinstance(data, DataLoader):
+        images = data.dataset
+    elif isinstance(data, (list, tuple)) and len(data) == 2 and isinstance(data[0], (np.ndarray, Tensor)):
+        images = data[0]
+    try:
+        return len(images)
+    except TypeError:
+        return None
 
 
 def image_hashes(images: Tensor | Array) -> np.ndarray[Any, np.dtype[np.uint64]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -12,25 +13,50 @@ from torch import Tensor
 
 from fastcascade.errors import InvalidArgument
 
-__all__ = ["Array", "ImageData", "ImageReader", "IndexIds", "Rows", "as_tensor"]
+__all__ = ["Array", "ImageData", "ImageReader", "IndexIds", "Read", "Rows", "as_tensor", "taken"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
-class ImageReader(Protocol):
-    """Images on disk, read in parts."""
+Read: TypeAlias = "Callable[[], tuple[Array, list[str | None]]]"
+"""Decodes a chunk of images, in any thread: (n, …) the readable ones, and per image None or an error."""
 
+
+class ImageReader(ABC):
+    """Images on disk, read in parts.
+
+    Attributes:
+        encoded: whether reading decodes image files, which is worth several threads.
+    """
+
+    encoded: ClassVar[bool] = False
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, positions: Array, /) -> ImageReader:
+    @abstractmethod
+    def __getitem__(self, positions: Array | slice, /) -> ImageReader:
         """The images at these positions; nothing is read."""
 
-    def read(self, positions: range, /) -> tuple[Array, list[str | None]]:
+    @abstractmethod
+    def fetch(self, positions: Sequence[int], /) -> Read:
+        """What must be read in order is read here; what can be decoded in parallel, by the function returned.
+
+        Raises:
+            DataError: the file cannot be read at all.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and modification times of the files: tells whether the set has changed."""
+
+    def read(self, positions: Sequence[int], /) -> tuple[Array, list[str | None]]:
         """Read the images at these positions.
 
         Returns:
             (n, …) the readable images, and per position None or the reason why the image cannot be read.
         """
+        return self.fetch(positions)()
 
 
 class Rows(NamedTuple):
@@ -70,10 +96,10 @@ class ImageData:
 
     def take(self, indices: Sequence[int] | Array) -> ImageData:
         """The images at these positions, in this order."""
-        positions = np.asarray(indices, np.int64)
+        positions = _as_slice(indices) if isinstance(indices, range) else np.asarray(indices, np.int64)
         return replace(
             self,
-            ids=[self.ids[i] for i in positions],
+            ids=taken(self.ids, positions),
             images=self.images[positions],
             labels=None if self.labels is None else self.labels[positions],
         )
@@ -92,6 +118,17 @@ class ImageData:
             if labels is not None:
                 labels = labels[chunk][[error is None for error in errors]]
             yield Rows(ids, errors, as_tensor(images), None if labels is None else as_tensor(labels))
+
+
+def _as_slice(indices: range) -> Array | slice:
+    """A range as a slice where it is one, so that nothing is listed."""
+    forward = indices.step > 0 and indices.start >= 0
+    return slice(indices.start, indices.stop, indices.step) if forward else np.asarray(indices, np.int64)
+
+
+def taken(values: Sequence[str], positions: Array | slice) -> Sequence[str]:
+    """The values at these positions."""
+    return values[positions] if isinstance(positions, slice) else [values[i] for i in positions]
 
 
 class IndexIds(Sequence[str]):

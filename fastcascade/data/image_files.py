@@ -1,34 +1,36 @@
-"""Folders of image files: which files are images, and how one file becomes pixels.
-
-Decoding is bounded and explicit: an allow-list of formats, a limit on pixels that is checked before decoding,
-EXIF rotation applied, and no substitute for an image that cannot be read.
-"""
+"""Image files: which files of a folder are images, and reading them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from fastcascade.data.image_data import Array, ImageData
-from fastcascade.errors import DataError, FastCascadeError, InvalidArgument
-from fastcascade.storage.files import open_regular
+from fastcascade.data.image_data import Array, ImageData, ImageReader, Read, taken
+from fastcascade.data.image_decoding import decode, decode_all
+from fastcascade.errors import DataError, InvalidArgument
 
-__all__ = ["FoundImages", "ImageFiles", "decode", "find_images", "load_folder"]
+__all__ = [
+    "FoundImages",
+    "ImageFiles",
+    "escaped",
+    "find_files",
+    "find_images",
+    "is_image_name",
+    "load_files",
+    "load_folder",
+]
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = tuple(".bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 UNSUPPORTED_SUFFIXES = tuple(".avif .heic .heif .jp2 .jxl".split())
 """Images in formats that are not decoded; each gets an error."""
-# Other modes have more than 8 bits per channel, and Pillow would clip them silently.
-MODES = ("1", "CMYK", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr")
-MAX_PIXELS = 2**26
 
 
 def load_folder(
@@ -83,28 +85,12 @@ class FoundImages(NamedTuple):
 
 
 def find_images(root: Path) -> FoundImages:
-    """Files with the suffix of an image. Hidden files, hidden folders and links to folders are skipped.
+    """The images of a folder that holds images alone, or one sub-folder per class.
 
     Raises:
-        DataError: there are none, or images lie both in the folder itself and in its sub-folders.
+        DataError: as for :func:`find_files`, or images lie both in the folder itself and in its sub-folders.
     """
-    names: list[str] = []
-    others: list[str] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        for name in files:
-            if not name.startswith("."):
-                is_image = name.lower().endswith(SUFFIXES + UNSUPPORTED_SUFFIXES)
-                (names if is_image else others).append((relative / name).as_posix())
-    if not names:
-        raise DataError(f"{root} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-    if others:
-        warnings.warn(
-            f"{root}: skipped {len(others)} files that are not images, for example {min(others)!r}",
-            stacklevel=2,
-        )
-    names.sort()
+    names = find_files(root)
     direct = ["/" not in name for name in names]
     if any(direct) and not all(direct):
         raise DataError(
@@ -112,14 +98,69 @@ def find_images(root: Path) -> FoundImages:
             f"({names[direct.index(False)]!r}); expected one sub-folder per class, or images alone"
         )
     classes = None if direct[0] else tuple(sorted(e.name for e in root.iterdir() if _is_class(e)))
-    return FoundImages(names, [_escaped(name) for name in names], classes)
+    return FoundImages(names, [escaped(name) for name in names], classes)
+
+
+def find_files(root: Path) -> list[str]:
+    """Sorted paths, relative to the folder, of the files with the suffix of an image at any depth.
+
+    Hidden files, hidden folders and links to folders are skipped; other files, with a warning.
+
+    Raises:
+        DataError: there are none, or a folder cannot be read.
+    """
+    names: list[str] = []
+    others: list[str] = []
+    for folder, subfolders, files in os.walk(root, onerror=_unreadable_folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        relative = Path(folder).relative_to(root)
+        for name in files:
+            if not name.startswith("."):
+                (names if is_image_name(name) else others).append((relative / name).as_posix())
+    if not names:
+        raise DataError(f"{root} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+    if others:
+        warnings.warn(
+            f"{root}: skipped {len(others)} files that are not images, for example {min(others)!r}",
+            stacklevel=2,
+        )
+    return sorted(names)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file has the suffix of an image, in a format that is decoded or not."""
+    return name.lower().endswith(SUFFIXES + UNSUPPORTED_SUFFIXES)
+
+
+def _unreadable_folder(error: OSError) -> NoReturn:
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror or error}") from error
+
+
+def load_files(
+    root: Path,
+    names: Sequence[str],
+    shape: tuple[int, int, int],
+    resize: bool,
+    ids: Sequence[str] | None = None,
+) -> ImageData:
+    """Image files as an unlabelled set.
+
+    Args:
+        names: paths relative to ``root``; absolute ones are kept.
+        ids: by default, the names.
+    """
+    if shape[0] not in (1, 3):
+        raise InvalidArgument(f"image files have 1 or 3 channels; the images wanted have {shape[0]}")
+    images = ImageFiles(root, names, shape[0], shape[1:], resize)
+    return ImageData([escaped(name) for name in names] if ids is None else ids, images, None)
 
 
 def _is_class(entry: Path) -> bool:
     return entry.is_dir() and not entry.is_symlink() and not entry.name.startswith(".")
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
+    """A name whose bytes that are not UTF-8 are written as ``\\xff``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -140,8 +181,8 @@ def _first_size(root: Path, names: Iterable[str]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """Image files of one size, decoded when needed; see :class:`fastcascade.data.image_data.ImageReader`.
+class ImageFiles(ImageReader):
+    """Image files, decoded when needed.
 
     Attributes:
         root: the folder.
@@ -150,6 +191,8 @@ class ImageFiles:
         size: (height, width).
         resize: scale images of other sizes; if False, they are errors.
     """
+
+    encoded = True
 
     root: Path
     names: Sequence[str]
@@ -160,67 +203,22 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, positions: Array) -> ImageFiles:
-        return replace(self, names=[self.names[i] for i in positions])
+    def __getitem__(self, positions: Array | slice) -> ImageFiles:
+        return replace(self, names=taken(self.names, positions))
 
-    def read(self, positions: Sequence[int]) -> tuple[Array, list[str | None]]:
-        """Decode the images at these positions.
+    def fetch(self, positions: Sequence[int]) -> Read:
+        """Nothing yet: files can be read in any order."""
+        paths = [self.root / self.names[i] for i in positions]
+        return partial(decode_all, paths, self.channels, self.size, self.resize)
 
-        Returns:
-            (n, H, W, C) uint8 readable images, and per position None or the reason why it cannot be read.
-        """
-        images, errors = [], list[str | None]()
-        for position in positions:
+    def fingerprint(self) -> str:
+        """sha256 over the files' names, sizes and modification times."""
+        digest = hashlib.sha256()
+        for name in self.names:
             try:
-                images.append(decode(self.root / self.names[position], self.channels, self.size, self.resize))
-                errors.append(None)
-            except DataError as error:
-                errors.append(str(error))
-        empty = np.empty((0, *self.size, self.channels), np.uint8)
-        return np.stack(images) if images else empty, errors
-
-
-def decode(path: Path, channels: int, size: tuple[int, int] | None, resize: bool) -> Array:
-    """An image file as (H, W, channels) uint8, rotated by its EXIF orientation; the first frame of several.
-
-    Args:
-        size: (height, width) that the image must have; None for any.
-        resize: scale other sizes to ``size`` (antialiased bilinear).
-
-    Raises:
-        DataError: unreadable, too large, of another size, or with more than 8 bits per channel.
-    """
-    pillow, operations = _pillow()
-    try:
-        file = open_regular(path)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
-    try:
-        with file, pillow.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"has {image.width} × {image.height} pixels; expected at most {MAX_PIXELS}")
-            if image.mode not in MODES:
-                raise DataError(f"has pixels of mode {image.mode!r}; expected 8 bits per channel")
-            upright = operations.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            if size is not None and upright.size != size[::-1]:
-                if not resize:
-                    raise DataError(
-                        f"is {upright.height} × {upright.width} pixels; expected {size[0]} × {size[1]} "
-                        "(allow resizing to scale it)"
-                    )
-                upright = upright.resize(size[::-1], pillow.Resampling.BILINEAR)
-            return np.asarray(upright).reshape(upright.height, upright.width, channels)
-    except FastCascadeError:
-        raise
-    except pillow.UnidentifiedImageError as error:
-        raise DataError(f"is damaged, or its format is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow's decoders raise dozens of types on damaged files
-        raise DataError(f"cannot be decoded: {type(error).__name__}: {error}") from error
-
-
-def _pillow() -> tuple[ModuleType, ModuleType]:
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise DataError("reading image files needs Pillow; install fastcascade[data]") from error
-    return Image, ImageOps
+                status = os.stat(self.root / name)
+                state = f"{status.st_size} {status.st_mtime_ns}"
+            except OSError:
+                state = "missing"
+            digest.update(os.fsencode(name) + b"\0" + state.encode() + b"\0")
+        return digest.hexdigest()

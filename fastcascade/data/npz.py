@@ -1,4 +1,4 @@
-"""Image sets in npz files, which are zip archives of arrays.
+"""Image sets in npz files, which are zip archives of arrays, and in npy files, which are single arrays.
 
 Uncompressed images stay on disk and are read when needed. Labels, class names and compressed images are
 loaded, up to ``MAX_MEMORY_BYTES``. Sizes come from the arrays' headers and must agree with the archive's;
@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from fastcascade.data.stored_images import Records, StoredImages
 from fastcascade.errors import DataError
 from fastcascade.storage.files import open_regular
 
-__all__ = ["MAX_MEMORY_BYTES", "load_npz"]
+__all__ = ["MAX_MEMORY_BYTES", "load_npy", "load_npz"]
 
 MAX_MEMORY_BYTES = 4 * 2**30
 """Limit on what is loaded from one npz file: labels, class names and compressed images together."""
@@ -123,29 +123,19 @@ def _read_header(archive: zipfile.ZipFile, name: str) -> _Header:
         raise ValueError(f"{name} has compression method {entry.compress_type}; expected stored or deflated")
     with archive.open(entry) as stream:
         start = io.BytesIO(stream.read(_MAX_HEADER_BYTES))
-    version = np.lib.format.read_magic(start)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(start)
+    shape, fortran_order, dtype = _array_header(start)
     if dtype.hasobject or dtype.itemsize == 0:
         raise ValueError(f"{name} has dtype {dtype}; expected numbers")
-    size = math.prod(map(int, shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     held = entry.file_size - start.tell()
     if min(shape, default=0) < 0 or size != held:
         raise ValueError(f"{name} declares shape {shape} of {dtype} but holds {held} bytes")
-    return _Header(name, entry, tuple(map(int, shape)), dtype, fortran_order, start.tell(), size)
+    return _Header(name, entry, shape, dtype, fortran_order, start.tell(), size)
 
 
 def _check_types(path: Path, image_key: str, label_key: str, headers: Mapping[str, _Header]) -> None:
     images, labels, classes = headers[image_key], headers.get(label_key), headers.get("classes")
-    if (
-        len(images.shape) != 4
-        or 0 in images.shape[1:]
-        or not (images.dtype == np.uint8 or images.dtype.kind == "f")
-    ):
-        raise DataError(
-            f"{path}: {image_key} has shape {images.shape} and dtype {images.dtype}; "
-            "expected four axes (NHWC or NCHW), uint8 or floating"
-        )
+    _check_images(path, image_key, images.shape, images.dtype)
     if labels is not None and (labels.dtype.kind not in "iu" or math.prod(labels.shape) != images.shape[0]):
         raise DataError(
             f"{path}: {label_key} has shape {labels.shape} and dtype {labels.dtype}; "
@@ -155,6 +145,14 @@ def _check_types(path: Path, image_key: str, label_key: str, headers: Mapping[st
         raise DataError(f"{path}: classes has dtype {classes.dtype}; expected a row of names")
     if classes is not None and classes.shape[0] > _MAX_CLASSES:
         raise DataError(f"{path}: classes has {classes.shape[0]} names; expected at most {_MAX_CLASSES}")
+
+
+def _check_images(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    if len(shape) != 4 or 0 in shape[1:] or not (dtype == np.uint8 or dtype.kind == "f"):
+        raise DataError(
+            f"{path}: {name} has shape {shape} and dtype {dtype}; "
+            "expected four axes (NHWC or NCHW), uint8 or floating"
+        )
 
 
 def _check_memory(path: Path, loaded: list[_Header], int64_labels: int) -> None:
@@ -203,6 +201,38 @@ def _stored_images(
     record_bytes = math.prod(shape) * header.dtype.itemsize
     records = Records.of(path, file, begin, record_bytes, count)
     return StoredImages.all_of([records], partial(_decode, dtype=header.dtype, shape=shape))
+
+
+def load_npy(path: Path) -> ImageData:
+    """The images of one array in a .npy file, unlabelled; they stay on disk.
+
+    Raises:
+        DataError: unreadable, truncated, in Fortran order, or not images.
+    """
+    try:
+        with open_regular(path) as file:
+            shape, fortran_order, dtype = _array_header(file)
+            begin, end = file.tell(), file.seek(0, 2)
+            size = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or min(shape, default=0) < 0 or end - begin != size:
+                raise ValueError(f"it declares shape {shape} of {dtype} but holds {end - begin} bytes")
+            _check_images(path, "it", shape, dtype)
+            if fortran_order:
+                raise ValueError("it is in Fortran order; save numpy.ascontiguousarray of it")
+            count, *image = shape
+            records = Records.of(path, file, begin, math.prod(image) * dtype.itemsize, count)
+    except (OSError, ValueError, SyntaxError, struct.error, EOFError) as error:
+        raise DataError(f"{path} is not a readable npy file: {error}") from error
+    images = StoredImages.all_of([records], partial(_decode, dtype=dtype, shape=image))
+    return ImageData(IndexIds(count), images, None)
+
+
+def _array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Shape, order and dtype of the array in an npy file or member."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
+    return tuple(map(int, shape)), fortran_order, dtype
 
 
 def _decode(records: Array, dtype: np.dtype[np.generic], shape: Sequence[int]) -> Array:

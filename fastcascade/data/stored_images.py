@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcascade.data.image_data import Array
+from fastcascade.data.image_data import Array, ImageReader, Read
 from fastcascade.errors import DataError
 from fastcascade.storage.files import open_regular
 
@@ -69,7 +71,7 @@ def _identity(file: BufferedReader) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredImages:
+class StoredImages(ImageReader):
     """Images that are records of one or several files; see :class:`fastcascade.data.image_data.ImageReader`.
 
     Attributes:
@@ -90,7 +92,9 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, positions: Array) -> StoredImages:
+    def __getitem__(self, positions: Array | slice) -> StoredImages:
+        if isinstance(positions, slice):
+            return replace(self, chosen=self.chosen[positions])
         return replace(self, chosen=np.asarray([self.chosen[i] for i in positions], np.int64))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -98,9 +102,12 @@ class StoredImages:
         images, _ = self.read(range(len(self)))
         return images if dtype is None else images.astype(dtype)
 
-    def read(self, positions: range) -> tuple[Array, list[str | None]]:
-        """The images at these positions. A file that cannot be read is an error, not a row."""
-        wanted = np.asarray(self.chosen[positions.start : positions.stop], np.int64)
+    def fetch(self, positions: Sequence[int]) -> Read:
+        """Nothing yet: files of records can be read in any order."""
+        return partial(self._read, np.asarray([self.chosen[i] for i in positions], np.int64))
+
+    def _read(self, wanted: Array) -> tuple[Array, list[str | None]]:
+        """The images with these numbers. A file that cannot be read is an error, not a row."""
         records = np.empty((len(wanted), self.parts[0].size), np.uint8)
         first = 0
         for part in self.parts:
@@ -110,3 +117,12 @@ class StoredImages:
                 records[inside] = part.read(within[inside])
             first += part.count
         return self.decode(records), [None] * len(wanted)
+
+    def fingerprint(self) -> str:
+        """sha256 over the files' sizes and modification times, the records' layout, and which are chosen."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(repr((part.identity[1:], part.offset, part.size, part.count)).encode())
+        chosen = self.chosen if isinstance(self.chosen, range) else np.asarray(self.chosen).tobytes()
+        digest.update(repr(chosen).encode())
+        return digest.hexdigest()

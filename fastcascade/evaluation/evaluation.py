@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcascade.data.batches import Data, batches, image_hashes
+from fastcascade.data.batches import Data, batches, count_images, image_hashes
+from fastcascade.engine import compile
 from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.evaluation.logits import compiling_pays, stage_logits
+from fastcascade.evaluation.progress import LateBar
 from fastcascade.kernels.reference import threshold_score
 from fastcascade.model.cascade import Cascade
-from fastcascade.model.cost import eval_mode
 from fastcascade.model.selector import ScoreKind
 from fastcascade.types import CascadeOutput, Evaluation, OperatingPointLike, resolve_thresholds
 
@@ -30,13 +32,20 @@ __all__ = ["Trace", "evaluate", "trace", "traces"]
 BATCH_SIZE = 500
 
 
-def evaluate(model: Callable[..., Any], data: Data, operating_point: OperatingPointLike = None) -> Evaluation:
+def evaluate(
+    model: Callable[..., Any],
+    data: Data,
+    operating_point: OperatingPointLike = None,
+    progress: bool = True,
+) -> Evaluation:
     """Run a cascade with early exit over labelled data.
 
     Args:
-        model: a :class:`Cascade`, or what :func:`fastcascade.compile` made of one.
+        model: a :class:`Cascade`, or what :func:`fastcascade.compile` made of one. A cascade on the CPU is
+            compiled first where that is faster.
         data: a Dataset, a DataLoader, or (images, labels).
         operating_point: a stored name, an OperatingPoint, or K−1 thresholds; None for the model's default.
+        progress: draw a bar on standard error if it takes longer than a second.
 
     Returns:
         an :class:`Evaluation`; invalid instances (non-finite logits at the last exit) count as wrong.
@@ -52,19 +61,25 @@ def evaluate(model: Callable[..., Any], data: Data, operating_point: OperatingPo
         (1.0,)
     """
     described = model if isinstance(model, Cascade) else cast(Any, model).plan
+    count = count_images(data)
+    if isinstance(model, Cascade) and compiling_pays(model, count):
+        model.thresholds(operating_point)  # an unknown one fails before anything is compiled
+        model = compile(model)
     labels, correct, exits, costs = [], [], [], []
-    for images, true_labels in batches(data, BATCH_SIZE, described.num_classes):
-        out = model(_on_device(images, model), operating_point=operating_point)
-        if not isinstance(out, CascadeOutput):
-            raise InvalidArgument(
-                f"the model answered {type(out).__name__}, expected a CascadeOutput; pass a Cascade, or "
-                'compile with output="cascade"'
-            )
-        label = out.label.cpu().numpy()
-        labels.append(label)
-        correct.append(label == _require_labels(true_labels).numpy())
-        exits.append(out.exit_stage.cpu().numpy())
-        costs.append(out.cost_macs.cpu().numpy())
+    with LateBar("running the cascade", count, progress) as bar:
+        for images, true_labels in batches(data, BATCH_SIZE, described.num_classes):
+            out = model(_on_device(images, model), operating_point=operating_point)
+            if not isinstance(out, CascadeOutput):
+                raise InvalidArgument(
+                    f"the model answered {type(out).__name__}, expected a CascadeOutput; pass a Cascade, or "
+                    'compile with output="cascade"'
+                )
+            label = out.label.cpu().numpy()
+            labels.append(label)
+            correct.append(label == _require_labels(true_labels).numpy())
+            exits.append(out.exit_stage.cpu().numpy())
+            costs.append(out.cost_macs.cpu().numpy())
+            bar.advance(len(images))
     _require_instances(labels)
     return _summarise(
         np.concatenate(labels),
@@ -213,33 +228,42 @@ class Trace:
         return self.true_labels
 
 
-def trace(cascade: Cascade, data: Data) -> Trace:
+def trace(cascade: Cascade, data: Data, progress: bool = True) -> Trace:
     """Run every stage on every instance once and keep what each exit would say.
 
     Args:
         data: a Dataset, a DataLoader, or (images, labels).
+        progress: draw a bar on standard error if it takes longer than a second.
 
     Raises:
         DataError: no instances.
     """
-    return traces(cascade, data, [None])[0]
+    return traces(cascade, data, [None], progress)[0]
 
 
-def traces(cascade: Cascade, data: Data, scores: Sequence[ScoreKind | None]) -> list[Trace]:
+def traces(
+    cascade: Cascade, data: Data, scores: Sequence[ScoreKind | None], progress: bool = True
+) -> list[Trace]:
     """One trace per way of scoring, all from the same single pass over the data.
+
+    The stages of a cascade on the CPU run through the compiled engine where that is faster.
 
     Args:
         scores: None for the cascade's own selector, or the name of a confidence score.
+        progress: draw a bar on standard error if it takes longer than a second.
 
     Raises:
         DataError: no instances.
     """
     parts: list[list[Trace]] = []
-    with torch.no_grad(), eval_mode(cascade):
+    count = count_images(data)
+    run = stage_logits(cascade, compiling_pays(cascade, count))
+    with LateBar("running the stages", count, progress) as bar:
         for images, true_labels in batches(data, BATCH_SIZE, cascade.num_classes):
             hashes = image_hashes(cascade.input.nchw(images))
-            logits = cascade.all_logits(_on_device(images, cascade))
+            logits = run(_on_device(images, cascade))
             parts.append([Trace.from_logits(cascade, logits, true_labels, s, hashes) for s in scores])
+            bar.advance(len(images))
     _require_instances(parts)
     return [_concatenate(column) for column in zip(*parts, strict=True)]
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastcascade.engine import compile
 from fastcascade.errors import InvalidArgument
+from fastcascade.evaluation.progress import LateBar
 from fastcascade.lowering.export import plan
 from fastcascade.lowering.plan import Plan
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.cost import eval_mode
 
-__all__ = ["collect_logits", "compiled_logits"]
+__all__ = ["collect_logits", "compiling_pays", "stage_logits"]
 
 WORTH_COMPILING = 20e9
 """Multiplies, above which lowering the stages (a second or two each) costs less than it saves on a CPU."""
+
+
+def compiling_pays(cascade: Cascade, images: int | None) -> bool:
+    """Whether to run ``images`` images (None: an unknown number) through the engine: on a CPU, for many."""
+    work = torch.inf if images is None else images * float(sum(cascade.stage_macs))
+    return cascade.device.type == "cpu" and cascade.dtype == torch.float32 and work > WORTH_COMPILING
 
 
 @torch.no_grad()
@@ -36,7 +42,7 @@ def collect_logits(
         images: (N, …) as the cascade takes them, on any device.
         compiled: run the stages through :func:`fastcascade.compile`; then each row is what the stage says
             up to a constant, which no softmax sees. None compiles where it pays: on a CPU, for many images.
-        progress: draw a bar on standard error.
+        progress: draw a bar on standard error if it takes longer than a second.
 
     Returns:
         on the cascade's device.
@@ -47,33 +53,35 @@ def collect_logits(
     if len(images) == 0:
         raise InvalidArgument("got no images; expected at least one")
     if compiled is None:
-        work = len(images) * float(sum(cascade.stage_macs))
-        compiled = cascade.device.type == "cpu" and cascade.dtype == torch.float32 and work > WORTH_COMPILING
-    if compiled:
-        return compiled_logits(cascade, images, batch_size, progress)
+        compiled = compiling_pays(cascade, len(images))
+    logits = stage_logits(cascade, compiled)
     rows = []
-    with _bar(len(images), progress) as bar, eval_mode(cascade):
+    with LateBar("running the stages", len(images), progress) as bar:
         for batch in images.split(batch_size):
-            rows.append(cascade.all_logits(batch.to(cascade.device)))
-            bar.advance(bar.task_ids[0], len(batch))
+            rows.append(logits(batch.to(cascade.device)))
+            bar.advance(len(batch))
     return torch.cat(rows, 1)
 
 
-def compiled_logits(
-    cascade: Cascade, images: Tensor, batch_size: int = 500, progress: bool = False
-) -> Tensor:
-    """:func:`collect_logits` through the engine: stages that read the image run once each, alone."""
+def stage_logits(cascade: Cascade, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """A function from images (n, …) on the cascade's device to the logits (K, n, C) of all stages.
+
+    Args:
+        compiled: by the engine, up to a constant per row; stages that read the image run once each, alone.
+    """
+    if not compiled:
+
+        @torch.no_grad()
+        def eager(images: Tensor) -> Tensor:
+            with eval_mode(cascade):
+                return cascade.all_logits(images)
+
+        return eager
     whole = plan(cascade)
     fast = [compile(_chain(whole, k), output="log_probs") for k in range(len(whole.stages))]
-    result = torch.empty(len(fast), len(images), cascade.num_classes)
-    with _bar(len(images), progress) as bar:
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            for k, program in enumerate(fast):
-                # The plan divides by the temperature; log-probabilities times it are logits again.
-                result[k, start : start + batch_size] = program(batch) * cascade.temperatures[k].cpu()
-            bar.advance(bar.task_ids[0], len(batch))
-    return result
+    # The plan divides by the temperature; log-probabilities times it are logits again.
+    temperatures = cascade.temperatures.cpu()[:, None, None]
+    return lambda images: torch.stack([program(images) for program in fast]) * temperatures
 
 
 def _chain(whole: Plan, k: int) -> Plan:
@@ -93,10 +101,3 @@ def _chain(whole: Plan, k: int) -> Plan:
         default_thresholds=torch.full((k - first,), torch.inf),
         operating_points={},
     )
-
-
-def _bar(total: int, shown: bool) -> Progress:
-    columns = (TextColumn("running the stages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
-    bar.add_task("", total=total)
-    return bar

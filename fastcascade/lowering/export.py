@@ -7,8 +7,8 @@ Each stage goes through three steps:
   constant. Batch norm and arithmetic with constants become ``ScaleShift``.
 - *Fuse*: operations are merged into the operation before them.
 
-Constants are float64 until the last step, so folding loses no accuracy. A stage that fails at any step
-becomes opaque, and the plan gives the operator that failed.
+Scales and shifts are float64 until the last step, so folding loses no accuracy. A stage that fails at any
+step becomes opaque, and the plan gives the operator that failed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from fastcascade.errors import LoweringError
 from fastcascade.lowering.fusion import fuse
-from fastcascade.lowering.operations import Shape
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 from fastcascade.lowering.translation import translate
 from fastcascade.model.cascade import Cascade
+from fastcascade.model.cost import place_of_failure
 from fastcascade.model.selector import MLPSelector, ThresholdSelector
 
 __all__ = ["plan"]
@@ -48,8 +48,8 @@ def plan(cascade: Cascade) -> Plan:
         >>> print(*lowered.stages[0].ops[-4:], sep="; ")
         conv 3×3 64→64, +residual, relu; average pool 8×8, stride 8; flatten; linear 64→10
     """
-    image = features = torch.zeros(2, *cascade.input.shape, dtype=cascade.dtype)
-    stages = []
+    image = torch.zeros(2, *cascade.input.shape, dtype=cascade.dtype)
+    stages: list[StagePlan] = []
     for k in range(len(cascade.stages)):
         # A copy, because eval mode and folding must not change the cascade.
         stage: nn.Module = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
@@ -58,9 +58,7 @@ def plan(cascade: Cascade) -> Plan:
         temperature = float(cascade.temperatures[k])
         if temperature != 1:
             stage = _Tempered(stage, temperature, feeds)
-        x = image if reads == "image" else features
-        with torch.no_grad():
-            features, logits = stage(x.clone())
+        x = image if reads == "image" else image.new_zeros(2, *stages[-1].shapes[stages[-1].features])
         last = k == len(cascade.stages) - 1
         common: dict[str, Any] = {
             "name": cascade.stage(k).name or f"stage{k}",
@@ -72,17 +70,7 @@ def plan(cascade: Cascade) -> Plan:
         try:
             stages.append(_lower_stage(stage, x, common))
         except LoweringError as error:
-            shapes = _opaque_shapes(x, features, logits)
-            stages.append(
-                StagePlan(
-                    **common,
-                    shapes=shapes,
-                    features=1,
-                    logits=len(shapes) - 1,
-                    opaque_reason=str(error),
-                    module=stage,
-                )
-            )
+            stages.append(_opaque_stage(stage, x, common, str(error)))
     default = getattr(cascade.selector, "default_threshold", 0.0)
     return Plan(
         stages=tuple(stages),
@@ -131,12 +119,20 @@ def _trace(stage: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
             return torch.export.export(stage, (x,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export may raise anything, and so may the module
         lines = str(error).strip().splitlines() or [""]
-        raise LoweringError(f"torch.export: {type(error).__name__}: {lines[0]}") from error
+        place = place_of_failure(stage, error)
+        raise LoweringError(
+            f"torch.export: {type(error).__name__}: {lines[0]}{place and f' ({place})'}"
+        ) from error
 
 
-def _opaque_shapes(x: Tensor, features: Tensor, logits: Tensor) -> tuple[Shape, ...]:
+@torch.no_grad()
+def _opaque_stage(stage: nn.Module, x: Tensor, common: dict[str, Any], reason: str) -> StagePlan:
+    features, logits = stage(x.clone())  # the module may change its input
     values = [x, features] if features is logits else [x, features, logits]
-    return tuple(tuple(value.shape[1:]) for value in values)
+    shapes = tuple(tuple(value.shape[1:]) for value in values)
+    return StagePlan(
+        **common, shapes=shapes, features=1, logits=len(shapes) - 1, opaque_reason=reason, module=stage
+    )
 
 
 def _selector_plan(selector: nn.Module, k: int) -> SelectorPlan:

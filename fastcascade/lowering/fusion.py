@@ -57,7 +57,11 @@ def fuse(
 
 
 def _finished(op: Op, number: Mapping[int, int]) -> Op:
-    weights: dict[str, Any] = {name: w.to(torch.float32).contiguous() for name, w in op.tensors.items()}
+    # Copies: the plan's weights share no memory with the module's, nor with each other.
+    weights: dict[str, Any] = {
+        name: w.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name, w in op.tensors.items()
+    }
     return replace(op.renumbered(number), **weights)
 
 

@@ -92,6 +92,7 @@ def require_tensor(tensor: Tensor, shape: Shape, what: str) -> None:
 def _windows(size: int, kernel: int, stride: int, before: int, after: int, ceil: bool = False) -> int:
     """Number of windows along an axis; in ceil mode the last may overhang, but starts inside the image."""
     room = size + before + after - kernel
+    require(room >= 0, f"a window of {kernel} is larger than the {size + before + after} cells along an axis")
     count = (-(-room // stride) if ceil else room // stride) + 1
     return count - 1 if ceil and (count - 1) * stride >= size + before else count
 

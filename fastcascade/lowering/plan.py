@@ -262,8 +262,11 @@ class Plan:
             operating_point, self.operating_points, self.default_thresholds, len(self.stages)
         )
 
-    def save(self, directory: str | Path, overwrite: bool = False) -> None:
+    def save(self, directory: str | Path, overwrite: bool = False) -> str:
         """Save as JSON and safetensors; see :func:`fastcascade.load_plan`.
+
+        Returns:
+            sha256 of the plan, structure and weights.
 
         Raises:
             LoweringError: a stage or selector is opaque and cannot be saved without its Python code.
@@ -272,7 +275,7 @@ class Plan:
         """
         from fastcascade.lowering.plan_file import save_plan
 
-        save_plan(self, directory, overwrite=overwrite)
+        return save_plan(self, directory, overwrite=overwrite)
 
     def __str__(self) -> str:
         size = "×".join(map(str, self.input.shape))

@@ -1,8 +1,8 @@
 """Translation of an exported graph to plan operations, one operator at a time.
 
 An operator of the graph computes a batched value, computes a constant from weights and other constants, or
-renames a value. Shapes are taken from the graph, so views need no shape inference. Constants are float64
-here; :mod:`fastcascade.lowering.fusion` rounds them once, at the end.
+renames a value. Shapes are taken from the graph, so views need no shape inference. Scales and shifts are
+float64 here; :mod:`fastcascade.lowering.fusion` rounds what folds into weights once, at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HANDLERS = (activation, arithmetic, convolution, normalization, pooling, shape)
 
 @dataclass
 class Graph:
-    """Operations with float64 weights in order of execution, shapes by value, and (features, logits)."""
+    """Operations in order of execution with scales in float64, shapes by value, and (features, logits)."""
 
     ops: list[Op]
     shapes: dict[int, Shape]

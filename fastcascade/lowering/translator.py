@@ -178,7 +178,8 @@ class Translator:
     def refuse(self, detail: str = "") -> NoReturn:
         """Raise LoweringError: the current operator cannot be lowered."""
         what = "the output" if self.node is None else f"operator {self.node.target}"
-        raise LoweringError(f"{what}: {detail}" if detail else what)
+        reason = f"{what}: {detail}" if detail else what
+        raise LoweringError(reason if self.node is None else f"{reason} ({_place(self.node)})")
 
     # ---- shapes ----
 
@@ -208,9 +209,9 @@ class Translator:
     # ---- values ----
 
     def emit(self, kind: type[Op], shape: Shape, /, **fields: Any) -> Value:
-        """Append an operation, its tensors converted to float64."""
+        """Append an operation."""
         number = len(self.shapes)
-        tensors = {n: t.to("cpu", torch.float64) for n, t in fields.items() if isinstance(t, Tensor)}
+        tensors = {n: t.cpu() for n, t in fields.items() if isinstance(t, Tensor)}
         self.ops.append(kind(number, **{**fields, **tensors}))
         self.shapes[number] = shape
         return self.stored(number)
@@ -306,6 +307,13 @@ class Translator:
         if not fits:
             self.refuse(f"a constant of shape {tuple(tensor.shape)} widens a value of shape {value.shape}")
         return to_stored_order(tensor, value.axes, self.shapes[value.number])
+
+
+def _place(node: Node) -> str:
+    """The graph's name of a call, and the path of the innermost module that made it."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    path = stack[-1].removeprefix("stage.").removeprefix("module").removeprefix(".") if stack else ""
+    return f"node {node.name}, module {path!r}" if path else f"node {node.name}"
 
 
 def is_in_place(node: Node) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
-from fastcascade.model.cost import count_macs, eval_mode
+from fastcascade.model.cost import count_macs, eval_mode, place_of_failure
 from fastcascade.model.selector import MLPSelector, Selector
 from fastcascade.scale import ScaleCheck
 from fastcascade.types import (
@@ -121,7 +121,7 @@ class Cascade(nn.Module):
     Args:
         stages: modules (each reads the image) or :class:`Stage`.
         selector: None if and only if there is one stage. "auto" is an :class:`fastcascade.MLPSelector` that
-            :func:`fastcascade.fit` replaces by a threshold rule if that is as good on held-out images.
+            :func:`fastcascade.fit` replaces by a threshold rule if that is clearly better on held-out images.
         num_classes: at least 2; every stage must return this many logits.
         input_shape: (C, H, W) of one image.
         combine: "last" returns the probabilities of the stage where an instance stops, "mean" their mean
@@ -241,11 +241,13 @@ class Cascade(nn.Module):
         try:
             out, macs = count_macs(module, x)
         except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = (str(error).strip() or repr(error)).splitlines()[0].removesuffix(".")
+            place = place_of_failure(module, error)
             hint = self.input.channels_first_hint()
             raise InvalidArgument(
                 f"stage {k} ({type(module).__name__}) fails on {origin} of shape {tuple(x.shape)}: "
-                f"{type(error).__name__}: {reason}{hint or f'. input_shape is {self.input.shape} (C, H, W)'}"
+                f"{type(error).__name__}: {reason}{place and f' ({place})'}"
+                f"{hint or f'. input_shape is {self.input.shape} (C, H, W)'}"
             ) from error
         if not isinstance(out, Tensor):
             raise InvalidArgument(
@@ -447,16 +449,32 @@ class Cascade(nn.Module):
             self.scale_check(x)
         return self.input.to_float(x).to(self.dtype)
 
-    def save(self, directory: str | Path, overwrite: bool = False, half: bool = False) -> None:
-        """Save as JSON and safetensors, for :func:`fastcascade.load`.
+    def save(
+        self,
+        directory: str | Path,
+        overwrite: bool = False,
+        half: bool = False,
+        plan: bool | None = None,
+    ) -> None:
+        """Save as JSON and safetensors, for :func:`fastcascade.load` and :func:`fastcascade.compile`.
 
         Args:
             overwrite: replace a cascade that is there.
             half: store the stages' weights as float16, which halves the file. They load as float32.
+            plan: also save the plan, from which ``fastcascade predict`` and ``fc.compile(directory)`` run
+                without the code of the stages. None saves it if the cascade has modules that are not built in
+                and its plan has no opaque stage.
+
+        Raises:
+            LoweringError: with ``plan=True``, a stage or selector is opaque.
         """
+        import fastcascade
         from fastcascade.model.store import save_cascade
 
-        save_cascade(self, directory, overwrite=overwrite, half=half)
+        def save_plan(cascade: Cascade) -> str:
+            return fastcascade.plan(cascade).save(directory, overwrite=overwrite)
+
+        save_cascade(self, directory, overwrite, half, plan, save_plan)
 
 
 def _checked_stages(stages: object) -> list[Stage]:

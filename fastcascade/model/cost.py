@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["count_macs", "eval_mode"]
+__all__ = ["count_macs", "eval_mode", "place_of_failure"]
 
 # Operators that multiply nothing, or too little to matter beside the matrix products (normalisation,
 # interpolation, pooling). Pointwise operators and views are recognised by their tags and schemas instead.
@@ -94,3 +95,25 @@ def count_macs(module: nn.Module, x: Tensor) -> tuple[Any, int]:
             stacklevel=2,
         )
     return out, counter.macs
+
+
+def place_of_failure(module: nn.Module, error: Exception) -> str:
+    """Where in ``count_macs(module, …)`` an error was raised: the innermost submodule, and the operator.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(9))
+        >>> try:
+        ...     count_macs(network, torch.zeros(1, 3, 8, 8))
+        ... except RuntimeError as error:
+        ...     place_of_failure(network, error)
+        "in module '1' (MaxPool2d), operator aten.max_pool2d_with_indices"
+    """
+    paths = {id(part): name for name, part in module.named_modules()}
+    place, operator = "", ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if paths.get(id(owner)):
+            place = f"in module {paths[id(owner)]!r} ({type(owner).__name__})"
+        elif isinstance(owner, _MacCounter):
+            operator = f"operator {frame.f_locals['func'].overloadpacket}"
+    return ", ".join(filter(None, (place, operator)))

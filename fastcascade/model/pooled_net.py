@@ -20,17 +20,19 @@ __all__ = ["Mirrored", "PooledNet", "mirrored_pooled_net", "pooled_net"]
 
 WHITENING_IMAGES = 5000
 WHITENING_EPS = 5e-4
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class PooledBlock(nn.Module):
-    """conv 3×3, max-pool 2, norm, ReLU; conv 3×3, norm, ReLU.
+    """conv 3×3, max-pool 2, norm, activation; conv 3×3, norm, activation.
 
     The norms have a bias and no trained scale. A positive factor per channel commutes with the maximum, so
     both norms fold into their convolutions. Convolutions start as the identity on their first channels.
     """
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, activation: nn.Module) -> None:
         super().__init__()
+        self.activation = activation
         self.convs = nn.ModuleList(
             nn.Conv2d(width, channels, 3, padding=1, bias=False) for width in (in_channels, channels)
         )
@@ -42,8 +44,8 @@ class PooledBlock(nn.Module):
             cast(nn.BatchNorm2d, norm).weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norms[0](self.pool(self.convs[0](x))).relu()
-        return self.norms[1](self.convs[1](x)).relu()  # type: ignore[no-any-return]
+        x = self.activation(self.norms[0](self.pool(self.convs[0](x))))
+        return self.activation(self.norms[1](self.convs[1](x)))  # type: ignore[no-any-return]
 
 
 class PooledNet(nn.Module):
@@ -51,6 +53,7 @@ class PooledNet(nn.Module):
 
     Args:
         widths: channels of the three blocks.
+        activation: "relu" or "gelu".
 
     Attributes:
         architecture: the registry name that rebuilds this network, or None for one made by hand.
@@ -61,19 +64,28 @@ class PooledNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 10, widths: Sequence[int] = (64, 256, 256), in_channels: int = 3
+        self,
+        num_classes: int = 10,
+        widths: Sequence[int] = (64, 256, 256),
+        in_channels: int = 3,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         if len(widths) != 3 or min(widths) < 1 or in_channels < 1:
             raise InvalidArgument(
                 f"widths are {tuple(widths)}, in_channels is {in_channels}; expected three positive widths"
             )
+        if activation not in ACTIVATIONS:
+            raise InvalidArgument(f"activation is {activation!r}; expected {' or '.join(ACTIVATIONS)}")
         self.architecture: str | None = None
+        self.activation = ACTIVATIONS[activation]()
         self.whiten = nn.Conv2d(in_channels, 8 * in_channels, 2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(cast(Tensor, self.whiten.bias))
         channels = [self.whiten.out_channels, *widths]
-        self.blocks = nn.Sequential(*map(PooledBlock, channels, channels[1:]))
+        self.blocks = nn.Sequential(
+            *(PooledBlock(c, width, self.activation) for c, width in zip(channels, widths, strict=False))
+        )
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         nn.init.normal_(self.head.weight, std=1 / widths[-1])
@@ -91,7 +103,7 @@ class PooledNet(nn.Module):
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.whiten(x).relu())
+        x = self.blocks(self.activation(self.whiten(x)))
         return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]
 
 
@@ -113,26 +125,31 @@ class Mirrored(nn.Module):
 
 
 @family
-def pooled_net(width: int, num_classes: int = 10, deep: int | None = None) -> PooledNet:
+def pooled_net(
+    width: int, num_classes: int = 10, deep: int | None = None, activation: str = "relu"
+) -> PooledNet:
     """:class:`PooledNet` of widths (width, deep, deep).
 
     Args:
         deep: channels of the second and third block; 4·width if None.
+        activation: "relu" or "gelu".
 
     Example:
         >>> pooled_net(32).architecture
         'pooled_net:32'
     """
     deep = 4 * width if deep is None else deep
-    return PooledNet(num_classes, (width, deep, deep))
+    return PooledNet(num_classes, (width, deep, deep), activation=activation)
 
 
 @family
-def mirrored_pooled_net(width: int, num_classes: int = 10, deep: int | None = None) -> Mirrored:
+def mirrored_pooled_net(
+    width: int, num_classes: int = 10, deep: int | None = None, activation: str = "relu"
+) -> Mirrored:
     """:func:`pooled_net` on the mirrored image.
 
     Example:
         >>> mirrored_pooled_net(32).architecture
         'mirrored_pooled_net:32'
     """
-    return Mirrored(pooled_net(width, num_classes, deep))
+    return Mirrored(pooled_net(width, num_classes, deep, activation))

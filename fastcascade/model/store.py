@@ -7,16 +7,17 @@ registry are built on the meta device, so that no memory is allocated before the
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument
+from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument, LoweringError
 from fastcascade.model.cascade import Cascade, Stage
 from fastcascade.model.registry import build_module
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
@@ -24,7 +25,7 @@ from fastcascade.storage.bundle import BundleFormat, bundle_exists, load_bundle,
 from fastcascade.storage.codec import ADDED, Reader, encode
 from fastcascade.types import Combine, InputSpec, OperatingPoint, SelectorComparison
 
-__all__ = ["cascade_exists", "load_cascade", "save_cascade"]
+__all__ = ["PlanNote", "cascade_exists", "load_cascade", "plan_note", "save_cascade"]
 
 FORMAT = BundleFormat("cascade", 1)
 MAX_INPUT_VALUES = 2**24
@@ -92,6 +93,8 @@ class _Cascade:
     auto_selector: bool = field(default=False, metadata=ADDED)
     comparison: SelectorComparison | None = field(default=None, metadata=ADDED)
     half: bool = field(default=False, metadata=ADDED)  # float32 stages are stored as float16
+    plan: str | None = field(default=None, metadata=ADDED)  # hash of the plan that was saved with it
+    no_plan: str | None = field(default=None, metadata=ADDED)  # why there is none
 
 
 def cascade_exists(directory: str | Path) -> bool:
@@ -99,15 +102,53 @@ def cascade_exists(directory: str | Path) -> bool:
     return bundle_exists(directory, FORMAT)
 
 
+class PlanNote(NamedTuple):
+    """What a saved cascade says of its plan.
+
+    Attributes:
+        sha256: hash of the plan that was saved with it, or None.
+        missing_reason: why there is none, if that is known.
+        custom_modules: names of the modules that only the user's code can build.
+    """
+
+    sha256: str | None
+    missing_reason: str | None
+    custom_modules: tuple[str, ...]
+
+
+def plan_note(directory: str | Path) -> PlanNote:
+    """What the cascade in a directory says of its plan.
+
+    Raises:
+        FileFormatError: missing, damaged, or written by a newer version.
+    """
+    saved, _ = _read_saved(directory)
+    return PlanNote(saved.plan, saved.no_plan, tuple(name for name, _ in _custom_modules(saved)))
+
+
+SavePlan = Callable[[Cascade], str]
+"""Saves a cascade's plan beside it and returns its hash."""
+
+
 def save_cascade(
-    cascade: Cascade, directory: str | Path, overwrite: bool = False, half: bool = False
+    cascade: Cascade,
+    directory: str | Path,
+    overwrite: bool = False,
+    half: bool = False,
+    plan: bool | None = None,
+    save_plan: SavePlan | None = None,
 ) -> None:
     """Save as ``cascade.json`` and ``cascade-<sha256>.safetensors``.
+
+    The plan is saved first and named by its hash in the cascade's file. After a crash between the two, the
+    old cascade names another plan than the one beside it, which is therefore not used.
 
     Args:
         directory: created if missing; unrelated files in it are kept.
         overwrite: replace an existing cascade.
         half: store the stages' float32 weights as float16. They load as float32, rounded.
+        plan: also save the plan. None saves it if the cascade has custom modules and the plan can be saved.
+        save_plan: saves the plan of a cascade.
 
     Raises:
         InvalidArgument: a cascade exists, two custom modules have the same name, a module has state that is
@@ -137,7 +178,27 @@ def save_cascade(
     custom = [name for name, _ in _custom_modules(saved)]
     if len(set(custom)) != len(custom):
         raise InvalidArgument(f"custom modules have the names {custom}; give each Stage its own name")
+    if not overwrite and cascade_exists(directory):
+        raise InvalidArgument(
+            f"{directory} holds a cascade; choose another directory, or pass overwrite=True"
+        )
+    if save_plan is not None and (plan or (plan is None and custom)):
+        try:
+            saved = replace(saved, plan=save_plan(_rounded(cascade) if half else cascade))
+        except LoweringError as error:
+            if plan:
+                raise
+            saved = replace(saved, no_plan=str(error))
     save_bundle(directory, FORMAT, encode(saved, tensors), tensors, overwrite=overwrite)
+
+
+def _rounded(cascade: Cascade) -> Cascade:
+    """A copy with the weights that a file in half precision gives."""
+    rounded = copy.deepcopy(cascade)
+    for parameter in (*rounded.stages.parameters(), *rounded.stages.buffers()):
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.half().float()
+    return rounded
 
 
 def _halved(name: str, weight: Tensor) -> Tensor:
@@ -207,18 +268,12 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
         ...     load_cascade(directory).stage(0).module.architecture
         'resnet_cifar:8'
     """
-    content, tensors = load_bundle(directory, FORMAT)
-    reader = Reader(tensors)
-    try:
-        saved = cast(_Cascade, reader.decode(_Cascade, content, "cascade"))
-        _check_saved(saved)
-    except InvalidArgument as error:
-        raise FileFormatError(f"{directory} does not hold a valid cascade: {error}") from error
+    saved, tensors = _read_saved(directory)
     if saved.half:
         tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
     custom = dict(modules or {})
     _check_custom_modules(saved, custom)
-    loader = _Loader({name: tensors[name] for name in reader.unused}, custom, saved.num_classes)
+    loader = _Loader(tensors, custom, saved.num_classes)
     stages = [loader.stage(k, stage) for k, stage in enumerate(saved.stages)]
     selector = loader.selector(saved)
     temperatures = _temperatures(loader.tensors.pop("temperatures", None), len(stages), directory)
@@ -242,6 +297,18 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
     cascade.operating_points = dict(saved.operating_points)
     cascade.seen_images = saved.seen_images.numpy()
     return cascade
+
+
+def _read_saved(directory: str | Path) -> tuple[_Cascade, dict[str, Tensor]]:
+    """The structure of a saved cascade, checked, and the tensors of its modules."""
+    content, tensors = load_bundle(directory, FORMAT)
+    reader = Reader(tensors)
+    try:
+        saved = cast(_Cascade, reader.decode(_Cascade, content, "cascade"))
+        _check_saved(saved)
+    except InvalidArgument as error:
+        raise FileFormatError(f"{directory} does not hold a valid cascade: {error}") from error
+    return saved, {name: tensors[name] for name in reader.unused}
 
 
 def _temperatures(saved: Tensor | None, stages: int, directory: str | Path) -> Tensor:

@@ -1,170 +1,309 @@
-"""Predictions for an image set, streamed: one batch is in memory at a time.
-
-Every image has a row, in order. An image that cannot be read, or whose logits are not finite, has a row with
-an error. Output files are written atomically: a file of predictions is complete or absent.
-"""
+"""Predictions: one row per input, in columns."""
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import math
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import IO, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, overload
 
-from fastcascade.data.image_data import ImageData
-from fastcascade.engine import CompiledCascade
-from fastcascade.errors import InvalidArgument
-from fastcascade.storage.files import write_atomically
-from fastcascade.types import CascadeOutput, OperatingPointLike
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-__all__ = ["Prediction", "predictions", "save_predictions", "write_json_lines"]
+from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.text import plain
+from fastcascade.types import CascadeOutput
 
-BATCH_BYTES = 32 * 2**20
-"""Size of a batch of float32 images."""
+__all__ = ["INVALID", "Prediction", "Predictions"]
+
+Column: TypeAlias = "np.ndarray[Any, Any]"
 
 INVALID = "the logits are not finite; look for NaN or infinite pixels"
 
+_SHOWN_ROWS = 10
+_WIDTH = 80
+
 
 class Prediction(NamedTuple):
-    """One image's row; each field is a column of the output.
+    """One input's row; each field is a column of the output.
 
     Attributes:
-        id: path relative to the folder, or index as text.
+        id: path of the image, or its index as text.
         label: class index; None if there is an error.
         class_name: name of the label; None if the cascade has no names.
-        score: probability of the label at the exit where the instance stopped.
-        exit: the stage after which the instance stopped; None if the image could not be read.
+        probability: of the label, at the exit where the image stopped.
+        exit_stage: the stage after which the image stopped; None if it could not be read.
         cost_macs: multiplies spent; None if the image could not be read.
         error: the reason why there is no label, else None.
+        top_labels: the most probable classes, most probable first; None if there is an error.
+        top_probabilities: their probabilities.
     """
 
     id: str
     label: int | None = None
     class_name: str | None = None
-    score: float | None = None
-    exit: int | None = None
+    probability: float | None = None
+    exit_stage: int | None = None
     cost_macs: int | None = None
     error: str | None = None
+    top_labels: list[int] | None = None
+    top_probabilities: list[float] | None = None
 
 
-def predictions(
-    model: CompiledCascade, data: ImageData, operating_point: OperatingPointLike = None
-) -> Iterator[list[Prediction]]:
-    """One :class:`Prediction` per image, in the order of the data, in batches.
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Sequence[Prediction]):
+    """Predictions of N inputs, in input order: a sequence of :class:`Prediction`, stored in columns.
 
-    Args:
-        model: a cascade compiled with ``output="cascade"``.
-        data: images of the cascade's input shape, from :func:`fastcascade.data.sources.load_data`.
-        operating_point: see :meth:`Cascade.thresholds`.
-
-    Raises:
-        InvalidArgument: images of another shape, or an unknown operating point.
-
-    Example:
-        >>> import fastcascade as fc, numpy as np
-        >>> from fastcascade.model.resnet import resnet_cifar
-        >>> cascade = fc.Cascade([resnet_cifar(8)], None, 10, (3, 32, 32))
-        >>> images = np.zeros((2, 3, 32, 32), np.float32)
-        >>> images[1] = np.nan
-        >>> data = ImageData(["blank", "broken"], images, None)
-        >>> [(p.id, p.error) for batch in predictions(fc.compile(cascade), data) for p in batch]
-        [('blank', None), ('broken', 'the logits are not finite; look for NaN or infinite pixels')]
+    Attributes:
+        ids: (N,) path or index of each input.
+        label: (N,) int64 class index; −1 where there is an error.
+        probability: (N,) float32 probability of the label; NaN where there is an error.
+        exit_stage: (N,) int64; −1 for an input that could not be read.
+        cost_macs: (N,) int64 multiplies spent; 0 for an input that could not be read.
+        top_labels: (N, k) int64 most probable classes, ties in label order; −1 where there is an error.
+        top_probabilities: (N, k) float32; NaN where there is an error.
+        errors: position → reason why there is no label.
+        classes: names in label order, or None.
     """
-    classes = model.plan.classes
-    image_bytes = 4 * math.prod(model.plan.input.shape)
-    for rows in data.rows(max(1, BATCH_BYTES // image_bytes)):
-        out = model(rows.images.to(model.device), operating_point)
-        if not isinstance(out, CascadeOutput):
-            raise InvalidArgument('predictions need exits and costs; compile with output="cascade"')
-        readable = _predictions_of(out, classes)
-        yield [
-            next(readable)._replace(id=i) if error is None else Prediction(i, error=error)
-            for i, error in zip(rows.ids, rows.errors, strict=True)
-        ]
 
+    ids: Sequence[str]
+    label: Column
+    probability: Column
+    exit_stage: Column
+    cost_macs: Column
+    top_labels: Column
+    top_probabilities: Column
+    errors: Mapping[int, str]
+    classes: tuple[str, ...] | None
 
-def _predictions_of(out: CascadeOutput, classes: tuple[str, ...] | None) -> Iterator[Prediction]:
-    """The cascade's output as predictions with an empty id."""
-    score = out.probs.gather(1, out.label.clamp(min=0)[:, None])[:, 0]
-    columns = (column.tolist() for column in (out.label, score, out.exit_stage, out.cost_macs))
-    for label, probability, exit_stage, cost in zip(*columns, strict=True):
-        if label < 0:
-            yield Prediction("", exit=exit_stage, cost_macs=cost, error=INVALID)
+    @classmethod
+    def of_output(
+        cls,
+        ids: Sequence[str],
+        unreadable: Sequence[str | None],
+        out: CascadeOutput,
+        top_k: int,
+        classes: tuple[str, ...] | None,
+    ) -> Predictions:
+        """Rows from the output for the readable inputs.
+
+        Args:
+            unreadable: (N,) the reason why an input could not be read, or None.
+            out: of the inputs that could.
+            top_k: number of classes in ``top_labels``; 0 for none.
+        """
+        probs = out.probs.cpu().numpy()
+        label, exit_stage, cost = (
+            column.cpu().numpy() for column in (out.label, out.exit_stage, out.cost_macs)
+        )
+        score = np.take_along_axis(probs, label.clip(0)[:, None], 1)[:, 0]
+        top = _top(probs, min(top_k, probs.shape[1]))
+        top_probs = np.take_along_axis(probs, top, 1)
+        top[label < 0] = -1
+        columns = [label, score, exit_stage, cost, top, top_probs]
+        errors = {i: reason for i, reason in enumerate(unreadable) if reason is not None}
+        if errors:
+            readable = np.array([reason is None for reason in unreadable], bool)
+            fills = (-1, np.nan, -1, 0, -1, np.nan)
+            columns = [_spread(column, readable, fill) for column, fill in zip(columns, fills, strict=True)]
+        if (label < 0).any():
+            errors.update((int(i), INVALID) for i in np.flatnonzero(columns[0] < 0) if int(i) not in errors)
+        return cls(ids=ids, errors=errors, classes=classes, **dict(zip(_ARRAYS, columns, strict=True)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Parts one after another.
+
+        Raises:
+            InvalidArgument: there are none.
+        """
+        if not parts:
+            raise InvalidArgument("there are no predictions to join")
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+        errors = {
+            start + i: reason
+            for start, part in zip(starts, parts, strict=False)
+            for i, reason in part.errors.items()
+        }
+        ids = [i for part in parts for i in part.ids]
+        return cls(ids=ids, errors=errors, classes=parts[0].classes, **columns)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Predictions: ...
+
+    def __getitem__(self, index: int | slice) -> Prediction | Predictions:
+        if not isinstance(index, slice):
+            position = range(len(self))[index]
+            return next(self._rows(range(position, position + 1)))
+        chosen = range(len(self))[index]
+        columns = {name: getattr(self, name)[index] for name in _ARRAYS}
+        errors = {j: self.errors[i] for j, i in enumerate(chosen) if i in self.errors}
+        ids = [self.ids[i] for i in chosen]
+        return Predictions(ids=ids, errors=errors, classes=self.classes, **columns)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return self._rows(range(len(self)))
+
+    def _rows(self, positions: range) -> Iterator[Prediction]:
+        part = slice(positions.start, positions.stop)
+        columns = [getattr(self, name)[part].tolist() for name in _ARRAYS]
+        has_top = self.top_labels.shape[1] > 0
+        for i, label, probability, exit_stage, cost, top, top_probs in zip(positions, *columns, strict=True):
+            error = self.errors.get(i)
+            ran = {} if exit_stage < 0 else {"exit_stage": exit_stage, "cost_macs": cost}
+            if error is not None:
+                yield Prediction(self.ids[i], error=error, **ran)
+                continue
+            name = None if self.classes is None else self.classes[label]
+            best = (top, top_probs) if has_top else (None, None)
+            yield Prediction(self.ids[i], label, name, probability, exit_stage, cost, None, *best)
+
+    def require_no_errors(self) -> None:
+        """Raise a :class:`DataError` if there is an error, with the first one."""
+        if self.errors:
+            first = min(self.errors)
+            raise DataError(f"{self.ids[first]}: {self.errors[first]}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns: the fields of :class:`Prediction`; the top ones only if there are any."""
+        return Prediction._fields if self.top_labels.shape[1] else Prediction._fields[:-2]
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Column name → list of values, with None where there is none."""
+        values = list(zip(*self, strict=True)) or [()] * len(Prediction._fields)
+        return {name: list(column) for name, column in zip(self.columns, values, strict=False)}
+
+    def to_arrow(self) -> Any:
+        """A ``pyarrow.Table``.
+
+        Raises:
+            InvalidArgument: pyarrow is missing.
+        """
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise InvalidArgument("Arrow tables need pyarrow: install fastcascade[data]") from error
+        failed = np.zeros(len(self), bool)
+        failed[list(self.errors)] = True
+        unread = self.exit_stage < 0
+        label = pa.array(self.label, mask=failed)
+        reasons = [None] * len(self) if not self.errors else [self.errors.get(i) for i in range(len(self))]
+        if self.classes is None:
+            names = pa.nulls(len(self), pa.string())
         else:
-            name = None if classes is None else classes[label]
-            yield Prediction("", label, name, probability, exit_stage, cost)
+            names = pa.array(self.classes, pa.string()).take(label)
+        columns = [
+            pa.array(self.ids, pa.string()),
+            label,
+            names,
+            pa.array(self.probability, mask=failed),
+            pa.array(self.exit_stage, mask=unread),
+            pa.array(self.cost_macs, mask=unread),
+            pa.array(reasons, pa.string()),
+        ]
+        if (k := self.top_labels.shape[1]) > 0:
+            offsets = pa.array(np.arange(len(self) + 1, dtype=np.int32) * k)
+            for values in (self.top_labels, self.top_probabilities):
+                columns.append(
+                    pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)), mask=pa.array(failed))
+                )
+        return pa.table(columns, names=list(self.columns))
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame``.
+
+        Raises:
+            InvalidArgument: pandas is missing.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InvalidArgument("to_pandas needs pandas; install it, or use to_arrow or to_dict") from error
+        return pandas.DataFrame(self.to_dict())
+
+    def __repr__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=_WIDTH, color_system=None)
+        console.print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks; names are escaped."""
+        head, *rows = self._cells()
+        cells = "".join(f"<th>{_html(cell)}</th>" for cell in head)
+        body = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return (
+            f"<table><caption>{_html(self.summary())}</caption><thead><tr>{cells}</tr></thead>"
+            f"<tbody>{body}</tbody></table>"
+        )
+
+    def table(self) -> Table:
+        """The first rows as a table of 80 columns."""
+        head, *rows = self._cells()
+        table = Table(
+            title=Text(self.summary()), title_justify="left", width=_WIDTH, box=None, pad_edge=False
+        )
+        for name in head:
+            right = name in ("probability", "exit", "M MACs")
+            table.add_column(
+                name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis",
+                ratio=None if right else 1,
+            )  # fmt: skip
+        for row in rows:
+            table.add_row(*map(plain, row))
+        return table
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        """Head and rows of the table."""
+        yield ("id", "class", "probability", "exit", "M MACs")
+        for row in self[:_SHOWN_ROWS]:
+            exit_stage = "" if row.exit_stage is None else str(row.exit_stage)
+            cost = "" if row.cost_macs is None else f"{row.cost_macs / 1e6:.2f}"
+            if row.error is not None:
+                yield (row.id, f"error: {row.error}", "", exit_stage, cost)
+            else:
+                yield (row.id, row.class_name or str(row.label), f"{row.probability:.1%}", exit_stage, cost)
+        if len(self) > _SHOWN_ROWS:
+            yield ("…", f"{len(self) - _SHOWN_ROWS:,} more", "", "", "")
+
+    def summary(self) -> str:
+        """Number of predictions and errors, exit shares and mean cost, in a line."""
+        errors = f", {len(self.errors):,} with an error" if self.errors else ""
+        ran = self.exit_stage[self.exit_stage >= 0]
+        if not len(ran):
+            return f"{len(self):,} predictions{errors}"
+        shares = " / ".join(f"{share:.0%}" for share in np.bincount(ran) / len(ran))
+        cost = self.cost_macs.sum() / len(ran) / 1e6
+        return f"{len(self):,} predictions{errors}; exits {shares}; {cost:.2f} M MACs on average"
 
 
-def save_predictions(batches: Iterable[list[Prediction]], path: str | Path, overwrite: bool = False) -> None:
-    """Stream predictions to a file, which appears when it is complete.
-
-    Args:
-        path: the suffix selects the format: ``.parquet``, ``.jsonl`` (one JSON object per line) or ``.csv``.
-        overwrite: replace an existing file.
-
-    Raises:
-        InvalidArgument: the file exists and ``overwrite`` is False, the suffix is unknown, or Parquet was
-            selected without pyarrow.
-        SaveError: the operating system reported an error; no partial file is left.
-    """
-    path = Path(path)
-    check_destination(path, overwrite)
-    write = WRITERS[path.suffix]
-    write_atomically(path, lambda file: write(batches, cast(IO[bytes], file)), overwrite=overwrite)
+_ARRAYS = ("label", "probability", "exit_stage", "cost_macs", "top_labels", "top_probabilities")
 
 
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Check the format, and that the file may be written, before any image is classified.
-
-    Raises:
-        InvalidArgument: as for :func:`save_predictions`.
-    """
-    if path.suffix not in WRITERS:
-        raise InvalidArgument(f"cannot write {path}: the name must end in one of {', '.join(WRITERS)}")
-    if os.path.lexists(path) and not overwrite:
-        raise InvalidArgument(f"{path} exists; choose another name, or overwrite it")
+def _top(probs: Column, k: int) -> Column:
+    """(N, k) classes of the highest probabilities, ties in order of the label."""
+    return np.argsort(-probs, axis=1, kind="stable")[:, :k] if k else np.empty((len(probs), 0), np.int64)
 
 
-def write_json_lines(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None:
-    """One JSON object per line, in ASCII: an id cannot send escape sequences to a terminal."""
-    for batch in batches:
-        file.write("".join(json.dumps(p._asdict()) + "\n" for p in batch).encode("ascii"))
+def _spread(values: Column, readable: Column, fill: float) -> Column:
+    """The values at the readable positions, and ``fill`` elsewhere."""
+    column = np.full((len(readable), *values.shape[1:]), fill, values.dtype)
+    column[readable] = values
+    return column
 
 
-def _write_csv(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None:
-    text = io.TextIOWrapper(file, "utf-8", newline="")
-    writer = csv.writer(text)
-    writer.writerow(Prediction._fields)
-    for batch in batches:
-        writer.writerows([_csv_cell(value) for value in prediction] for prediction in batch)
-    text.detach()  # flushes without closing the file
+def _html(text: str) -> str:
+    """Text for an HTML cell, in a line."""
+    import html
 
-
-def _csv_cell(value: str | float | None) -> str | float | None:
-    """The value, quoted if a spreadsheet would evaluate it as a formula."""
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if formula else value
-
-
-def _write_parquet(batches: Iterable[list[Prediction]], file: IO[bytes]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InvalidArgument(
-            "Parquet needs pyarrow: install fastcascade[data], or write a .jsonl file"
-        ) from error
-    text, number = pyarrow.string(), pyarrow.int64()
-    types = (text, number, text, pyarrow.float32(), number, number, text)
-    schema = pyarrow.schema(list(zip(Prediction._fields, types, strict=True)))
-    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        for batch in batches:
-            columns = [list(column) for column in zip(*batch, strict=True)]
-            writer.write_table(pyarrow.table(columns, schema=schema))
-
-
-WRITERS = {".parquet": _write_parquet, ".jsonl": write_json_lines, ".csv": _write_csv}
+    return html.escape(str(plain(text)))

@@ -35,7 +35,7 @@ from fastcascade.storage.files import (
     write_atomically,
 )
 
-__all__ = ["BundleFormat", "bundle_exists", "load_bundle", "save_bundle"]
+__all__ = ["BundleFormat", "bundle_exists", "bundle_sha256", "load_bundle", "save_bundle"]
 
 MAX_TENSOR_BYTES = 16 * 2**30
 
@@ -71,13 +71,21 @@ def bundle_exists(directory: str | Path, bundle: BundleFormat) -> bool:
     return True
 
 
+def bundle_sha256(directory: str | Path, bundle: BundleFormat) -> str | None:
+    """The hash of a bundle's structure and tensors; None if there is no readable bundle."""
+    try:
+        return str(_read_document(bundle.document_path(Path(directory)), bundle)["sha256"])
+    except FileFormatError:
+        return None
+
+
 def save_bundle(
     directory: str | Path,
     bundle: BundleFormat,
     content: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     overwrite: bool = False,
-) -> None:
+) -> str:
     """Save JSON content and tensors.
 
     Args:
@@ -86,6 +94,9 @@ def save_bundle(
         tensors: any device, dtype and layout; stored contiguous.
         overwrite: replace a bundle of the same name.
 
+    Returns:
+        sha256 of content and tensors.
+
     Raises:
         InvalidArgument: a bundle exists and ``overwrite`` is False.
         SaveError: the operating system reported an error; the directory holds the old bundle or the new one.
@@ -93,7 +104,7 @@ def save_bundle(
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     save_bundle(directory, BundleFormat("demo", 1), {"a": 1}, {"w": torch.ones(2)})
+        ...     _ = save_bundle(directory, BundleFormat("demo", 1), {"a": 1}, {"w": torch.ones(2)})
         ...     load_bundle(directory, BundleFormat("demo", 1))
         ({'a': 1}, {'w': tensor([1., 1.])})
     """
@@ -119,6 +130,7 @@ def save_bundle(
         write_atomically(tensor_path, data)
         write_atomically(document_path, text, overwrite=overwrite or torn)
         _remove_stale(tensor_path, bundle)
+    return str(document["sha256"])
 
 
 def _require_free(directory: Path, bundle: BundleFormat) -> None:

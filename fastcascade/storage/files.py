@@ -30,6 +30,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "remove_leftover",
+    "remove_leftovers",
     "write_atomically",
 ]
 
@@ -147,6 +148,12 @@ def _remove_leftovers(path: Path) -> None:
                 remove_leftover(other)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove all temporary files of killed writers in a directory."""
+    for path in directory.iterdir():
+        remove_leftover(path)
+
+
 def remove_leftover(path: Path) -> None:
     """Remove a temporary file of :func:`write_atomically` if its writer is dead; an error here is ignored."""
     if not _TEMPORARY.fullmatch(path.name):
@@ -164,20 +171,24 @@ def remove_leftover(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """A lock on a name: one holder at a time among all threads and processes; others wait.
+def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
+    """A lock on a name: one holder at a time among all threads and processes; others wait, or are refused.
 
     The lock file is removed on exit. One that a killed process left is unlocked and is used again.
 
     Args:
         path: the lock file; missing directories are created.
+        wait: if False, do not wait for another holder.
 
     Raises:
+        InvalidArgument: another holds the lock, and ``wait`` is False.
         SaveError: the lock file cannot be created.
     """
     try:
         _make_directory(path.parent)
-        descriptor = _open_locked(path)
+        descriptor = _open_locked(path, wait=wait)
+    except BlockingIOError:
+        raise InvalidArgument(f"another process works in {path.parent}; wait until it ends") from None
     except OSError as error:
         raise SaveError(f"cannot lock {path}: {error.strerror or error}") from error
     try:
@@ -190,12 +201,17 @@ def exclusive(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked(path: Path, flags: int = 0) -> int:
-    """Descriptor of a file that is created if missing and locked. Without lock support, it is unlocked."""
+def _open_locked(path: Path, flags: int = 0, wait: bool = True) -> int:
+    """Descriptor of a file that is created if missing and locked. Without lock support, it is unlocked.
+
+    Raises:
+        BlockingIOError: another holds the lock, and ``wait`` is False.
+    """
+    mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, mode)
             if _has_name(descriptor, path):
                 return descriptor
         except OSError as error:

@@ -81,8 +81,8 @@ class CascadeTable(BaseModel):
             over the stages visited; a list of one weight per stage makes it a weighted mean.
         features: inputs of the learned selector.
         score: stop on this confidence score instead of a learned selector; excludes ``features``.
-        selector: ``"auto"`` compares the learned selector with the confidence scores on held-out images and
-            keeps the better one; excludes ``features`` and ``score``.
+        selector: ``"auto"`` learns one, unless a confidence score is clearly better on held-out images;
+            excludes ``features`` and ``score``.
     """
 
     model_config = STRICT

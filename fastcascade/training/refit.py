@@ -382,12 +382,13 @@ def _best_steps(
 
 
 def _settle(cascade: Cascade, comparison: SelectorComparison) -> None:
-    """With "auto", the better of the two; otherwise a warning where that is not the learned one."""
+    """Where a threshold rule is clearly better: with "auto" that rule, otherwise a warning."""
+    if comparison.gain >= -CLEARLY * comparison.standard_error:
+        return
     if cascade.auto_selector:
-        if comparison.gain <= 0:
-            cascade.replace_selector(ThresholdSelector(cast(ScoreKind, comparison.best_rule)))
-            cascade.comparison = comparison
-    elif comparison.gain < -CLEARLY * comparison.standard_error:
+        cascade.replace_selector(ThresholdSelector(cast(ScoreKind, comparison.best_rule)))
+        cascade.comparison = comparison
+    else:
         warnings.warn(
             f"at the same cost the threshold rule {comparison.best_rule!r} is {-comparison.gain:.2%} more "
             f"accurate than the selector (standard error {comparison.standard_error:.2%}, {comparison.n} "

@@ -1,8 +1,8 @@
 """The launcher of the resident kernel (``resident.cuh``), which runs a whole cascade in one launch.
 
-:func:`resident_table` turns a plan of stages (``resident_plan.py``) into the integer table and the packed
-weights that the kernel reads; :func:`resident` launches it. NVRTC compiles it through CuPy at the first
-launch, for the plan's types of layers.
+``resident_plan.py`` plans stages, ``resident_table.py`` makes the table and the packed weights that the
+kernel reads, :func:`resident` launches it. NVRTC compiles it through CuPy at the first launch, for the plan's
+types of layers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +19,7 @@ from torch import Tensor
 from fastcascade.kernels.argument_checks import Keep
 from fastcascade.kernels.cuda.exit_head import BLOCK_ROWS, SELECTORS
 from fastcascade.kernels.cuda.launch import COMPILE_OPTIONS, by_value, on_current_stream, source
-from fastcascade.kernels.cuda.resident_plan import (
-    MOST_WARPS,
-    Entry,
-    ResidentPlan,
-    pack_conv,
-    pack_stem,
-)
+from fastcascade.kernels.cuda.resident_table import ResidentTable
 from fastcascade.kernels.reference import ExitTables, MLPWeights
 
 __all__ = [
@@ -34,19 +27,13 @@ __all__ = [
     "ResidentCascade",
     "ResidentExit",
     "ResidentLaunch",
-    "ResidentTable",
+    "images_taken",
     "resident",
     "resident_exits",
     "resident_source",
-    "resident_table",
 ]
 
 KERNEL = "resident_cascade"
-ENTRY_INTS = 8 + MOST_WARPS
-"""Size of a ResidentLayer in ``resident.cuh``."""
-
-SLACK = 16 * 32 * 8
-"""Padding after the last weights, in fp16 numbers: a layer loads its first fragments unconditionally."""
 
 
 class ResidentExit(ctypes.Structure):
@@ -65,128 +52,14 @@ class ResidentCascade(ctypes.Structure):
     """The struct of the same name in ``resident.cuh``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("layers", "begins", "weights", "vectors", "exits")),
+        *((name, ctypes.c_void_p) for name in ("layers", "stages", "weights", "vectors", "exits")),
         *((name, ctypes.c_void_p) for name in ("images", "pixel_table", "thresholds")),
         *((name, ctypes.c_void_p) for name in ("log_sum", "weight_sum", "previous_label")),
         *((name, ctypes.c_void_p) for name in ("log_probs", "label", "exit_stage")),
         *((name, ctypes.c_void_p) for name in ("keep", "block_counts", "queue")),
         ("strides", ctypes.c_longlong * 4),
-        *((name, ctypes.c_int) for name in ("stages", "count", "classes", "unused")),
+        *((name, ctypes.c_int) for name in ("stage_count", "count", "classes", "taken")),
     )
-
-
-@dataclass(frozen=True)
-class ResidentTable:
-    """The stages in the form that the kernel reads.
-
-    Attributes:
-        layers: (entries, 16) int32.
-        begins: (stages + 1,) int32, the first entry of each stage, and the number of entries.
-        weights: fp16 fragments.
-        vectors: float32 biases and linear layers.
-        types, heads: the compiled templates. An entry begins with an index into one of them.
-    """
-
-    plan: ResidentPlan
-    layers: Tensor
-    begins: Tensor
-    weights: Tensor
-    vectors: Tensor
-    types: tuple[str, ...]
-    heads: tuple[str, ...]
-
-    def to(self, device: torch.device) -> ResidentTable:
-        """A copy on a device."""
-        names = ("layers", "begins", "weights", "vectors")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of table, weights and biases."""
-        return sum(t.numel() * t.element_size() for t in (self.layers, self.weights, self.vectors))
-
-
-def resident_table(
-    plan: ResidentPlan, types: Sequence[str] | None = None, heads: Sequence[str] | None = None
-) -> ResidentTable:
-    """Make the table and pack the weights.
-
-    Args:
-        types, heads: templates that include the plan's own, so that tests compile once for many plans.
-    """
-    own_types, own_heads = plan.type_names()
-    types, heads = tuple(types or own_types), tuple(heads or own_heads)
-    rows, weights, vectors, begins = [], [], [], []
-    weight_end = vector_end = 0
-    for i, entry in enumerate(plan.entries):
-        if i == 0 or entry.stage != plan.entries[i - 1].stage:
-            begins.append(i)
-        step = entry.step
-        names = heads if step.kind == "head" else types
-        packed, firsts = _packed(entry, plan.warps)
-        vector = _vector(entry)
-        rows.append(
-            [
-                names.index(step.type_name(plan.warps)),
-                entry.source,
-                entry.output,
-                entry.residual,
-                entry.flags,
-                vector_end,
-                *_window(entry),
-                *(weight_end // 8 + first for first in firsts),
-            ]
-        )
-        weights.append(packed)
-        vectors.append(vector)
-        weight_end += packed.numel()
-        vector_end += vector.numel()
-    return ResidentTable(
-        plan,
-        layers=torch.tensor(rows, dtype=torch.int32),
-        begins=torch.tensor([*begins, len(rows)], dtype=torch.int32),
-        weights=torch.cat([*weights, torch.zeros(SLACK, dtype=torch.float16)]),
-        vectors=torch.cat(vectors).float(),
-        types=types,
-        heads=heads,
-    )
-
-
-def _packed(entry: Entry, warps: int) -> tuple[Tensor, list[int]]:
-    """Fragments of a step, and the position of each warp's first fragment, in units of 16 bytes."""
-    step, firsts = entry.step, [0] * MOST_WARPS
-    if step.weight is None or step.kind == "head":
-        return torch.empty(0, dtype=torch.float16), firsts
-    if step.kind == "stem":
-        return pack_stem(step.weight).flatten(), firsts
-    groups = step.groups(warps)
-    packed = pack_conv(step.weight, groups)
-    stream = packed[0].numel() // 8
-    firsts = [min(warp // step.column_passes, len(packed) - 1) * stream for warp in range(MOST_WARPS)]
-    return packed.flatten(), firsts
-
-
-def _vector(entry: Entry) -> Tensor:
-    """Biases. A head has a row of classes per channel after them."""
-    step = entry.step
-    if step.bias is None:
-        return torch.empty(0)
-    if step.kind == "head":
-        assert step.weight is not None
-        return torch.cat([step.bias[None], step.weight]).flatten()
-    return step.bias.flatten()
-
-
-def _window(entry: Entry) -> tuple[int, int]:
-    """Sizes of a pooling's window, one byte each."""
-    work = entry.step.window
-    if work is None or entry.step.kind != "pool":
-        return 0, 0
-    first, second = (
-        sum(n << 8 * i for i, n in enumerate(numbers))
-        for numbers in ((*work.kernel, *work.stride), work.padding)
-    )
-    return first, second
 
 
 def resident_source(table: ResidentTable) -> str:
@@ -232,7 +105,12 @@ class ResidentLaunch(ABC):
 
     @abstractmethod
     def start(self, table: ResidentTable, cascade: ResidentCascade) -> None:
-        """Run a cascade; ``cascade`` has addresses on the device."""
+        """Run a cascade; ``cascade`` has addresses on the device, and everything but ``taken``."""
+
+
+def images_taken(table: ResidentTable, count: int, blocks: int) -> int:
+    """How many images a block takes from the queue at once: the first stage's group, if there are enough."""
+    return max(1, min(table.plan.groups[0].images, count // blocks))
 
 
 class DeviceResident(ResidentLaunch):
@@ -246,6 +124,7 @@ class DeviceResident(ResidentLaunch):
         """See :meth:`ResidentLaunch.start`."""
         plan = table.plan
         blocks = min(cascade.count, self.multiprocessors * plan.blocks)
+        cascade.taken = images_taken(table, cascade.count, blocks)
         with on_current_stream(self.device, KERNEL):
             function = self._function(table)
             function((blocks,), (plan.threads,), by_value(cascade), shared_mem=plan.shared_bytes)
@@ -321,7 +200,7 @@ def resident(
     if keep is not None and (keep.rows != BLOCK_ROWS or len(keep.flags) < n):
         raise ValueError(f"keep is not from new_keep({n}, …)")
     present: dict[str, Tensor] = {
-        **{name: getattr(table, name) for name in ("layers", "begins", "weights", "vectors")},
+        **{name: getattr(table, name) for name in ("layers", "stages", "weights", "vectors")},
         "exits": exits,
         "images": images,
         "thresholds": thresholds,
@@ -338,7 +217,7 @@ def resident(
     cascade = ResidentCascade(
         **{name: tensor.data_ptr() for name, tensor in present.items()},
         strides=(ctypes.c_longlong * 4)(*images.stride()),
-        stages=len(table.begins) - 1,
+        stage_count=len(table.stages),
         count=n,
         classes=classes,
     )

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +20,19 @@ from rich.console import Console
 from torch import nn
 
 import fastcascade as fc
+from fastcascade.benchmarking.pacing import PATTERNS
 from fastcascade.testing.oracle import balanced_thresholds
 from fastcascade.types import Combine
 
 sys.path.append(str(Path(__file__).parents[2]))  # at the end: fastcascade itself stays the installed one
 
-from bench import tables, targets
+from bench import serving, tables, targets
 from bench.cases import Case, Reference, noise
 from bench.engines import OURS, engines_for, left_out
 from bench.handmade import PeerCascade
 from bench.machine import ROOT
 from bench.measure import Engine, Timing, Worker, check, measure
+from bench.paced import measure_paced
 from bench.peers import PEERS, WHOLE, Peer, Schedule, make_peer
 from bench.stored import PEAK, beside, beside_table
 from bench.targets import TRAINING, Row, at_least, target_rows
@@ -259,6 +262,76 @@ def test_a_document_gets_its_tables_and_nothing_else_changes() -> None:
     assert tables.write_tables(written, full_results()) == written
     kept = re.compile(r"(<!-- table: \S+ -->).*?<!-- end -->", re.DOTALL)
     assert kept.sub(r"\1", written) == kept.sub(r"\1", text)
+
+
+def paced(**medians: float) -> dict[str, Any]:
+    """Latencies of engines whose calls after a pause take 1.5 times those of a loop."""
+
+    def latency(p50: float) -> dict[str, float]:
+        return {"p50": p50, "p95": 1.2 * p50, "p99": 1.4 * p50}
+
+    engines = {
+        name: {p.name: latency(p50 * (1.5 if p.pause_s or p.after_torch else 1)) for p in PATTERNS}
+        for name, p50 in medians.items()
+    }
+    return {"network": "resnet_cifar:20", "calls": 140, "engines": engines}
+
+
+def test_calls_after_a_pause_are_held_against_the_loop_and_the_best_peer() -> None:
+    found = paced(fastcascade=1.0, ncnn=3.0, OpenVINO=2.0)
+    found["engines"]["ONNX Runtime"] = {"refused": "no package"}
+    rows = target_rows({"cases": {}, "facts": {}, "paced": found})
+    verdicts = {row.work: row.verdict for row in rows if "8 images after" in row.work}
+    assert verdicts == {
+        "ResNet-20, 8 images after 1 ms: median": "1.36 times too long",
+        "ResNet-20, 8 images after 30 ms: median": "pass",
+        "ResNet-20, 8 images after torch: median": "1.15 times too long",
+        "ResNet-20, 8 images after 1 ms: p99": "pass",
+        "ResNet-20, 8 images after 30 ms: p99": "pass",
+        "ResNet-20, 8 images after torch: p99": "pass",
+        "ResNet-20, 8 images after 30 ms: best fp32 peer": "pass",
+    }
+    assert find(rows, "ResNet-20, 8 images after 30 ms: best fp32 peer").beside == "OpenVINO"
+    text = tables.paced_table({"paced": found})
+    assert "| after 30 ms | 1.50 / 1.80 / 2.10 | 4.50 / 5.40 / 6.30 | 3.00 / 3.60 / 4.20 |" in text
+    assert "Refused: ONNX Runtime." in text
+
+
+def test_engines_are_paced_in_turns() -> None:
+    found = measure_paced(1, rounds=2, engines=[Engine("own", OURS), Engine("eager", "eager")], calls=2)
+    assert found["calls"] == 4
+    assert set(found["engines"]) == {"own", "eager"}
+    for patterns in found["engines"].values():
+        assert set(patterns) == {pattern.name for pattern in PATTERNS}
+        assert all(0 < latency["p50"] <= latency["p99"] for latency in patterns.values())
+
+
+def answered(label: int) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(SimpleNamespace(label=np.array([label])))
+    return future
+
+
+def test_requests_with_the_result_of_another_are_counted() -> None:
+    images, labels = noise(4), np.array([0, 1, 2, 3])
+    order = iter(range(1000))
+    trial = serving.offer(lambda x: answered(next(order) % 4), images, labels, 1000.0, 0.04)
+    assert trial.wrong == 0
+    assert 0 < trial.latency_ms["p50"] <= trial.latency_ms["p99"]
+    trial = serving.offer(lambda x: answered(2), images, labels, 1000.0, 0.04)
+    assert trial.wrong == 30
+    with pytest.raises(RuntimeError, match="wrong results at 50 requests/s"):
+        serving.highest_rate(lambda x: answered(2), images, labels, 50.0, 0.1)
+
+
+@pytest.mark.parametrize("limit", [60.0, 500.0])
+def test_the_highest_rate_within_the_bound_is_found(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offer(submit: object, images: object, labels: object, rate: float, seconds: float) -> serving.Trial:
+        return serving.Trial(rate, rate, {"p50": 1.0, "p99": 5.0 if rate <= limit else 500.0}, 0)
+
+    monkeypatch.setattr(serving, "offer", offer)
+    rate = serving.highest_rate(lambda x: answered(0), noise(1), np.zeros(1), 50.0, 0.1).achieved
+    assert limit / 1.25 < rate <= limit
 
 
 def run_at(speed: float, gain: float = 1.0) -> dict[str, Any]:

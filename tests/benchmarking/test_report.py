@@ -14,8 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from fastcascade.benchmarking.pacing import PATTERNS
 from fastcascade.benchmarking.report import write_report
-from fastcascade.benchmarking.results import BatchTiming, Benchmark, Spread, StageTiming, StepTiming, WhatIf
+from fastcascade.benchmarking.results import (
+    BatchTiming,
+    Benchmark,
+    PacedTiming,
+    Spread,
+    StageTiming,
+    StepTiming,
+    WhatIf,
+)
 from fastcascade.benchmarking.torch_peaks import Peaks
 from fastcascade.errors import InvalidArgument
 from fastcascade.evaluation.curve import Curves
@@ -94,6 +103,10 @@ def measured() -> Benchmark:
         peaks=Peaks(230.0, 30.0),
         stages=(stage("small", 100, 30, 10_000_000), stage(HOSTILE, 30, 0, 80_000_000)),
         batches=(batch(1), batch(8), batch(64)),
+        paced=tuple(
+            PacedTiming(pattern.name, 20, {"p50": 1.0 + i, "p95": 2.0 + i, "p99": 3.0 + i})
+            for i, pattern in enumerate(PATTERNS)
+        ),
         threads={},
         mac_share=0.4,
         what_if=(WhatIf("operating point fast", (0.9, 0.1), 2e7, 1.5e4),),

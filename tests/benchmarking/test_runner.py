@@ -23,6 +23,7 @@ from fastcascade.backends.cpu import CpuProgram
 from fastcascade.backends.interface import StepTime
 from fastcascade.backends.registry import load_backend
 from fastcascade.benchmarking.machine import measure_energy
+from fastcascade.benchmarking.pacing import PATTERNS, Pattern, paced_calls
 from fastcascade.benchmarking.parts import stage_alone, stage_with_exit, without_stage
 from fastcascade.benchmarking.results import Benchmark, Spread
 from fastcascade.benchmarking.runner import _check, benchmark
@@ -84,6 +85,52 @@ def test_counts_how_many_images_reach_each_stage(cascade: fc.Cascade, images: to
     assert [stage.images_in for stage in measured.stages] == [int((exits >= k).sum()) for k in range(3)]
     assert [stage.images_out for stage in measured.stages] == [int((exits > k).sum()) for k in range(3)]
     assert measured.mac_share == pytest.approx(cascade(images).cost_macs.double().mean() / cascade.dense_macs)
+
+
+def test_calls_are_paced_in_every_pattern(cascade: fc.Cascade, images: torch.Tensor) -> None:
+    measured = measure(cascade, images)
+    assert [timing.pattern for timing in measured.paced] == [pattern.name for pattern in PATTERNS]
+    for timing in measured.paced:
+        assert timing.calls == 2
+        assert 0 < timing.latency_ms["p50"] <= timing.latency_ms["p99"]
+
+
+def test_patterns_decide_the_pauses_and_the_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        events.append("sleep")
+        now[0] += seconds
+
+    def call(images: int) -> None:
+        events.append(str(images))
+        now[0] += 0.002
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    for pattern in PATTERNS:
+        events.clear()
+        start = now[0]
+        assert paced_calls(call, pattern, 200, seed=0) == pytest.approx([0.002] * 200, abs=0.02), pattern
+        sizes = {int(event) for event in events if event != "sleep"}
+        assert sizes == (set(range(1, 9)) if "mixed" in pattern.name else {8})
+        assert ("sleep" in events) == bool(pattern.pause_s or pattern.per_second)
+        if pattern.per_second:
+            assert (now[0] - start) / 200 == pytest.approx(1 / 30, rel=0.2)
+
+
+def test_a_call_that_is_late_counts_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def call(images: int) -> None:
+        now[0] += 1.0  # far more than 30 arrivals a second allow
+
+    seconds = paced_calls(call, Pattern("flood", per_second=30.0), 5, seed=0)
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > 4
 
 
 def test_operating_point_decides_what_is_measured(cascade: fc.Cascade, images: torch.Tensor) -> None:
@@ -272,6 +319,20 @@ def test_what_if_counts_what_the_changed_cascade_does(cascade: fc.Cascade, image
     assert row.exit_shares[1] == 0
     assert row.exit_shares[0] == pytest.approx(float((out.exit_stage == 0).double().mean()))
     assert row.mean_macs == pytest.approx(float(out.cost_macs.double().mean()))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Softsign()], ids=["operations", "opaque"])
+def test_one_foreign_network_without_images_or_labels(activation: nn.Module) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 7, 4), activation, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(body, nn.Linear(4, 1000))
+    cascade = fc.Cascade([network], None, 1000, (3, 224, 224))
+    measured = benchmark(cascade, batches=[1, 3], rounds=1, seconds=0.001, backend="cpu", peers=True)
+    assert [stage.images_in for stage in measured.stages] == [3]
+    assert [batch.size for batch in measured.batches] == [1, 3]
+    assert set(measured.peers["PyTorch, the cascade"]) == {1, 3}
+    text = io.StringIO()
+    Console(file=text, width=200).print(*bench_tables(measured))
+    assert "nan" not in text.getvalue()
 
 
 def test_threads_are_compared_where_the_backend_takes_them(cascade: fc.Cascade, images: torch.Tensor) -> None:

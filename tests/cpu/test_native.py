@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from native import (
     EXTRA_PASS,
     MISSING_PIXELS,
     MISSING_TILE,
+    NARROWED_AFFINITY,
     WASTED_FIFTH,
     Fault,
     run,
@@ -96,6 +100,34 @@ def test_spills_are_found(tmp_path: Path) -> None:
     fault = Fault("too many rows", "isa/avx512.cpp", "kMr = 8", "kMr = 17")
     objects = fault.plant([], tmp_path)
     assert any("spills vectors" in found for found in check_disassembly.all_faults(objects))
+
+
+# ---- helper threads ----
+
+AFFINITY = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or not {0, 1} <= os.sched_getaffinity(0),
+    reason="needs Linux and the processors 0 and 1",
+)
+
+
+@AFFINITY
+@pytest.mark.parametrize(("answer", "changes"), [("granted", 2), ("refused", 1), ("shrunk", 3)])
+def test_helpers_keep_their_processors(
+    answer: str, changes: int, engine_objects: Sequence[Path], tmp_path: Path
+) -> None:
+    threads = shutil.copy(next(o for o in engine_objects if o.name == "threads.o"), tmp_path)
+    status, words = run([driver.link_driver("affinity", [Path(threads)]), answer])
+    asked, helped, narrowed = (int(word) for word in re.findall(r"\d+", words))
+    assert (status, narrowed) == (0, 0), words
+    assert helped >= 20
+    assert asked == changes * helped
+
+
+@AFFINITY
+def test_a_helper_that_keeps_its_narrowed_affinity_is_caught(tmp_path: Path) -> None:
+    (threads,) = NARROWED_AFFINITY.plant([], tmp_path)
+    status, words = run([driver.link_driver("affinity", [threads]), "granted"])
+    assert status == 1, words
 
 
 # ---- counts ----

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from fastcascade.data import image_files as folders
 from fastcascade.data.batches import arrays, batches, image_hashes
 from fastcascade.data.image_data import ImageData
+from fastcascade.data.image_decoding import decode
 from fastcascade.data.sources import load_data
 from fastcascade.errors import DataError, InvalidArgument
 
@@ -348,7 +348,7 @@ def test_a_damaged_image_file_is_an_image_or_an_error_row(
     pillow.fromarray(random_images(1, (8, 8, 3))[0]).save(good)
     path.write_bytes(flipped_or_cut(data, good.read_bytes()))
     with contextlib.suppress(DataError):
-        assert folders.decode(path, 3, (8, 8), resize=False).shape == (8, 8, 3)
+        assert decode(path, 3, (8, 8), resize=False).shape == (8, 8, 3)
 
 
 def write_folder(root: Path, **images: list[np.ndarray[Any, Any]]) -> Path:

@@ -21,11 +21,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from resident_cases import pooling_network
+
 import fastcascade as fc
 from fastcascade.backends.gpu.resident_stage import choose_resident
 from fastcascade.kernels.cuda.launch import COMPILE_OPTIONS
-from fastcascade.kernels.cuda.resident import KERNEL, resident_source, resident_table
-from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine, ResidentPlan, Step
+from fastcascade.kernels.cuda.machine import A100, H100, Machine
+from fastcascade.kernels.cuda.resident import KERNEL, resident_source
+from fastcascade.kernels.cuda.resident_plan import ResidentPlan
+from fastcascade.kernels.cuda.resident_steps import Step
+from fastcascade.kernels.cuda.resident_table import resident_table
+from fastcascade.model.pooled_net import mirrored_pooled_net, pooled_net
 from fastcascade.model.resnet import resnet9, resnet_cifar
 
 MACHINES = {"sm_80": A100, "sm_90": H100}
@@ -36,7 +43,9 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
     "ResNet-20": lambda: [resnet_cifar(20)],
     "ResNet-20, shortcut B": lambda: [resnet_cifar(20, shortcut="B")],
     "ResNet-20 of twice the width": lambda: [resnet_cifar(20, width=32)],
-    "the shipped cascade": lambda: [resnet9(8, stem=16), resnet9(16), resnet9(32)],
+    "three ResNet-9": lambda: [resnet9(8, stem=16), resnet9(16), resnet9(32)],
+    "the shipped cascade": lambda: [pooled_net(16), pooled_net(32), pooled_net(64), mirrored_pooled_net(64)],
+    "GELU": lambda: [pooling_network((64, 256, 256), nn.GELU)],
 }
 
 
@@ -117,12 +126,13 @@ def instructions(cubin: bytes) -> Counter[str]:
 
 def least(plan: ResidentPlan) -> Counter[str]:
     """Instructions that the loops of the plan's layers unroll to, one trip each."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, tuple[Step, int]] = {}
     for entry in plan.entries:
         if entry.step.kind in ("conv", "stem"):
-            steps.setdefault(entry.step.type_name(plan.warps), entry.step)
+            for images in (1, entry.step.images):
+                steps.setdefault(entry.step.type_name(plan.warps, images), (entry.step, images))
     total: Counter[str] = Counter()
-    for step in steps.values():
+    for step, n in steps.values():
         groups = step.groups(plan.warps)
         if step.kind == "stem":
             taps = -(-step.kernel * step.kernel // 2)
@@ -130,7 +140,7 @@ def least(plan: ResidentPlan) -> Counter[str]:
             continue
         rows = step.tiles if step.kernel < step.stride else (step.tiles - 1) * step.stride + step.kernel
         batch = step.kernel * groups
-        total += Counter({"HMMA": 2 * batch * step.tiles, "LDSM": rows, "LDG.128": batch})
+        total += Counter({"HMMA": 2 * batch * step.tiles * n, "LDSM": rows * n, "LDG.128": batch})
     return total
 
 

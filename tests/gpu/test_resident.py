@@ -13,18 +13,27 @@ from typing import Any
 
 import pytest
 import torch
-from resident_cases import CASES, MORE_CASES, SLOW_CASES, WIDE_CASES, Case, images, in_widest_gaps
+from resident_cases import (
+    CASES,
+    MORE_CASES,
+    POOLED_CASES,
+    SLOW_CASES,
+    WIDE_CASES,
+    Case,
+    images,
+    in_widest_gaps,
+)
 from resident_emulator import EmulatedResident, build, missing_emulator, union
 from torch import Tensor
 
 import fastcascade as fc
-from fastcascade.backends.gpu.estimates import step_counts
 from fastcascade.backends.gpu.layer_lowering import stage_layers
-from fastcascade.backends.gpu.resident_stage import ResidentChoice, ResidentStages
+from fastcascade.backends.gpu.resident_stage import ResidentChoice, ResidentStages, without_mirror
 from fastcascade.backends.registry import load_backend
 from fastcascade.kernels import reference
-from fastcascade.kernels.cuda.resident import ResidentTable, resident_table
-from fastcascade.kernels.cuda.resident_plan import CLEAR_BORDER, RESIDUAL_FIRST, fragments
+from fastcascade.kernels.cuda.resident_estimate import step_counts
+from fastcascade.kernels.cuda.resident_plan import CLEAR_BORDER, RESIDUAL_FIRST
+from fastcascade.kernels.cuda.resident_table import ResidentTable, fragments, resident_table
 from fastcascade.kernels.reference import ExitTables, exit_tables
 from fastcascade.lowering.plan import Plan
 from fastcascade.types import forced_exit
@@ -79,7 +88,10 @@ def run(stages: ResidentStages, x: Tensor, thresholds: Tensor) -> ExitTables:
 
 def twin(plan: Plan, x: Tensor, thresholds: Tensor) -> ExitTables:
     """What kernels/reference.py makes of it, in fp16."""
-    half = [stage_layers(stage, torch.float16, CPU) for stage in plan.stages]
+    half = []
+    for stage in plan.stages:
+        unmirrored, mirror = without_mirror(stage)
+        half.append((stage_layers(unmirrored, torch.float16, CPU), mirror))
     reads = [stage.input for stage in plan.stages[1:]]
     kept = [
         stage.features if after == "previous" else None
@@ -96,7 +108,15 @@ def twin(plan: Plan, x: Tensor, thresholds: Tensor) -> ExitTables:
     tables = exit_tables(len(x), plan.num_classes)
     pixel_table = plan.input.preprocess.table() if plan.input.preprocess and x.dtype == torch.uint8 else None
     left = reference.resident(
-        list(zip(half, kept, strict=True)), exits, x, tables, thresholds.tolist(), pixel_table=pixel_table
+        [
+            reference.ResidentStage(layers, value, mirror)
+            for (layers, mirror), value in zip(half, kept, strict=True)
+        ],
+        exits,
+        x,
+        tables,
+        thresholds.tolist(),
+        pixel_table=pixel_table,
     )
     assert len(left) == 0
     return tables
@@ -160,7 +180,11 @@ def test_cascades_answer_as_the_reference_does(built: Built, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [MORE_CASES, SLOW_CASES, WIDE_CASES], ids=["more", "large", "wide"])
+@pytest.mark.parametrize(
+    "cases",
+    [MORE_CASES, SLOW_CASES, WIDE_CASES, POOLED_CASES],
+    ids=["more", "large", "wide", "pooled"],
+)
 def test_more_cascades_answer_as_the_reference_does(tmp_path: Path, cases: dict[str, Case]) -> None:
     skip_without_emulator()
     several = Built(tmp_path, cases)
@@ -168,7 +192,14 @@ def test_more_cascades_answer_as_the_reference_does(tmp_path: Path, cases: dict[
         check(several, name, case, blocks=2)
 
 
-@pytest.mark.parametrize("name", ["ResNet-8 then 14, mean", "four exits of a ResNet-20"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ResNet-8 then 14, mean",
+        "four exits of a ResNet-20",
+        "pooled networks in groups, one with GELU, one mirrored",
+    ],
+)
 def test_the_same_bits_for_any_order_of_warps_and_number_of_blocks(built: Built, name: str) -> None:
     _, plan, _ = built.cases[name]
     x, thresholds = images(6, plan.input.shape), torch.zeros(len(plan.stages) - 1)
@@ -213,20 +244,22 @@ def test_nothing_in_nothing_out(built: Built) -> None:
 
 
 def test_counts_are_those_of_the_estimate(built: Built) -> None:
-    """Instructions that the arithmetic of ``estimates.py`` assumes, and conflicts of ldmatrix."""
+    """Instructions that ``resident_estimate.py`` assumes for a full group, and conflicts of ldmatrix."""
     for name in ("ResNet-8", "ResNet-9 of width 8", "2×2 stem, odd sizes"):
         _, plan, resident = built.cases[name]
         launch = EmulatedResident(built.library, trace=True)
         run(
             built.stages(name, launch),
-            images(1, plan.input.shape),
+            images(resident.groups[0].images, plan.input.shape),
             forced_exit(len(plan.stages) - 1, len(plan.stages)),
         )
-        counts = [step_counts(entry, resident.warps) for entry in resident.entries]
-        assert launch.counts["mma"] == sum(c.mma for c in counts)
-        assert launch.counts["load_matrix"] == sum(c.load_matrix for c in counts)
-        estimated = sum(c.load_matrix_passes for c in counts)
-        assert launch.counts["load_matrix_passes"] == estimated
+        runs = [
+            (resident.groups[0].images // entry.step.images, step_counts(entry.step, resident.warps))
+            for entry in resident.entries
+        ]
+        for field in ("mma", "load_matrix", "load_matrix_passes"):
+            estimated = sum(times * getattr(counts, field) for times, counts in runs)
+            assert launch.counts[field] == estimated, (name, field)
 
 
 # ---- the emulator itself ----
@@ -309,6 +342,7 @@ def test_each_kind_of_barrier_is_needed(built: Built) -> None:
         "four exits of a ResNet-20",
         "ResNet-9 of width 8",
         "all kinds of pooling",
+        "pooled networks in groups, one with GELU, one mirrored",
     ],
 )
 def test_every_barrier_is_needed(built: Built, name: str) -> None:
@@ -326,18 +360,18 @@ def with_entries(table: ResidentTable, change: Callable[[list[int], Any], None])
 
 
 def keep_borders(row: list[int], entry: Any) -> None:
-    row[4] &= ~CLEAR_BORDER
+    row[8] &= ~CLEAR_BORDER
 
 
 def lose_residual(row: list[int], entry: Any) -> None:
-    row[4] &= ~RESIDUAL_FIRST
+    row[8] &= ~RESIDUAL_FIRST
 
 
 def shift_weights(table: ResidentTable) -> ResidentTable:
     """A tap's weights used twice: the second fragment of the second convolution is the first."""
     weights = table.weights.clone()
     second = [e for e in table.plan.entries if e.step.kind == "conv"][1]
-    begin = int(table.layers[table.plan.entries.index(second), 8]) * 8
+    begin = int(table.layers[table.plan.entries.index(second), 12]) * 8
     weights[begin + 256 : begin + 512] = weights[begin : begin + 256]
     return replace(table, weights=weights)
 

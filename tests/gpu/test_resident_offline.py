@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from fastcascade.kernels.cuda.resident import resident_source, resident_table
+from fastcascade.kernels.cuda.resident import resident_source
+from fastcascade.kernels.cuda.resident_table import resident_table
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,14 @@ def test_a_small_network_passes_the_gates(offline: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    "name", ["ResNet-20, shortcut B", "ResNet-20 of twice the width", "the shipped cascade"]
+    "name",
+    [
+        "ResNet-20, shortcut B",
+        "ResNet-20 of twice the width",
+        "three ResNet-9",
+        "the shipped cascade",
+        "GELU",
+    ],
 )
 def test_every_network_passes_the_gates(offline: ModuleType, name: str, target: str) -> None:
     if (name, target) == ("ResNet-20 of twice the width", "sm_80"):

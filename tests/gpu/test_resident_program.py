@@ -13,14 +13,14 @@ from torch import nn
 
 import fastcascade as fc
 from fastcascade.backends.gpu.cuda import Resident, lower_with, without_slower
-from fastcascade.backends.gpu.estimates import estimate, launch_rates
+from fastcascade.backends.gpu.estimates import launch_rates
 from fastcascade.backends.gpu.layer_lowering import stage_layers
 from fastcascade.backends.gpu.resident_stage import choose_resident, overflow_reasons
 from fastcascade.backends.gpu.stage_ways import WAYS
 from fastcascade.backends.registry import NAMES, load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
-from fastcascade.kernels.cuda.resident import resident_table
-from fastcascade.kernels.cuda.resident_plan import A100, H100
+from fastcascade.kernels.cuda.machine import A100, H100
+from fastcascade.kernels.cuda.resident_table import resident_table
 from fastcascade.lowering.plan import Plan
 from fastcascade.model.resnet import Head, resnet9, resnet_cifar
 from fastcascade.types import forced_exit
@@ -146,7 +146,7 @@ def test_the_shipped_networks_fit() -> None:
     assert found.reasons == (None, None, None)
     assert found.plan is not None
     assert (found.plan.shared_bytes, found.plan.blocks) == (111_184, 2)
-    rates = [stage.rate for stage in estimate(found.plan).stages]
+    rates = [found.plan.estimate(k).rate for k in range(3)]
     assert rates == sorted(rates, reverse=True)
     others = launch_rates(stage_layers(plan.stages[0], torch.float16, CPU), H100)
     assert rates[0] > max(others.values()), "a small network is estimated fastest in one launch"

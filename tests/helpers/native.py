@@ -75,6 +75,12 @@ BF16_LAYER = Fault(
     " uint32_t bits; __builtin_memcpy(&bits, packed.transformed.data() + j, 4);"
     " bits = (bits + 0x8000) & 0xffff0000u; __builtin_memcpy(packed.transformed.data() + j, &bits, 4); }",
 )
+NARROWED_AFFINITY = Fault(
+    "a helper keeps its narrowed affinity",
+    "threads.cpp",
+    "if (sched_setaffinity(0, sizeof allowed, &allowed) == 0) return;",
+    "return;",
+)
 SHORT_SQUEEZE = Fault(
     "a global pool leaves out the last row",
     "generic/pool.inl",

@@ -10,12 +10,23 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.backends.gpu.resident_stage import choose_resident
-from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine, ResidentPlan
+from fastcascade.kernels.cuda.machine import A100, H100, Machine
+from fastcascade.kernels.cuda.resident_plan import ResidentPlan
 from fastcascade.lowering.plan import Plan
+from fastcascade.model.pooled_net import mirrored_pooled_net, pooled_net
 from fastcascade.model.resnet import Head, IdentityResidual, cut_into_segments, resnet9, resnet_cifar
 from fastcascade.testing.networks import randomise_statistics
 
-__all__ = ["CASES", "MORE_CASES", "SLOW_CASES", "WIDE_CASES", "Case", "images", "in_widest_gaps"]
+__all__ = [
+    "CASES",
+    "MORE_CASES",
+    "POOLED_CASES",
+    "SLOW_CASES",
+    "WIDE_CASES",
+    "Case",
+    "images",
+    "in_widest_gaps",
+]
 
 NORMALIZE = fc.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 
@@ -56,7 +67,8 @@ def spread(module: nn.Module) -> None:
             m.weight.data *= 0.7
         if isinstance(m, nn.Linear):
             nn.init.normal_(m.weight, std=2.0 / m.in_features**0.5)
-            nn.init.normal_(m.bias, std=0.1)
+            if m.bias is not None:
+                nn.init.normal_(m.bias, std=0.1)
 
 
 def independent(
@@ -132,6 +144,18 @@ def many_poolings() -> nn.Module:
     )
 
 
+def pooling_network(
+    widths: tuple[int, int, int], activation: Callable[[], nn.Module], stem: int = 24
+) -> nn.Module:
+    """As ``pooled_net``, with another activation: a 2×2 stem, and blocks that pool after their first conv."""
+    layers: list[nn.Module] = [nn.Conv2d(3, stem, 2), activation()]
+    for before, after in zip((stem, *widths), widths, strict=False):
+        for inputs, pool in ((before, [nn.MaxPool2d(2)]), (after, [])):
+            convolution = nn.Conv2d(inputs, after, 3, padding=1, bias=False)
+            layers += [convolution, *pool, nn.BatchNorm2d(after), activation()]
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
 def selectors(name: str) -> Callable[[], nn.Module]:
     """A built-in selector; MLPs with random weights."""
 
@@ -158,6 +182,19 @@ CASES: dict[str, Case] = {
     "ResNet-9 of width 8": Case(independent(lambda: [resnet9(8, stem=16)]), 3),
     "2×2 stem, odd sizes": Case(independent(lambda: [pooled_network()]), 4),
     "all kinds of pooling": Case(independent(lambda: [many_poolings()]), 4),
+    "pooled networks in groups, one with GELU, one mirrored": Case(
+        independent(
+            lambda: [
+                pooled_net(16, deep=32),
+                pooling_network((16, 32, 64), nn.GELU),
+                mirrored_pooled_net(16, deep=64),
+            ],
+            selectors("stats"),
+            combine="mean",
+        ),
+        13,
+        H100._replace(l2_bytes=1e12),
+    ),
 }
 """Of ``make test``; four warps, and one compilation for all of them."""
 
@@ -195,7 +232,7 @@ SLOW_CASES: dict[str, Case] = {
     "five exits of a ResNet-32": Case(
         segments(32, [2, 5, 6, 12], selectors("stats"), shape=(3, 32, 32), shortcut="B"), 8
     ),
-    "the shipped example's networks": Case(
+    "three ResNet-9": Case(
         independent(
             lambda: [resnet9(8, stem=16), resnet9(16), resnet9(32)],
             selectors("stats"),
@@ -214,6 +251,29 @@ WIDE_CASES: dict[str, Case] = {
     ),
 }
 """Eight warps: one block fills a multiprocessor."""
+
+POOLED_CASES: dict[str, Case] = {
+    "the shipped example's networks": Case(
+        independent(
+            lambda: [pooled_net(16), pooled_net(32), pooled_net(64), mirrored_pooled_net(64)],
+            selectors("entropy"),
+            shape=(3, 32, 32),
+            combine="mean",
+        ),
+        7,
+    ),
+    "the largest with GELU": Case(
+        independent(lambda: [pooling_network((64, 256, 256), nn.GELU)], shape=(3, 32, 32)), 3
+    ),
+    "the largest with GELU by tanh": Case(
+        independent(
+            lambda: [pooling_network((64, 256, 256), lambda: nn.GELU(approximate="tanh"))],
+            shape=(3, 32, 32),
+        ),
+        3,
+    ),
+}
+"""Networks that pool early, at full size: groups of images."""
 
 
 def images(n: int, shape: tuple[int, int, int], seed: int = 2) -> Tensor:

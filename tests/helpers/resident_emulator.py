@@ -17,11 +17,11 @@ from fastcascade.kernels.cuda.resident import (
     ResidentCascade,
     ResidentExit,
     ResidentLaunch,
-    ResidentTable,
+    images_taken,
     preamble,
-    resident_table,
 )
 from fastcascade.kernels.cuda.resident_plan import ResidentPlan
+from fastcascade.kernels.cuda.resident_table import ENTRY_INTS, ResidentTable, resident_table
 
 FOLDER = Path(__file__).parents[1] / "gpu" / "emulator"
 COUNTS = "mma load_matrix load_matrix_passes shared shared_passes wide_loads barriers races deadlocks".split()
@@ -61,7 +61,7 @@ def build(folder: Path, table: ResidentTable, *changes: tuple[str, str]) -> ctyp
     loaded = ctypes.CDLL(str(library))
     sizes = (ctypes.c_int * 3)()
     loaded.sizes_of_structs(sizes)
-    assert list(sizes) == [64, ctypes.sizeof(ResidentExit), ctypes.sizeof(ResidentCascade)]
+    assert list(sizes) == [4 * ENTRY_INTS, ctypes.sizeof(ResidentExit), ctypes.sizeof(ResidentCascade)]
     return loaded
 
 
@@ -105,6 +105,7 @@ class EmulatedResident(ResidentLaunch):
 
     def start(self, table: ResidentTable, cascade: ResidentCascade) -> None:
         """See :meth:`fastcascade.kernels.cuda.resident.ResidentLaunch.start`."""
+        cascade.taken = images_taken(table, cascade.count, self.blocks)
         options = Options(self.backward, self.trace, self.left_out, self.stop_at_race, self.swap_b)
         counts = (ctypes.c_longlong * len(COUNTS))()
         self.library.run_cascade_emulated(

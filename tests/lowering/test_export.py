@@ -280,6 +280,43 @@ def test_what_stays_opaque_says_why_and_still_runs(
         compare(plan, network, SHAPE)
 
 
+def test_reasons_name_operator_node_and_module() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Softsign()))
+    network = nn.Sequential(body, nn.Flatten(), nn.Linear(168, 5))
+    reason = lower(network).stages[0].opaque_reason
+    assert reason is not None
+    assert reason.startswith("operator aten.abs.default (node abs")
+    assert reason.endswith(", module '0.1.1')")
+
+
+def test_a_stage_of_features_is_traced_without_running_the_stage_before() -> None:
+    """Shapes come from the plan, for lowered and for opaque stages alike."""
+    bodies = [nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 6, 2), nn.Softsign()), nn.Conv2d(6, 2, 1)]
+
+    def head(channels: int) -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
+
+    stages = [
+        fc.Stage(body, head(c), input="previous" if k else "image")
+        for k, (body, c) in enumerate(zip(bodies, (4, 6, 2), strict=True))
+    ]
+    cascade = fc.Cascade(stages, fc.MLPSelector(), 5, SHAPE)
+    plan = fc.plan(cascade)
+    assert [stage.shapes[0] for stage in plan.stages] == [SHAPE, (4, 7, 6), (6, 6, 5)]
+    x = torch.randn(3, *SHAPE)
+    torch.testing.assert_close(reference_logits(plan, x, torch.float32), cascade.all_logits(x))
+
+
+def test_weights_of_a_plan_share_no_memory() -> None:
+    """A layer that is used twice becomes two operations; saving refuses tensors that share memory."""
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.Sequential(shared, nn.ReLU(), shared, nn.Flatten(), nn.Linear(216, 5))
+    stage = check(network)
+    pointers = [w.data_ptr() for op in stage.ops for w in op.tensors.values()]
+    assert len(set(pointers)) == len(pointers)
+    assert not {p.data_ptr() for p in network.parameters()} & set(pointers)
+
+
 def test_a_stage_that_changes_its_buffers_stays_opaque() -> None:
     network = Counting()
     stage = lower(network).stages[0]

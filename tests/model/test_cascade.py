@@ -336,6 +336,16 @@ def test_the_error_of_a_stage_itself_is_kept() -> None:
             r"stage 0 \(ResNet\) fails on an image of shape \(1, 1, 32, 32\): RuntimeError: .*channels",
         ),
         (
+            lambda: fc.Cascade([nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(40))], None, 10, (3, 32, 32)),
+            r"too small \(in module '1' \(MaxPool2d\), operator aten.max_pool2d_with_indices\)",
+        ),
+        (
+            lambda: fc.Cascade(
+                [nn.Sequential(nn.Sequential(nn.Conv2d(3, 7, 3), nn.ChannelShuffle(2)))], None, 10, INPUT
+            ),
+            r"divisible by groups.*\(in module '0.1' \(ChannelShuffle\), operator aten.channel_shuffle\)",
+        ),
+        (
             lambda: fc.Cascade(
                 [
                     fc.Stage(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES))),

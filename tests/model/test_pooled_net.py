@@ -63,6 +63,21 @@ def test_compiled_cascades_of_them_are_drop_in_replacements() -> None:
     assert_drop_in(fc.compile(cascade), cascade, torch.randn(120, 3, 32, 32), band=3e-4)
 
 
+def test_the_activation_is_a_choice() -> None:
+    network = trained(pooled_net(4, activation="gelu"))
+    twin = pooled_net(4)
+    twin.load_state_dict(network.state_dict())
+    for block in twin.eval().blocks:
+        block.activation = torch.nn.GELU()
+    twin.activation = torch.nn.GELU()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network(x), twin(x))
+        assert not torch.equal(network(x), trained(pooled_net(4))(x))
+    with pytest.raises(InvalidArgument, match="expected relu or gelu"):
+        pooled_net(4, activation="tanh")
+
+
 def test_the_mirrored_network_reads_the_mirrored_image() -> None:
     network = trained(PooledNet(widths=(8, 16, 16)))
     x = torch.randn(2, 3, 32, 32)
@@ -71,7 +86,7 @@ def test_the_mirrored_network_reads_the_mirrored_image() -> None:
 
 
 def test_names_rebuild_them(tmp_path: Path) -> None:
-    for name in ("pooled_net:4", "pooled_net:4,deep=12", "mirrored_pooled_net:4"):
+    for name in ("pooled_net:4", "pooled_net:4,deep=12", "mirrored_pooled_net:4,activation=gelu"):
         assert build_module(name, 10).architecture == name
     cascade = fc.Cascade([pooled_net(4), mirrored_pooled_net(4)], fc.MLPSelector(), 10, (3, 32, 32))
     cascade.save(tmp_path / "model")

@@ -365,3 +365,67 @@ def test_weights_too_large_for_half_precision_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"stages\.0\.module\.head.*1e\+06.*without half"):
         cascade.save(tmp_path / "model", half=True)
     assert not (tmp_path / "model").exists()
+
+
+##### The plan beside the cascade
+
+
+class Own(nn.Module):
+    """A network that only this file knows."""
+
+    def __init__(self, opaque: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+        self.opaque = opaque
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.linear(x.sort(1).values if self.opaque else x)
+
+
+def own_cascade(opaque: bool = False) -> fc.Cascade:
+    return fc.Cascade(
+        [fc.Stage(Own(), name="a"), fc.Stage(Own(opaque), name="b")], fc.MLPSelector(), 3, (3, 2, 2)
+    )
+
+
+def test_own_networks_run_from_their_folder_without_their_code(tmp_path: Path) -> None:
+    cascade, x = own_cascade(), torch.randn(9, 3, 2, 2)
+    for half in (False, True):
+        cascade.save(tmp_path, overwrite=True, half=half)
+        loaded = load_cascade(tmp_path, {"a": Own(), "b": Own()})
+        fast = fc.compile(tmp_path, backend="reference")
+        torch.testing.assert_close(fast(x).probs, loaded(x).probs)
+
+
+def test_a_plan_of_another_save_is_not_used(tmp_path: Path) -> None:
+    own_cascade().save(tmp_path)
+    own_cascade().save(tmp_path, plan=False, overwrite=True)
+    with pytest.raises(FileFormatError, match=r"custom modules \(a, b\) and no plan.*plan=True"):
+        fc.compile(tmp_path)
+
+
+def test_why_there_is_no_plan_is_said(tmp_path: Path) -> None:
+    own_cascade(opaque=True).save(tmp_path)
+    with pytest.raises(
+        FileFormatError, match=r"no plan of it: stage 'b' cannot be saved: it is opaque \(.*sort"
+    ):
+        fc.compile(tmp_path)
+    with pytest.raises(fc.FastCascadeError, match="stage 'b' cannot be saved: it is opaque"):
+        own_cascade(opaque=True).save(tmp_path / "new", plan=True)
+    assert not (tmp_path / "new" / "cascade.json").exists()
+
+
+def test_networks_of_the_registry_need_no_plan(tmp_path: Path) -> None:
+    cascade = fc.Cascade([build_network("resnet_cifar:8", 3)], None, 3, (3, 8, 8))
+    cascade.save(tmp_path)
+    assert not (tmp_path / "plan.json").exists()
+    assert fc.compile(tmp_path, backend="reference").plan.num_classes == 3
+    cascade.save(tmp_path, plan=True, overwrite=True)
+    (tmp_path / "cascade.json").unlink()
+    assert fc.compile(str(tmp_path), backend="reference").plan.num_classes == 3
+
+
+def test_a_folder_without_a_model_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"expected cascade\.json or plan\.json"):
+        fc.compile(tmp_path)

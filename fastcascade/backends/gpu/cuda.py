@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from fastcascade.backends.gpu.estimates import estimate, launch_rates
+from fastcascade.backends.gpu.estimates import launch_rates
 from fastcascade.backends.gpu.layer_lowering import stage_layers
 from fastcascade.backends.gpu.resident_stage import (
     ResidentChoice,
@@ -37,8 +37,8 @@ from fastcascade.backends.interface import Precision
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.cuda import compact, exit_head
 from fastcascade.kernels.cuda.launch import DeviceLaunch, Launch
+from fastcascade.kernels.cuda.machine import A100, H100, Machine
 from fastcascade.kernels.cuda.resident import DeviceResident, ResidentLaunch
-from fastcascade.kernels.cuda.resident_plan import A100, H100, Machine
 from fastcascade.lowering.plan import Plan, StagePlan
 
 __all__ = ["BACKEND", "CudaBackend", "Resident", "exit_kernels", "lower_with", "without_slower"]
@@ -164,7 +164,7 @@ def without_slower(plan: Plan, choice: ResidentChoice, machine: Machine) -> Resi
     while choice.plan is not None:
         k = choice.stages - 1
         stage = plan.stages[k]
-        own = estimate(choice.plan).stages[k]
+        own = choice.plan.estimate(k)
         others = launch_rates(stage_layers(stage, torch.float16, torch.device("cpu")), machine)
         best = max(others, key=lambda way: others[way])
         independent = k + 1 == len(plan.stages) or plan.stages[k + 1].input == "image"

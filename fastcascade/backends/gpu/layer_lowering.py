@@ -7,7 +7,7 @@ Packs the weights and turns shortcuts into residual reads of convolutions. Two s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -39,11 +39,14 @@ WITH_KERNELS = (Activation, Add, Conv2d, Flatten, Linear, Pad, Pool, ScaleShift,
 ACTIVATIONS = ("none", "relu", "relu6")
 
 
-def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
+def no_kernel_reason(
+    stage: StagePlan, next_input: str | None, activations: Collection[str] = ACTIVATIONS
+) -> str | None:
     """Why a stage cannot run in custom kernels; None if it can.
 
     Args:
         next_input: what the next stage reads; None for the last stage.
+        activations: those that the kernels have.
     """
     if stage.opaque_reason is not None:
         return stage.opaque_reason
@@ -55,7 +58,7 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
         return f"images of {image[1]}×{image[2]}: cuDNN's convolutions are faster above {limit}"
     writers = {op.output: op for op in stage.ops}
     for op in stage.ops:
-        reason = _op_reason(stage, op, writers)
+        reason = _op_reason(stage, op, activations)
         if reason is not None:
             return f"{op}: {reason}"
     if not isinstance(writers.get(stage.logits), Linear):
@@ -67,8 +70,8 @@ def no_kernel_reason(stage: StagePlan, next_input: str | None) -> str | None:
     return None
 
 
-def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
-    if reason := _missing_kernel(op, stage.shapes):
+def _op_reason(stage: StagePlan, op: Op, activations: Collection[str]) -> str | None:
+    if reason := _missing_kernel(op, stage.shapes, activations):
         return reason
     if isinstance(op, Conv2d) and op.groups != 1:
         return f"groups={op.groups}"
@@ -87,12 +90,12 @@ def _op_reason(stage: StagePlan, op: Op, writers: dict[int, Op]) -> str | None:
     return None
 
 
-def _missing_kernel(op: Op, shapes: Sequence[Shape]) -> str | None:
+def _missing_kernel(op: Op, shapes: Sequence[Shape], activations: Collection[str]) -> str | None:
     """What the kernels lack for an operation of a stage whose values have these shapes; None if nothing."""
     activation = op.kind if isinstance(op, Activation) else getattr(op, "activation", "none")
     if not isinstance(op, WITH_KERNELS):
         return "no custom kernel"
-    if activation not in ACTIVATIONS:
+    if activation not in activations:
         return f"no custom kernel for {activation}"
     if isinstance(op, Add) and shapes[op.input] != shapes[op.other]:
         return f"broadcasts {shapes[op.input]} and {shapes[op.other]}"

@@ -7,32 +7,40 @@ activations. The reason against a stage names the layer. The other stages run af
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcascade.backends.gpu.estimates import estimate
 from fastcascade.backends.gpu.layer_lowering import no_kernel_reason, stage_layers
 from fastcascade.backends.interface import KernelChoice, StageReport
 from fastcascade.kernels.cuda.exit_head import new_keep
-from fastcascade.kernels.cuda.resident import ResidentLaunch, resident, resident_exits, resident_table
-from fastcascade.kernels.cuda.resident_plan import (
-    BLOCK_RESERVE,
+from fastcascade.kernels.cuda.machine import BLOCK_RESERVE, Machine
+from fastcascade.kernels.cuda.resident import ResidentLaunch, resident, resident_exits
+from fastcascade.kernels.cuda.resident_plan import ResidentPlan, plan_resident
+from fastcascade.kernels.cuda.resident_steps import (
+    ACTIVATIONS,
     LARGEST_HALF,
     DoesNotFit,
-    Machine,
-    ResidentPlan,
-    ResidentStage,
+    StageLayers,
     Step,
-    plan_resident,
     stage_steps,
 )
+from fastcascade.kernels.cuda.resident_table import resident_table
 from fastcascade.kernels.reference import ExitTables, MLPWeights
 from fastcascade.lowering.interpreter import move_stage, run_op
+from fastcascade.lowering.operations import Flip
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
 
-__all__ = ["ResidentChoice", "ResidentStages", "choose_resident", "machine_of", "overflow_reasons"]
+__all__ = [
+    "ResidentChoice",
+    "ResidentStages",
+    "choose_resident",
+    "machine_of",
+    "overflow_reasons",
+    "without_mirror",
+]
 
 HEADROOM = 4.0
 """Factor by which activations on the probe images must stay below the largest fp16 number."""
@@ -88,7 +96,7 @@ def choose_resident(
     """
     reasons: list[str | None] = []
     steps: list[list[Step]] = []
-    lowered: list[ResidentStage] = []
+    lowered: list[StageLayers] = []
     best: ResidentPlan | None = None
     overflows = overflow_reasons(plan, images)
     for k, stage in enumerate(plan.stages):
@@ -120,7 +128,7 @@ def _without_open_end(
     plan: Plan,
     machine: Machine,
     steps: list[list[Step]],
-    lowered: list[ResidentStage],
+    lowered: list[StageLayers],
     reasons: list[str | None],
     best: ResidentPlan | None,
 ) -> ResidentChoice:
@@ -141,17 +149,31 @@ def _without_open_end(
     return ResidentChoice(shorter, tuple(reasons))
 
 
-def _stage(plan: Plan, k: int) -> ResidentStage:
-    stage = plan.stages[k]
+def without_mirror(stage: StagePlan) -> tuple[StagePlan, bool]:
+    """The stage on the mirror image of what it was on, and whether it begins by mirroring the image."""
+    flips = [op for op in stage.ops if isinstance(op, Flip) and op.input == 0]
+    readers = [op for op in stage.ops if 0 in op.reads]
+    if stage.input != "image" or len(flips) != 1 or readers != flips or stage.features == flips[0].output:
+        return stage, False
+    flip = flips[0]
+    ops = [op for op in stage.ops if op is not flip]
+    moved = [
+        replace(op, **{name: 0 for name in op.operands if getattr(op, name) == flip.output}) for op in ops
+    ]
+    return replace(stage, ops=tuple(moved)), True
+
+
+def _stage(plan: Plan, k: int) -> StageLayers:
+    stage, mirror = without_mirror(plan.stages[k])
     next_input = plan.stages[k + 1].input if k + 1 < len(plan.stages) else None
     if stage.selector is not None and stage.selector.kind == "opaque":
         raise DoesNotFit("its selector is a custom module")
-    reason = no_kernel_reason(stage, next_input)
+    reason = no_kernel_reason(stage, next_input, tuple(ACTIVATIONS))
     if reason is not None:
         raise DoesNotFit(reason)
     layers = stage_layers(stage, torch.float32, torch.device("cpu"))
     kept = stage.features if next_input == "previous" else None
-    return ResidentStage(stage.name, layers, kept, stage.input == "previous")
+    return StageLayers(stage.name, layers, kept, stage.input == "previous", mirror)
 
 
 def probe_images(plan: Plan) -> Tensor:
@@ -253,7 +275,6 @@ class ResidentStages:
         """One report per stage: the launch, its layers, its exit."""
         machine, layout = self.layout.machine, self.layout
         at_once = machine.multiprocessors * layout.blocks
-        found = estimate(layout)
         schedule = (
             f"resident: {self.stages} stage{'s' * (self.stages > 1)} with exits in one launch; an image has "
             f"{layout.warps} warps and {layout.shared_bytes >> 10} KiB of shared memory, and "
@@ -262,8 +283,8 @@ class ResidentStages:
         below = f"below {at_once:,} images some multiprocessors of {machine.name} are idle"
         reports = []
         for k, stage in enumerate(self.plan.stages[: self.stages]):
-            entries = [entry for entry in layout.entries if entry.stage == k]
-            rate = f"estimated: {found.stages[k].rate / 1e6:.1f} M images/s, bound by {found.stages[k].bound}"
+            entries, found = layout.stage(k), layout.estimate(k)
+            rate = f"estimated: {found.rate / 1e6:.1f} M images/s, bound by {found.bound}"
             weights = sum(e.step.weight.numel() * 2 for e in entries if e.step.weight is not None)
             reports.append(
                 StageReport(
@@ -275,7 +296,7 @@ class ResidentStages:
                         ),
                         KernelChoice("speed", f"{rate}; {below}"),
                         *(
-                            KernelChoice(e.step.label, f"cuda resident, {e.step.kind}")
+                            KernelChoice(e.step.label, _kernel_name(e.step))
                             for e in entries
                             if e.step.kind != "image"
                         ),
@@ -292,6 +313,11 @@ class ResidentStages:
                 )
             )
         return reports
+
+
+def _kernel_name(step: Step) -> str:
+    group = f", {step.images} images at once" if step.images > 1 else ""
+    return f"cuda resident, {step.kind}{group}"
 
 
 def missing_reason(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcascade.backends.gpu.feature_layout import channels_first, channels_last
 from fastcascade.backends.gpu.scheduler import Active, LoweringContext
 from fastcascade.backends.interface import KernelChoice, StageReport
+from fastcascade.backends.torch_module import in_best_layout, is_channels_last, module_kernel
 from fastcascade.lowering.interpreter import move_stage, run_op, run_stage
 from fastcascade.lowering.operations import Conv2d, Op
 from fastcascade.lowering.plan import StagePlan
@@ -33,10 +34,12 @@ class TorchStage:
 
     def __init__(self, context: LoweringContext, stage: StagePlan, reason: str) -> None:
         spec, device = context.spec, context.device
+        if stage.module is not None:
+            stage = replace(stage, module=in_best_layout(stage.module, stage.shapes[0]))
         moved = move_stage(stage, device, context.dtype)
         self.stage = replace(moved, ops=tuple(_with_channels_last_weight(op) for op in moved.ops))
-        if self.stage.module is not None:
-            self.stage.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        contiguous = stage.module is not None and not is_channels_last(stage.module)
+        self.layout = torch.contiguous_format if contiguous else torch.channels_last
         self.reason = reason
         self.spec = spec
         self.pixel_table = None if spec.preprocess is None else spec.preprocess.table().to(device)
@@ -77,7 +80,7 @@ class TorchStage:
             x = x[:, : self.stage.shapes[0][0]]  # custom kernels leave padded channels
         x = x.to(self.dtype)
         if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self.layout)
         features, logits = self._run_ops(x) if self.stage.module is None else run_stage(self.stage, x)
         return channels_last(features), logits.contiguous()
 
@@ -97,13 +100,16 @@ class TorchStage:
 
     def report(self) -> StageReport:
         """One line per operation, after a line that says when the row count is read back."""
-        work = self.stage.ops or ("module",)
+        module = self.stage.module
+        work = [KernelChoice(str(op), "torch") for op in self.stage.ops]
+        if module is not None:
+            work = [KernelChoice("module", module_kernel(module))]
         return StageReport(
             name=self.stage.name,
             opaque_reason=self.reason,
             kernels=(
                 KernelChoice("readback of row count", "one, none at the first stage"),
-                *(KernelChoice(str(op), "torch") for op in work),
+                *work,
             ),
             isa="torch",
             weight_bytes=self.stage.weight_bytes,

@@ -1,4 +1,4 @@
-"""Device tests of every kernel, then ``bench/gpu.py --quick``, in ten minutes without an installation.
+"""Device tests of every kernel and ``bench/gpu.py --quick``, in ten minutes without an installation.
 
 The sources run from a module path of their own. They need torch with CUDA, triton, cupy and pytest;
 pytest-xdist is used if it is present. Other packages that are missing have stand-ins.
@@ -6,7 +6,9 @@ pytest-xdist is used if it is present. Other packages that are missing have stan
     python tests/gpu/bare/run.py                at most 4 minutes of tests and 5 of measurements
     python tests/gpu/bare/run.py --dry-run      the same without a GPU, as far as possible
 
-``gpu-report.json`` is rewritten after every part, so an interrupted run still reports.
+The most important questions come first: is the resident kernel right? Is it faster than torch.compile? Then
+the tests of the other kernels, and every way to run a stage at every batch size. ``gpu-report.json`` is
+rewritten after every file of tests and every measurement, so an interrupted run still reports.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stand_ins import write_stand_ins
 
 ROOT = Path(__file__).resolve().parents[3]
-TESTS = (
-    "tests/gpu/device/test_resident_device.py",
+RESIDENT_TESTS = ("tests/gpu/device/test_resident_device.py",)
+OTHER_TESTS = (
     "tests/gpu/test_cuda_kernels.py",
     "tests/gpu/test_cuda_backend.py",
     "tests/gpu/device/test_exit_head.py",
@@ -38,10 +42,27 @@ TESTS = (
     "tests/gpu/device/test_layer_stages.py",
     "tests/gpu/device/test_triton_backend.py",
 )
-"""The newest kernels first, so that an interrupted run has them."""
+DRY_TESTS = ("tests/gpu/device/test_compact.py",)
+"""Of the other tests, for a dry run: the interpreter needs minutes for all of them."""
 
-DRY_TESTS = ("tests/gpu/device/test_resident_device.py", "tests/gpu/device/test_compact.py")
-TEST_SECONDS, BENCH_SECONDS = 240, 300
+
+class Part(NamedTuple):
+    """Files of tests, or options of ``bench/gpu.py --quick``, and a limit in seconds."""
+
+    name: str
+    seconds: float
+    tests: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+PARTS = (
+    Part("tests of the resident kernel", 110, tests=RESIDENT_TESTS),
+    Part("the resident kernel beside torch", 120, options=("--part", "core")),
+    Part("tests of the other kernels", 130, tests=OTHER_TESTS),
+    Part("every way to run a stage", 180, options=("--part", "rest")),
+)
+"""In the order of what they tell."""
+
 WORKERS = 8
 
 
@@ -67,66 +88,147 @@ def environment(path: Path, dry_run: bool) -> dict[str, str]:
     return own | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry_run else {})
 
 
-def limited(command: list[str], seconds: float, env: dict[str, str]) -> tuple[int | None, str]:
+def merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add the entries of one report to another's, level by level."""
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            merge(whole[key], value)
+        else:
+            whole[key] = value
+
+
+def limited(
+    command: list[str], seconds: float, env: dict[str, str], watch: Callable[[], None] = lambda: None
+) -> tuple[int | None, str]:
     """Run a command; returns its exit status, None after a timeout, and the end of its output.
 
     It runs outside the checkout, whose ``fastcascade`` would be imported first and has no kernels.
+
+    Args:
+        watch: called every second.
     """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, cwd=env["PYTHONPATH"], env=env, stdout=output, stderr=subprocess.STDOUT
         )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        end, code = time.monotonic() + seconds, None
+        while code is None and time.monotonic() < end:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(1)
+            watch()
+        if code is None:
             process.terminate()
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            code = None
         output.seek(0)
         return code, output.read()[-6000:]
 
 
-def run_tests(path: Path, dry_run: bool, seconds: float) -> dict[str, Any]:
-    """Run the tests file by file; returns counts, failures, and files that were not finished in time."""
-    found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": 0, "unfinished": []}
-    begin = time.monotonic()
-    options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    if dry_run:
-        options += ["-m", "not slow"]
-    for file in DRY_TESTS if dry_run else TESTS:
-        left = seconds - (time.monotonic() - begin)
-        if left < 5:
+class BareRun:
+    """One run; its report is written whenever it grows.
+
+    Args:
+        path: the module path; output: the report's file.
+    """
+
+    def __init__(self, path: Path, output: Path, dry_run: bool) -> None:
+        self.path, self.output, self.dry_run = path, output, dry_run
+        self.environment = environment(path, dry_run)
+        self.report: dict[str, Any] = {
+            "dry_run": dry_run,
+            "tests": {"passed": 0, "failed": [], "skipped": 0, "unfinished": []},
+            "bench": {},
+            "seconds": {},
+        }
+        self.failed = False
+
+    def run(self, part: Part) -> None:
+        """Run one part within its time."""
+        begin = time.monotonic()
+        print(f"==> {part.name}, at most {part.seconds:.0f} s", flush=True)
+        for file in self._files(part):
+            left = part.seconds - (time.monotonic() - begin)
+            self._test(file, left)
+        if not part.tests:
+            self._measure(part)
+        self.report["seconds"][part.name] = round(time.monotonic() - begin, 1)
+        self._write()
+
+    def _files(self, part: Part) -> tuple[str, ...]:
+        if part.tests == OTHER_TESTS and self.dry_run:
+            return DRY_TESTS
+        return part.tests
+
+    def _write(self) -> None:
+        text = json.dumps(self.report, indent=1) + "\n"
+        fresh = self.output.with_name(self.output.name + ".new")
+        fresh.write_text(text)
+        fresh.replace(self.output)
+
+    def _test(self, file: str, seconds: float) -> None:
+        """Run one file of tests; its counts, failures and skips go into the report."""
+        found = self.report["tests"]
+        if seconds < 5:
             found["unfinished"].append(file)
-            continue
-        report = path / "junit.xml"
-        report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", str(ROOT / file), *options, f"--junit-xml={report}"]
-        code, text = limited(command, left, environment(path, dry_run))
-        if not report.exists():
+            return
+        junit = self.path / "junit.xml"
+        junit.unlink(missing_ok=True)
+        options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+        if importlib.util.find_spec("xdist") is not None:
+            options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+        if self.dry_run:
+            options += ["-m", "not slow"]
+        command = [sys.executable, "-m", "pytest", str(ROOT / file), *options, f"--junit-xml={junit}"]
+        code, text = limited(command, seconds, self.environment)
+        if junit.exists():
+            self._count(file, junit)
+        else:
             found["unfinished"].append(file)
             found.setdefault("output", {})[file] = text[-2000:]
-            continue
-        for case in ElementTree.parse(report).iter("testcase"):
+        counts = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "skipped"))
+        print(f"{file}: exit status {code}; so far {counts}, {len(found['failed'])} failed", flush=True)
+        self._write()
+
+    def _count(self, file: str, junit: Path) -> None:
+        found = self.report["tests"]
+        for case in ElementTree.parse(junit).iter("testcase"):
             kinds = {child.tag for child in case}
-            name = f"{file}::{case.get('name')}"
             if kinds & {"failure", "error"}:
-                message = next(child for child in case if child.tag in ("failure", "error"))
-                found["failed"].append([name, (message.get("message") or "")[:500]])
+                message = next(child for child in case if child.tag in ("failure", "error")).get("message")
+                found["failed"].append([f"{file}::{case.get('name')}", (message or "")[:500]])
+                print(f"FAILED {file}::{case.get('name')}: {(message or '')[:500]}", flush=True)
+                self.failed = True
             else:
                 found["skipped" if "skipped" in kinds else "passed"] += 1
-        print(f"{file}: exit status {code}, {found['passed']} passed so far", flush=True)
-    found["took_s"] = round(time.monotonic() - begin, 1)
-    return found
+
+    def _measure(self, part: Part) -> None:
+        """Run the short benchmark; the report grows with every entry."""
+        measured = self.path / "bench.json"
+        measured.unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--output", str(measured)]
+        command += [
+            *part.options,
+            *(["--dry-run"] if self.dry_run else ["--seconds", str(part.seconds - 20)]),
+        ]
+
+        def collect() -> None:
+            with suppress(OSError, json.JSONDecodeError):  # not there yet, or half written
+                merge(self.report["bench"], json.loads(measured.read_text()))
+                self._write()
+
+        code, text = limited(command, part.seconds, self.environment, collect)
+        print(text, flush=True)
+        self.report["bench"].setdefault("exit_status", {})[part.name] = code
+        if code != 0:
+            self.report["bench"].setdefault("output", {})[part.name] = text[-2000:]
+            self.failed = True
 
 
 def main() -> int:
-    """Write the report after the tests and after measuring; 1 if a test failed or results disagreed."""
+    """Run all parts; 1 if a test failed, none passed, or results disagreed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report.json")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU, as far as it goes")
@@ -138,25 +240,11 @@ def main() -> int:
         path = module_path(folder)
         named = None if arguments.stand_ins is None else tuple(arguments.stand_ins)
         print("stand-ins:", ", ".join(write_stand_ins(path, named)) or "none", flush=True)
-        report: dict[str, Any] = {"dry_run": arguments.dry_run}
-        failed = False
-        if arguments.only != "bench":
-            report["tests"] = run_tests(path, arguments.dry_run, TEST_SECONDS)
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-            for name, message in report["tests"]["failed"]:
-                print(f"FAILED {name}: {message}")
-            failed = bool(report["tests"]["failed"]) or report["tests"]["passed"] == 0
-        if arguments.only != "tests":
-            measured = path / "bench.json"
-            command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--output", str(measured)]
-            command += ["--dry-run"] if arguments.dry_run else ["--seconds", str(BENCH_SECONDS - 20)]
-            code, text = limited(command, BENCH_SECONDS, environment(path, arguments.dry_run))
-            print(text)
-            report["bench"] = json.loads(measured.read_text()) if measured.exists() else {"output": text}
-            report["bench"]["exit_status"] = code
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-            failed |= code != 0
-        return 1 if failed else 0
+        run = BareRun(path, arguments.output, arguments.dry_run)
+        for part in PARTS:
+            if arguments.only is None or (arguments.only == "tests") == bool(part.tests):
+                run.run(part)
+        return int(run.failed or (arguments.only != "bench" and run.report["tests"]["passed"] == 0))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Stand-ins for packages that a bare GPU machine may lack: rich from pip's copy, safetensors in a few lines.
+"""Stand-ins for packages that a bare GPU machine may lack: rich from pip's copy, others in a few lines.
 
 They are written as packages into a folder of the module path, if the real ones are missing.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-__all__ = ["write_stand_ins"]
+__all__ = ["PACKAGES", "write_stand_ins"]
 
 RICH = '''"""rich as pip carries it."""
 import pip._vendor.rich as own
@@ -57,7 +57,26 @@ def save(tensors, metadata=None):
     return len(text).to_bytes(8, "little") + text + b"".join(parts)
 '''
 
+ANNOTATED_TYPES = '''"""Bounds in annotations, which nothing here checks."""
+class _Bound:
+    def __init__(self, value):
+        self.value = value
+
+class Ge(_Bound):
+    pass
+
+class Gt(_Bound):
+    pass
+
+class Le(_Bound):
+    pass
+
+class Lt(_Bound):
+    pass
+'''
+
 PACKAGES = {
+    "annotated_types": {"__init__.py": ANNOTATED_TYPES},
     "rich": {"__init__.py": RICH},
     "safetensors": {"__init__.py": SAFETENSORS, "torch.py": SAFETENSORS_TORCH},
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from resident_cases import CASES, MORE_CASES, SLOW_CASES, Case, images, in_widest_gaps
+from resident_cases import CASES, MORE_CASES, POOLED_CASES, SLOW_CASES, Case, images, in_widest_gaps
 
 import fastcascade as fc
 from fastcascade.backends.registry import load_backend
 from fastcascade.types import forced_exit
 
-ALL = {**CASES, **MORE_CASES, **SLOW_CASES}
+ALL = {**CASES, **POOLED_CASES, **SLOW_CASES, **MORE_CASES}
 FP32 = 6e-3
 """Largest error of a log-probability, relative to the largest one."""
 
