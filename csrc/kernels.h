@@ -63,6 +63,11 @@ struct Epilogue {
   const float* residual_after_function;  // in place of `residual` where the activation before it is a function
 };
 
+struct ConvGeometry {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+  int64_t in_height, in_width, in_pitch, height, width, pitch;
+};
+
 // A tap of a direct convolution: its row and column in the kernel, and where its input lies from the first tap's.
 struct Tap {
   int64_t offset, y, x;
@@ -78,8 +83,7 @@ struct DirectConv {
   const Tap* taps;
   int64_t tap_count, depth;
   bool joins_columns;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
-  int64_t in_height, in_width, in_pitch, height, width, pitch;
+  ConvGeometry geometry;
   int64_t blocks_per_group, group_channels;  // each group of blocks reads its own slice of the input channels
   Epilogue epilogue;
 };
@@ -108,8 +112,7 @@ struct DepthwiseConv {
   const float* input;
   float* output;
   const float* weights;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
-  int64_t in_height, in_width, height, width, pitch;
+  ConvGeometry geometry;
   Epilogue epilogue;
 };
 

@@ -74,7 +74,8 @@ int64_t kept_weight_bytes(const Network& net) {
 Network build_network(StageSpec spec, const KernelTable& kernels, const std::string& forced) {
   check_forced_kernel(forced);
   const std::vector<Shape> shapes = infer_shapes(spec);
-  fuse_operations(spec, shapes, kernels, forced);
+  fuse_operations(spec, shapes);
+  fuse_max_pools(spec, shapes, kernels, forced);
   Network net = build_steps(spec, shapes, kernels, forced);
   plan_memory(net);
   net.min_rows_per_thread = weights_are_rarely_used(net) ? kMinRowsPerThread : 1;

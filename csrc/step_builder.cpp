@@ -147,22 +147,9 @@ class StepBuilder {
     return {step.bias.data(), op.activation, op.residual_after_activation, nullptr, nullptr};
   }
 
-  // Kernel and maps of a direct or depthwise convolution.
-  template <class Conv>
-  static void set_geometry(Conv& c, const OpSpec& op, const Value& in, const Value& out) {
-    c.kernel_h = op.kernel[0];
-    c.kernel_w = op.kernel[1];
-    c.stride_h = op.stride[0];
-    c.stride_w = op.stride[1];
-    c.dilation_h = op.dilation[0];
-    c.dilation_w = op.dilation[1];
-    c.pad_top = op.padding[0];
-    c.pad_left = op.padding[2];
-    c.in_height = in.shape.h;
-    c.in_width = in.shape.w;
-    c.height = out.shape.h;
-    c.width = out.shape.w;
-    c.pitch = out.pitch;
+  static ConvGeometry geometry(const OpSpec& op, const Value& in, const Value& out) {
+    return {op.kernel[0],  op.kernel[1], op.stride[0], op.stride[1], op.dilation[0], op.dilation[1], op.padding[0],
+            op.padding[2], in.shape.h,   in.shape.w,   in.pitch,     out.shape.h,    out.shape.w,    out.pitch};
   }
 
   void add_direct(const OpSpec& op) {
@@ -171,11 +158,12 @@ class StepBuilder {
     Step& step = add_step(StepKind::direct, op, operation_text(op, in.shape),
                           op.kind == OpKind::linear ? "linear_f32" : "conv_direct_f32");
     DirectConv& c = step.direct;
-    set_geometry(c, op, in, out);
-    if (c.kernel_h * c.kernel_w * c.stride_h * c.stride_w == 1 &&
-        out.shape.h * out.shape.w == in.shape.h * in.shape.w) {
-      c.in_height = c.height = out.shape.h * out.shape.w;
-      c.in_width = c.width = 1;
+    ConvGeometry& g = c.geometry;
+    g = geometry(op, in, out);
+    const bool keeps_map = in.shape.h == out.shape.h && in.shape.w == out.shape.w;
+    if (keeps_map && g.kernel_h * g.kernel_w * g.stride_h * g.stride_w == 1) {
+      g.in_height = g.height = out.shape.h * out.shape.w;
+      g.in_width = g.width = 1;
     }
     // Without padded channels, the pixels under one row of the kernel are consecutive floats.
     c.joins_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch == in.shape.c;
@@ -185,11 +173,10 @@ class StepBuilder {
     step.taps = taps_of(op, in, c.joins_columns);
     c.taps = step.taps.data();
     c.tap_count = static_cast<int64_t>(step.taps.size());
-    c.in_pitch = in.pitch;
     c.blocks_per_group = out.pitch / kernels_.lanes / merged.groups;
     c.group_channels = merged.in;
     c.epilogue = epilogue(step, op);
-    step.work_items = c.height;
+    step.work_items = g.height;
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -229,7 +216,7 @@ class StepBuilder {
     step.work_items = out.shape.h;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();
-    set_geometry(c, op, in, out);
+    c.geometry = geometry(op, in, out);
     c.epilogue = epilogue(step, op);
   }
 

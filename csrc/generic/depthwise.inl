@@ -65,14 +65,15 @@ FC_INLINE void store_some_sums(const DepthwiseTile& tile, const Epilogue& e, flo
 // All channels of a tile. Edge where it reaches over a side of the image.
 template <int KW, int S, bool Edge>
 FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& place) {
+  const ConvGeometry& g = c.geometry;
   constexpr std::make_index_sequence<kDepthwiseColumns> each;
   constexpr int kUnder = (kDepthwiseColumns - 1) * S + KW;  // input columns under a tile
   // Copies, because the compiler must assume that stores of outputs change what c points to.
   const DepthwisePlace at = place;
   const Epilogue e = c.epilogue;
   float* const output = c.output;
-  const int64_t pitch = c.pitch, row_step = c.in_width * pitch, block_weights = c.kernel_h * KW * kLanes;
-  const Range inside{-at.x, c.in_width - at.x};
+  const int64_t pitch = g.pitch, row_step = g.in_width * pitch, block_weights = g.kernel_h * KW * kLanes;
+  const Range inside{-at.x, g.in_width - at.x};
   const float* pixels = at.input + at.x * pitch;
   const float* weights = c.weights + at.ky.begin * KW * kLanes;
   for (int64_t channel = 0; channel < pitch; channel += kLanes, pixels += kLanes, weights += block_weights) {
@@ -93,54 +94,57 @@ FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& plac
 
 template <int KW, int S>
 static void depthwise_row(const DepthwiseConv& c, DepthwisePlace at) {
+  const ConvGeometry& g = c.geometry;
   const int64_t last = (kDepthwiseColumns - 1) * S + KW;
-  for (int64_t x = 0; x < c.width; x += kDepthwiseColumns) {
-    at.columns = std::min<int64_t>(kDepthwiseColumns, c.width - x);
-    const bool inside = at.x >= 0 && at.x + last <= c.in_width;
+  for (int64_t x = 0; x < g.width; x += kDepthwiseColumns) {
+    at.columns = std::min<int64_t>(kDepthwiseColumns, g.width - x);
+    const bool inside = at.x >= 0 && at.x + last <= g.in_width;
     (inside ? depthwise_tile<KW, S, false> : depthwise_tile<KW, S, true>)(c, at);
-    finish_stored(c.epilogue, c.output, at.output, c.pitch, at.columns, c.pitch / kLanes);
+    finish_stored(c.epilogue, c.output, at.output, g.pitch, at.columns, g.pitch / kLanes);
     at.x += kDepthwiseColumns * S;
-    at.output += kDepthwiseColumns * c.pitch;
+    at.output += kDepthwiseColumns * g.pitch;
   }
 }
 
 // Other sizes, strides and dilations, one output pixel at a time.
 static void depthwise_row_of_any(const DepthwiseConv& c, DepthwisePlace at) {
-  const int64_t row_step = c.dilation_h * c.in_width * c.pitch, weights_step = c.kernel_w * kLanes;
-  for (int64_t x = 0; x < c.width; ++x, at.x += c.stride_w, at.output += c.pitch) {
-    const Range kx = inside_taps(at.x, c.kernel_w, c.dilation_w, c.in_width);
-    for (int64_t channel = 0; channel < c.pitch; channel += kLanes) {
+  const ConvGeometry& g = c.geometry;
+  const int64_t row_step = g.dilation_h * g.in_width * g.pitch, weights_step = g.kernel_w * kLanes;
+  for (int64_t x = 0; x < g.width; ++x, at.x += g.stride_w, at.output += g.pitch) {
+    const Range kx = inside_taps(at.x, g.kernel_w, g.dilation_w, g.in_width);
+    for (int64_t channel = 0; channel < g.pitch; channel += kLanes) {
       V sum = zero();
-      const float* row = at.input + at.x * c.pitch + channel;
-      const float* weights = c.weights + (channel * c.kernel_h + at.ky.begin * kLanes) * c.kernel_w;
+      const float* row = at.input + at.x * g.pitch + channel;
+      const float* weights = c.weights + (channel * g.kernel_h + at.ky.begin * kLanes) * g.kernel_w;
       for (int64_t ky = at.ky.begin; ky < at.ky.end; ++ky, row += row_step, weights += weights_step)
         for (int64_t i = kx.begin; i < kx.end; ++i)
-          sum = fma(load(row + i * c.dilation_w * c.pitch), load(weights + i * kLanes), sum);
+          sum = fma(load(row + i * g.dilation_w * g.pitch), load(weights + i * kLanes), sum);
       store(c.output + at.output + channel,
             finish(sum, c.epilogue, at.output + channel, load(c.epilogue.bias + channel)));
     }
-    finish_stored(c.epilogue, c.output, at.output, c.pitch, 1, c.pitch / kLanes);
+    finish_stored(c.epilogue, c.output, at.output, g.pitch, 1, g.pitch / kLanes);
   }
 }
 
 using DepthwiseRow = void (*)(const DepthwiseConv&, DepthwisePlace);
 
-static DepthwiseRow depthwise_row_of(const DepthwiseConv& c) {
+static DepthwiseRow depthwise_row_of(const ConvGeometry& g) {
   static constexpr DepthwiseRow table[3][2] = {{depthwise_row<3, 1>, depthwise_row<3, 2>},
                                                {depthwise_row<5, 1>, depthwise_row<5, 2>},
                                                {depthwise_row<7, 1>, depthwise_row<7, 2>}};
-  const bool known = (c.kernel_w == 3 || c.kernel_w == 5 || c.kernel_w == 7) && c.stride_w <= 2 && c.dilation_h == 1 &&
-                     c.dilation_w == 1;
-  return known ? table[c.kernel_w / 2 - 1][c.stride_w - 1] : depthwise_row_of_any;
+  const bool known = (g.kernel_w == 3 || g.kernel_w == 5 || g.kernel_w == 7) && g.stride_w <= 2 && g.dilation_h == 1 &&
+                     g.dilation_w == 1;
+  return known ? table[g.kernel_w / 2 - 1][g.stride_w - 1] : depthwise_row_of_any;
 }
 
 // `rows` counts output rows over all instances.
 static void conv_depthwise_f32(const DepthwiseConv& c, Range rows) {
-  const DepthwiseRow run = depthwise_row_of(c);
+  const ConvGeometry& g = c.geometry;
+  const DepthwiseRow run = depthwise_row_of(c.geometry);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int64_t image = row / c.height, y = row % c.height * c.stride_h - c.pad_top;
-    const Range ky = inside_taps(y, c.kernel_h, c.dilation_h, c.in_height);
-    const int64_t first = image * c.in_height + y + ky.begin * c.dilation_h;
-    run(c, {c.input + first * c.in_width * c.pitch, ky, -c.pad_left, row * c.width * c.pitch, 0});
+    const int64_t image = row / g.height, y = row % g.height * g.stride_h - g.pad_top;
+    const Range ky = inside_taps(y, g.kernel_h, g.dilation_h, g.in_height);
+    const int64_t first = image * g.in_height + y + ky.begin * g.dilation_h;
+    run(c, {c.input + first * g.in_width * g.pitch, ky, -g.pad_left, row * g.width * g.pitch, 0});
   }
 }
