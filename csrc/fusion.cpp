@@ -44,31 +44,6 @@ void fuse_activations(StageSpec& stage, const std::vector<int64_t>& reads) {
   stage.ops = std::move(ops);
 }
 
-// True where `pool` is a 2×2 maximum of whole windows, and the only reader of a convolution by Winograd, whose tiles
-// hold whole windows. Clamps commute with the maximum.
-bool can_fuse_pool(const OpSpec& conv, const OpSpec& pool, const std::vector<int64_t>& reads,
-                   const std::vector<Shape>& shapes, const KernelTable& kernels, const std::string& forced) {
-  const std::array<int64_t, 2> two{2, 2};
-  if (pool.kind != OpKind::pool || !pool.is_max || pool.kernel != two || pool.stride != two) return false;
-  if (conv.kind != OpKind::conv2d || conv.output != pool.inputs[0] || reads[conv.output] != 1) return false;
-  if (conv.residual >= 0 || conv.activation.is_function()) return false;
-  const Shape &in = shapes[conv.inputs[0]], &sums = shapes[conv.output];
-  const Shape whole{sums.c, sums.h / 2, sums.w / 2};
-  return pool.padding == std::array<int64_t, 4>{} && shapes[pool.output] == whole &&
-         choose_conv_kernel(conv, in, sums, kernels, forced) == ConvKernel::winograd;
-}
-
-void fuse_max_pools(StageSpec& stage, const std::vector<int64_t>& reads, const std::vector<Shape>& shapes,
-                    const KernelTable& kernels, const std::string& forced) {
-  for (size_t i = 1; i < stage.ops.size(); ++i) {
-    OpSpec &conv = stage.ops[i - 1], &pool = stage.ops[i];
-    if (!can_fuse_pool(conv, pool, reads, shapes, kernels, forced)) continue;
-    conv.max_pooled = true;
-    conv.output = pool.output;
-    stage.ops.erase(stage.ops.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-}
-
 // True where `add` is the only reader of the convolution just before it, and adds something else of its shape to it.
 bool can_fuse(const OpSpec& conv, const OpSpec& add, const std::vector<int64_t>& reads,
               const std::vector<Shape>& shapes) {
@@ -110,12 +85,10 @@ bool stays_finite(Function function) {
   return function != Function::exp && function != Function::sqrt && function != Function::reciprocal;
 }
 
-void fuse_operations(StageSpec& stage, const std::vector<Shape>& shapes, const KernelTable& kernels,
-                     const std::string& forced) {
+void fuse_operations(StageSpec& stage, const std::vector<Shape>& shapes) {
   const std::vector<int64_t> reads = count_reads(stage, shapes.size());
   fuse_activations(stage, reads);
   fuse_residual_adds(stage, reads, shapes);
-  fuse_max_pools(stage, reads, shapes, kernels, forced);
 }
 
 void fuse_max_pools(StageSpec& stage, const std::vector<Shape>& shapes, const KernelTable& kernels,

@@ -13,10 +13,13 @@ namespace fastcascade {
 // finite.
 bool stays_finite(Function function);
 
-// Merges operations: the one before an activation applies it, a convolution adds a residual after its activation, and
-// Winograd convolutions do the 2×2 max-pooling behind them. `shapes` are those of all values; `forced` is as in
+// Lets the operation before an activation apply it, and turns x + activation(conv(y)) into one convolution whose
+// residual is added last. `shapes` are those of all values.
+void fuse_operations(StageSpec& stage, const std::vector<Shape>& shapes);
+
+// Lets Winograd convolutions do the 2×2 max-pooling behind them. `shapes` are those of all values; `forced` is as in
 // choose_conv_kernel.
-void fuse_operations(StageSpec& stage, const std::vector<Shape>& shapes, const KernelTable& kernels,
-                     const std::string& forced);
+void fuse_max_pools(StageSpec& stage, const std::vector<Shape>& shapes, const KernelTable& kernels,
+                    const std::string& forced);
 
 }  // namespace fastcascade

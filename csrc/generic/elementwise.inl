@@ -18,14 +18,14 @@ FC_INLINE V load_operand(const float* p, int64_t channel) {
 
 // Where a run of pixels in one row is read and written. Operands advance by their own pixel steps, 0 where they
 // broadcast; `shift` advances as b.
-struct ElementRun {
+struct PixelRun {
   const float *a, *b, *shift;
   float* y;
   int64_t count;
 };
 
 template <Combine C, bool OneA, bool OneB>
-FC_KERNEL void combine_run(const Elementwise& c, const ElementRun& run) {
+FC_KERNEL void combine_run(const Elementwise& c, const PixelRun& run) {
   const V low = broadcast(c.activation.low), high = broadcast(c.activation.high);
   for (int64_t i = 0; i < run.count; ++i) {
     const float *a = run.a + i * c.a.pixel_step, *b = run.b + i * c.b.pixel_step;
@@ -37,7 +37,7 @@ FC_KERNEL void combine_run(const Elementwise& c, const ElementRun& run) {
   }
 }
 
-using CombineRun = void (*)(const Elementwise&, const ElementRun&);
+using CombineRun = void (*)(const Elementwise&, const PixelRun&);
 
 template <Combine C>
 inline CombineRun combine_run_of(bool one_a, bool one_b) {
@@ -69,7 +69,7 @@ static void elementwise_f32(const Elementwise& c, Range pixels) {
   const CombineRun combine_pixels = combine_run_of(c);
   const bool lone_function = c.combine == Combine::none && c.activation.is_function();
   const int64_t area = c.height * c.width, limit = std::max<int64_t>(1, kRunFloats / c.pitch);
-  ElementRun run;
+  PixelRun run;
   for (int64_t p = pixels.begin; p < pixels.end; p += run.count) {
     const int64_t image = p / area, y = p % area / c.width, x = p % c.width;
     const auto offset = [&](const Operand& o) { return image * o.image_step + y * o.row_step + x * o.pixel_step; };
