@@ -410,7 +410,7 @@ PLANTED_IN_SOURCE = {
     "goes on after the stop": ("if (!stop && !last) push", "if (!last) push", "ResNet-8 then 14, mean"),
     "loses an image that waits": ("waiting(context, stage) == 0;) stage++", "true;) stage++", GROUPS),
     "all of a group on the first image": ("source + image * In::kBytes + r", "source + r", GROUPS),
-    "forgets the mirror": ("mirror ? Out::kWidth - 1 - x : x", "x", GROUPS),
+    "forgets the mirror": ("flags & kMirror", "flags & kAverage", GROUPS),
     "activation before the pooling": (
         "pack<kActivation == kRelu>(upper[half * 2], upper[half * 2 + 1])",
         "pack<true>(upper[half * 2], upper[half * 2 + 1])",
