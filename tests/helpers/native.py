@@ -42,8 +42,15 @@ class Fault:
 MISSING_TILE = Fault(
     "the last tile is missing",
     "step_builder.cpp",
-    "step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);",
-    "step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4) - 1;",
+    "step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);",
+    "step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4) - 1;",
+)
+WIDE_EDGE = Fault(
+    "a pixel at the right side of the map takes the taps of an inner one",
+    "generic/runs.inl",
+    "last / stride + 1",
+    "last / stride + 2",
+    "avx2.cpp",
 )
 MISSING_PIXELS = Fault(
     "the last rows and tiles of a thread's share are missing",
