@@ -11,6 +11,8 @@ say := @printf '==> %s\n'
 outside := $(abspath build)/outside
 config := $(CURDIR)/pyproject.toml
 pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
+# One process per core; the tests of a file stay together, because they share what they compile.
+in_parallel := -n auto --dist loadfile
 
 python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
@@ -78,13 +80,13 @@ demo: install  ## classify 2,000 images with the trained cascade, in about a min
 .PHONY: test test-all lint typecheck test-gpu test-gpu-bare
 test: lint typecheck  ## lint, type-check, and run tests and doctests against the installed wheel
 	$(say) "running the tests on $$(cd $(outside) && $(bin)/python -c 'import fastcascade; print(fastcascade.__path__[0])')"
-	@$(pytest) -m "not slow" $(CURDIR)/tests
+	@$(pytest) $(in_parallel) -m "not slow" $(CURDIR)/tests
 	$(say) "running the examples in the docstrings"
 	@$(pytest) --doctest-modules --pyargs fastcascade
 
 test-all: lint typecheck  ## the same, with the slow tests
 	$(say) "running all tests"
-	@$(pytest) $(CURDIR)/tests
+	@$(pytest) $(in_parallel) $(CURDIR)/tests
 	@$(pytest) --doctest-modules --pyargs fastcascade
 
 lint: install  ## run ruff and clang-format

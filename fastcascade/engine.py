@@ -24,7 +24,7 @@ from fastcascade.lowering.plan import Plan
 from fastcascade.lowering.plan_file import load_plan, plan_exists, plan_sha256
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.store import cascade_exists, load_cascade, plan_note
-from fastcascade.scale import ScaleCheck
+from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.text import plain, printable
 from fastcascade.types import CascadeOutput, OperatingPointLike
 

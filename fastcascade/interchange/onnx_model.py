@@ -25,7 +25,7 @@ __all__ = ["export_onnx"]
 
 _IR_VERSION = 10  # the newest that runtimes of 2024 read
 _PROTOBUF_BYTES = 2**31 - 1
-RUNNER = "run_cascade.py"
+RUNNER = "run_cascade.py"  # as users see it; here it is onnx_runner.py
 
 
 def export_onnx(plan: Plan, directory: str | Path, overwrite: bool = False) -> list[Path]:
@@ -69,7 +69,7 @@ def export_onnx(plan: Plan, directory: str | Path, overwrite: bool = False) -> l
         if model.ByteSize() > _PROTOBUF_BYTES:
             raise LoweringError(f"{name} would have {model.ByteSize():,} bytes; protobuf allows 2 GiB")
     contents = {name: model.SerializeToString() for name, model in models.items()}
-    contents[RUNNER] = files("fastcascade.interchange").joinpath(RUNNER).read_bytes()
+    contents[RUNNER] = files("fastcascade.interchange").joinpath("onnx_runner.py").read_bytes()
     paths = [Path(directory) / name for name in contents]
     for path, content in zip(paths, contents.values(), strict=True):
         write_atomically(path, content, overwrite=overwrite)

@@ -20,7 +20,7 @@ from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.model.cost import count_macs, eval_mode, place_of_failure
 from fastcascade.model.selector import MLPSelector, Selector
-from fastcascade.scale import ScaleCheck
+from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.types import (
     CascadeOutput,
     Combine,
@@ -144,7 +144,8 @@ class Cascade(nn.Module):
         seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has used.
         out_of_fold: stop scores with which images that fitted the selector, but no stage, may also be used by
             :func:`fastcascade.calibrate`; None if there are none.
-        scale_check: warns once if float images are not normalised; see :class:`fastcascade.scale.ScaleCheck`.
+        scale_check: warns once if float images are not normalised; see
+            :class:`fastcascade.pixel_scale.ScaleCheck`.
 
     Raises:
         InvalidArgument: an argument of the wrong type, a missing or superfluous selector, or a stage that

@@ -47,7 +47,7 @@ MISSING_TILE = Fault(
 )
 WIDE_EDGE = Fault(
     "a pixel at the right side of the map takes the taps of an inner one",
-    "generic/runs.inl",
+    "generic/pixel_runs.inl",
     "last / stride + 1",
     "last / stride + 2",
     "avx2.cpp",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.errors import ScaleWarning
-from fastcascade.scale import ScaleCheck
+from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.types import InputSpec
 
 IMAGES = Path(__file__).parents[1] / "examples" / "cifar10" / "test-images.npz"
