@@ -94,7 +94,7 @@ FIRST_PHASE = (
 SECOND_PHASE = (
     Run(
         "pooled_net:16",
-        6,
+        2,
         average=0.99,
         rate=0.25,
         whitening_epochs=0,
@@ -103,7 +103,7 @@ SECOND_PHASE = (
     ),
     Run(
         "pooled_net:64",
-        6,
+        20,
         average=0.97,
         rate=0.15,
         hard_images=20_000,
@@ -114,7 +114,7 @@ SECOND_PHASE = (
         seed=1,
     ),
 )
-"""Each goes on with the network of the same name."""
+"""Each goes on with the network of the same name. The shipped cascade has the first of these alone."""
 
 
 def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
