@@ -141,10 +141,10 @@ bench-compare: install  ## compare two commits in one run: make bench-compare A=
 
 $(VENV)/.coverage-networks: $(VENV)/.installed
 	$(say) "installing torchvision and timm"
-	@$(pip) install -c constraints.txt "$$(echo dist/*.whl)[coverage,peers]"
+	@$(pip) install -c constraints.txt "$$(echo dist/*.whl)[coverage]"
 	@touch $@
 
-coverage: $(VENV)/.coverage-networks  ## lower the networks of torchvision and timm, and write docs/coverage.md
+coverage: $(VENV)/.coverage-networks $(if $(findstring --speed,$(ARGS)),$(VENV)/.peers)  ## lower the networks of torchvision and timm, and write docs/coverage.md
 	@$(bench_folder) && $(bin)/python -m bench.coverage $(ARGS)
 
 .PHONY: format

@@ -32,7 +32,6 @@ from bench.engines import OURS
 from bench.machine import ROOT, THREADS, machine
 from bench.measure import Engine, Worker, measure
 from bench.peers import PEERS
-from fastcascade.backends.cpu import engine_reason
 from fastcascade.testing.oracle import reference_logits
 
 __all__ = ["RESULTS", "examine", "main"]
@@ -72,7 +71,7 @@ def examine(name: str) -> dict[str, Any]:
         "compile_s": compile_s,
         "operations": Counter(type(op).__name__ for op in stage.ops),
         "opaque_reason": stage.opaque_reason,
-        "engine_reason": engine_reason(stage),
+        "isa": program.program.describe()[0].isa,
         "spread": float(exact.std(0).mean()),
         "error": _error(ours, exact.log_softmax(1)),
         "torch_error": _error(torch_fp32.log_softmax(1), exact.log_softmax(1)),

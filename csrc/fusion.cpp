@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernel_choice.h"
+
 namespace fastcascade {
 namespace {
 
@@ -63,6 +65,20 @@ void fuse_residual_adds(StageSpec& stage, const std::vector<int64_t>& reads, con
   }
 }
 
+// True where `pool` is a 2×2 maximum of whole windows, and the only reader of a convolution by Winograd, whose tiles
+// hold whole windows. Clamps commute with the maximum.
+bool can_fuse_pool(const OpSpec& conv, const OpSpec& pool, const std::vector<int64_t>& reads,
+                   const std::vector<Shape>& shapes, const KernelTable& kernels, const std::string& forced) {
+  const std::array<int64_t, 2> two{2, 2};
+  if (pool.kind != OpKind::pool || !pool.is_max || pool.kernel != two || pool.stride != two) return false;
+  if (conv.kind != OpKind::conv2d || conv.output != pool.inputs[0] || reads[conv.output] != 1) return false;
+  if (conv.residual >= 0 || conv.activation.is_function()) return false;
+  const Shape &in = shapes[conv.inputs[0]], &sums = shapes[conv.output];
+  const Shape whole{sums.c, sums.h / 2, sums.w / 2};
+  return pool.padding == std::array<int64_t, 4>{} && shapes[pool.output] == whole &&
+         choose_conv_kernel(conv, in, sums, kernels, forced) == ConvKernel::winograd;
+}
+
 }  // namespace
 
 bool stays_finite(Function function) {
@@ -73,6 +89,18 @@ void fuse_operations(StageSpec& stage, const std::vector<Shape>& shapes) {
   const std::vector<int64_t> reads = count_reads(stage, shapes.size());
   fuse_activations(stage, reads);
   fuse_residual_adds(stage, reads, shapes);
+}
+
+void fuse_max_pools(StageSpec& stage, const std::vector<Shape>& shapes, const KernelTable& kernels,
+                    const std::string& forced) {
+  const std::vector<int64_t> reads = count_reads(stage, shapes.size());
+  for (size_t i = 1; i < stage.ops.size(); ++i) {
+    OpSpec &conv = stage.ops[i - 1], &pool = stage.ops[i];
+    if (!can_fuse_pool(conv, pool, reads, shapes, kernels, forced)) continue;
+    conv.max_pooled = true;
+    conv.output = pool.output;
+    stage.ops.erase(stage.ops.begin() + static_cast<std::ptrdiff_t>(i));
+  }
 }
 
 }  // namespace fastcascade

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "pack.h"
+
 namespace fastcascade {
 namespace {
 
@@ -36,7 +38,7 @@ bool can_use_depthwise(const OpSpec& op, const Shape& in) {
 
 bool can_use_winograd(const OpSpec& op) {
   const std::array<int64_t, 2> one{1, 1}, three{3, 3};
-  return op.kernel == three && op.stride == one && op.dilation == one && op.groups == 1 &&
+  return op.kernel == three && op.stride == one && op.dilation == one &&
          *std::max_element(op.padding.begin(), op.padding.end()) <= 1;
 }
 
@@ -47,7 +49,12 @@ ConvKernel choose_conv_kernel(const OpSpec& op, const Shape& in, const Shape& ou
   if (forced == "conv_direct_f32") return ConvKernel::direct;
   if (can_use_depthwise(op, in)) return ConvKernel::depthwise;
   if (!can_use_winograd(op)) return ConvKernel::direct;
-  const bool winograd = !forced.empty() || winograd_is_faster(kernels.isa, op.weight_shape[1], out);
+  // Channels of a group, merged with its neighbours as pack.h says.
+  const int64_t merged = op.groups == 1 ? 1 : neighbours_to_merge(op, kernels.lanes);
+  const int64_t group_in = op.weight_shape[1] * merged, group_out = op.weight_shape[0] / op.groups * merged;
+  const bool fills_vectors = group_in % kernels.lanes == 0 && group_out % kernels.lanes == 0;
+  if (merged < op.groups && !fills_vectors) return ConvKernel::direct;
+  const bool winograd = !forced.empty() || winograd_is_faster(kernels.isa, group_in, {group_out, out.h, out.w});
   return winograd ? ConvKernel::winograd : ConvKernel::direct;
 }
 

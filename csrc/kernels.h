@@ -9,6 +9,7 @@
 // depend on the ranges that a caller chooses.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -62,17 +63,27 @@ struct Epilogue {
   const float* residual_after_function;  // in place of `residual` where the activation before it is a function
 };
 
-// Direct convolution of an input whose padding is part of the buffer. An output pixel is the sum over `taps` of
-// `depth` consecutive input floats, starting at tap_offsets[t] from the pixel's origin, each times one row of
-// weights. A 1×1 convolution and a linear layer have one tap.
+struct ConvGeometry {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+  int64_t in_height, in_width, in_pitch, height, width, pitch;
+};
+
+// A tap of a direct convolution: its row and column in the kernel, and where its input lies from the first tap's.
+struct Tap {
+  int64_t offset, y, x;
+};
+
+// Direct convolution. Each tap takes `depth` consecutive floats of the input: the channels of a group, or, where
+// columns are joined, those of all pixels under a row of the kernel. A 1×1 convolution without stride and a linear
+// layer have maps of one column, so that all pixels of an image are a constant step apart.
 struct DirectConv {
   const float* input;
   float* output;
   const float* weights;  // see pack_direct
-  const int64_t* tap_offsets;
-  int64_t taps, depth;
-  int64_t image_step, row_step, pixel_step;  // floats between the origins of adjacent output pixels
-  int64_t height, width, pitch;              // of the output
+  const Tap* taps;
+  int64_t tap_count, depth;
+  bool joins_columns;
+  ConvGeometry geometry;
   int64_t blocks_per_group, group_channels;  // each group of blocks reads its own slice of the input channels
   Epilogue epilogue;
 };
@@ -85,22 +96,23 @@ struct Winograd {
   const float* untransformed_weights;  // null unless it pays to transform them on every call
   const float* zeros;                  // in_width * in_pitch zeros: the row above and below the image
   float* scratch;                      // winograd_scratch() floats
-  int64_t in_height, in_width, in_pitch, channels;
-  int64_t height, width, pitch;  // of the output
+  bool pools;                          // the output is the 2×2 maxima of the sums, with their epilogue
+  int64_t in_height, in_width, in_pitch;
+  int64_t height, width;  // of the sums
+  int64_t out_height, out_width, pitch;
+  int64_t channels;                     // inputs of a group
+  int64_t group_in_pitch, group_pitch;  // inputs and outputs of a group, rounded up to vectors
   int64_t pad_top, pad_left;
   int64_t tiles_per_pass;  // tiles that are transformed and multiplied together
   Epilogue epilogue;
 };
 
-// Depthwise convolution of an input whose padding is part of the buffer; weights are [tap][pitch].
+// Depthwise convolution; weights are [block][ky][kx][lanes].
 struct DepthwiseConv {
   const float* input;
   float* output;
   const float* weights;
-  const int64_t* tap_offsets;
-  int64_t taps;
-  int64_t image_step, row_step, pixel_step;
-  int64_t height, width, pitch;
+  ConvGeometry geometry;
   Epilogue epilogue;
 };
 
@@ -161,14 +173,14 @@ struct Resize {
 struct KernelTable {
   const char* isa;
   int lanes;      // floats in a vector
-  int mr;         // rows of the GEMM micro-kernel's register tile: pixels or Winograd tiles
-  int nr_blocks;  // blocks of the register tile; nr = nr_blocks * lanes
-  // `pixels` counts output pixels over all instances. `blocks` begin at a multiple of nr_blocks.
-  void (*conv_direct_f32)(const DirectConv&, Range pixels, Range blocks);
-  void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range blocks);
+  int mr;         // tiles of Winograd's register tile
+  int nr_blocks;  // its blocks; nr = nr_blocks * lanes
+  // `rows` counts output rows over all instances, `panels` the panels of all groups.
+  void (*conv_direct_f32)(const DirectConv&, Range rows, Range panels);
+  void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range panels);  // of nr_blocks blocks of a group
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
-  void (*conv_depthwise_f32)(const DepthwiseConv&, Range pixels);
+  void (*conv_depthwise_f32)(const DepthwiseConv&, Range rows);  // output rows over all instances
   void (*pool_f32)(const Pool&, Range pixels, Range blocks);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
   void (*layer_norm_f32)(const ChannelOp&, Range pixels);
@@ -178,6 +190,15 @@ struct KernelTable {
 
   int nr() const { return nr_blocks * lanes; }
 };
+
+// The direct kernel's blocks of a group make up panels of three, and of two at the end rather than of a single one.
+constexpr int64_t kPanelBlocks = 3;
+inline int64_t panel_count(int64_t blocks) { return (blocks + kPanelBlocks - 1) / kPanelBlocks; }
+// The first block of a panel; of the panel behind the last, the number of blocks.
+inline int64_t panel_begin(int64_t blocks, int64_t panel) {
+  const int64_t threes = blocks > 1 && blocks % 3 == 1 ? blocks / 3 - 1 : blocks / 3;
+  return std::min(blocks, panel <= threes ? 3 * panel : 3 * threes + 2 * (panel - threes));
+}
 
 // A sum of more terms is added up in parts of this many, so that its rounding error grows with the root of the
 // number of parts, not of terms. The parts of a sum depend on the layer's shape alone. (GEMM libraries call it kc.)
@@ -191,7 +212,7 @@ inline int64_t winograd_depth(int64_t channels) { return (channels + 1) / 2 * 2;
 // slots of their own, followed by 36 planes for the weights of kKc terms. Slots and planes are one cache line longer
 // than what they hold, so that they do not map to the same cache sets.
 inline int64_t winograd_slot(const Winograd& c) {
-  return c.tiles_per_pass * (c.in_pitch > c.pitch ? c.in_pitch : c.pitch) + 16;
+  return c.tiles_per_pass * std::max(c.group_in_pitch, c.group_pitch) + 16;
 }
 inline int64_t winograd_plane(int64_t nr) { return kKc * nr + 16; }
 inline int64_t winograd_scratch(const Winograd& c, const KernelTable& kernels) {

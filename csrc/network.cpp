@@ -23,11 +23,17 @@ constexpr int64_t kCacheResidentBytes = 16 << 20;
 // Channels above which weights are streamed for twice as many Winograd tiles at once.
 constexpr int64_t kWideChannels = 64;
 
+// How often an instance uses each weight of a step.
+int64_t weight_uses(const Network& net, const Step& step) {
+  const Shape& out = net.shape(step.output);
+  return step.kind == StepKind::winograd ? step.work_items : out.h * out.w;
+}
+
 bool weights_are_rarely_used(const Network& net) {
   double weights = 0, uses = 0;
   for (const Step& step : net.steps) {
     weights += static_cast<double>(step.weights.size());
-    uses += static_cast<double>(step.weights.size()) * static_cast<double>(step.work_items);
+    uses += static_cast<double>(step.weights.size()) * static_cast<double>(weight_uses(net, step));
   }
   return uses < kFewUses * weights;
 }
@@ -69,6 +75,7 @@ Network build_network(StageSpec spec, const KernelTable& kernels, const std::str
   check_forced_kernel(forced);
   const std::vector<Shape> shapes = infer_shapes(spec);
   fuse_operations(spec, shapes);
+  fuse_max_pools(spec, shapes, kernels, forced);
   Network net = build_steps(spec, shapes, kernels, forced);
   plan_memory(net);
   net.min_rows_per_thread = weights_are_rarely_used(net) ? kMinRowsPerThread : 1;

@@ -53,10 +53,10 @@ struct Step {
   std::string operation, kernel;  // for describe()
   int64_t macs = 0;               // per instance, as the plan counts them, whatever the kernel does
   std::vector<float> bias;
-  std::vector<int64_t> taps;
+  std::vector<Tap> taps;
   Buffer weights, untransformed_weights;  // the latter for Winograd in networks with large weights only
-  int64_t work_items = 0;                 // per instance: pixels, Winograd tiles, lines of a load, or 1
-  int64_t blocks = 1;                     // vectors of output channels that threads may divide among them
+  int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
+  int64_t panels = 1;                     // of output channels, that threads may divide among them
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};

@@ -39,6 +39,7 @@ std::string conv_text(const OpSpec& op, const Shape& in) {
   if (op.groups > 1) text += " groups " + std::to_string(op.groups);
   text += " " + in.text();
   if (op.residual >= 0) text += " + residual";
+  if (op.max_pooled) text += " + max pool 2x2";
   return text;
 }
 

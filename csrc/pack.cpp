@@ -28,13 +28,16 @@ int64_t tail_offset(int64_t channel, int64_t i, int64_t lanes) {
 
 }  // namespace
 
+int64_t neighbours_to_merge(const OpSpec& op, int64_t lanes) {
+  const int64_t merged = lanes / std::gcd(lanes, op.weight_shape[0] / op.groups);
+  return op.groups % merged ? op.groups : merged;
+}
+
 MergedWeights merge_groups(const OpSpec& op, int64_t lanes) {
   const auto& w = op.weight_shape;
   if (op.groups == 1) return {op.weight, 1, w[0], w[1], w[2], w[3]};
   const int64_t per_group = w[0] / op.groups;
-  // The fewest neighbours whose outputs fill whole vectors; all groups where that number does not divide them.
-  int64_t merged = lanes / std::gcd(lanes, per_group);
-  if (op.groups % merged) merged = op.groups;
+  const int64_t merged = neighbours_to_merge(op, lanes);
   const int64_t in = w[1] * merged, area = w[2] * w[3];
   if (merged > 1 && in * area > kMaxMergedFloats / w[0])
     throw std::invalid_argument("a convolution in " + std::to_string(op.groups) + " groups of " +
@@ -48,43 +51,50 @@ MergedWeights merge_groups(const OpSpec& op, int64_t lanes) {
   return result;
 }
 
-Buffer pack_direct(const MergedWeights& m, const KernelTable& kernels) {
-  const int64_t per_group = m.out / m.groups, area = m.kh * m.kw, terms = area * m.in;
-  Buffer packed(m.groups * round_up(per_group, kernels.lanes) * terms);
-  for (int64_t g = 0; g < m.groups; ++g) {
-    float* group = packed.data() + g * per_group * terms;
-    for_each_channel(per_group, kernels, [&](int64_t channel, int64_t first, int64_t width) {
-      const float* weight = &m.weight[(g * per_group + channel) * terms];
-      float* panel = group + first * terms + channel - first;
-      for (int64_t tap = 0; tap < area; ++tap)
-        for (int64_t i = 0; i < m.in; ++i) panel[(tap * m.in + i) * width] = weight[i * area + tap];
-    });
-  }
+Buffer pack_direct(const MergedWeights& m, int64_t lanes) {
+  const int64_t per_group = m.out / m.groups, blocks = round_up(per_group, lanes) / lanes, area = m.kh * m.kw;
+  Buffer packed(m.groups * blocks * lanes * area * m.in);
+  float* panel = packed.data();
+  for (int64_t g = 0; g < m.groups; ++g)
+    for (int64_t p = 0; p < panel_count(blocks); ++p) {
+      const int64_t first = panel_begin(blocks, p) * lanes, width = panel_begin(blocks, p + 1) * lanes - first;
+      for (int64_t o = first; o < std::min(first + width, per_group); ++o) {
+        const float* weight = &m.weight[(g * per_group + o) * m.in * area];
+        for (int64_t tap = 0; tap < area; ++tap)
+          for (int64_t i = 0; i < m.in; ++i) panel[(tap * m.in + i) * width + o - first] = weight[i * area + tap];
+      }
+      panel += area * m.in * width;
+    }
   return packed;
 }
 
 WinogradWeights pack_winograd(const MergedWeights& m, const KernelTable& kernels) {
-  const int64_t lanes = kernels.lanes, depth = winograd_depth(m.in), plane = depth * round_up(m.out, lanes);
-  WinogradWeights packed{Buffer(9 * plane), Buffer(36 * plane)};
-  for_each_channel(m.out, kernels, [&](int64_t channel, int64_t first, int64_t width) {
-    for (int64_t i = 0; i < m.in; ++i) {
-      const bool unpaired = width == lanes;
-      const int64_t offset = unpaired ? tail_offset(channel - first, i, lanes) : i * width + channel - first;
-      const int64_t place = first * depth + offset;
-      float* vector = packed.untransformed.data() + place / lanes * 9 * lanes + place % lanes;
-      const float* weight = &m.weight[(channel * m.in + i) * 9];
-      for (int64_t tap = 0; tap < 9; ++tap) vector[tap * lanes] = weight[tap] / 9;
-    }
-  });
-  kernels.transform_weights_f32(packed.untransformed.data(), plane / lanes, packed.transformed.data(), plane);
+  const int64_t lanes = kernels.lanes, per_group = m.out / m.groups, depth = winograd_depth(m.in);
+  const int64_t plane = depth * round_up(per_group, lanes);
+  WinogradWeights packed{Buffer(9 * m.groups * plane), Buffer(36 * m.groups * plane)};
+  for (int64_t g = 0; g < m.groups; ++g) {
+    float* group = packed.untransformed.data() + 9 * g * plane;
+    for_each_channel(per_group, kernels, [&](int64_t channel, int64_t first, int64_t width) {
+      for (int64_t i = 0; i < m.in; ++i) {
+        const bool unpaired = width == lanes;
+        const int64_t offset = unpaired ? tail_offset(channel - first, i, lanes) : i * width + channel - first;
+        const int64_t place = first * depth + offset;
+        float* vector = group + place / lanes * 9 * lanes + place % lanes;
+        const float* weight = &m.weight[((g * per_group + channel) * m.in + i) * 9];
+        for (int64_t tap = 0; tap < 9; ++tap) vector[tap * lanes] = weight[tap] / 9;
+      }
+    });
+    kernels.transform_weights_f32(group, plane / lanes, packed.transformed.data() + 36 * g * plane, plane);
+  }
   return packed;
 }
 
-Buffer pack_depthwise(const OpSpec& op, int64_t pitch) {
-  const int64_t area = op.kernel[0] * op.kernel[1];
-  Buffer packed(area * pitch);
-  for (int64_t c = 0; c < op.weight_shape[0]; ++c)
-    for (int64_t tap = 0; tap < area; ++tap) packed.data()[tap * pitch + c] = op.weight[c * area + tap];
+Buffer pack_depthwise(const OpSpec& op, int64_t lanes) {
+  const int64_t channels = op.weight_shape[0], area = op.kernel[0] * op.kernel[1];
+  Buffer packed(area * round_up(channels, lanes));
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t tap = 0; tap < area; ++tap)
+      packed.data()[c / lanes * lanes * area + tap * lanes + c % lanes] = op.weight[c * area + tap];
   return packed;
 }
 

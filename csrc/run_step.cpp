@@ -5,27 +5,21 @@
 namespace fastcascade {
 namespace {
 
-// The part of `count` items that falls to a thread. Parts begin at multiples of `grain`.
-Range part(int64_t count, int64_t grain, Share share) {
-  const int64_t grains = (count + grain - 1) / grain;
-  return {std::min(count, grains * share.rank / share.size * grain),
-          std::min(count, grains * (share.rank + 1) / share.size * grain)};
+// The part of `count` items that falls to a thread.
+Range part(int64_t count, Share share) {
+  return {count * share.rank / share.size, count * (share.rank + 1) / share.size};
 }
 
 struct ConvPart {
-  Range positions, blocks;  // positions: pixels or Winograd tiles
+  Range positions, panels;  // positions: rows or Winograd tiles
 };
 
-// Splits a convolution over output positions, or over output channels where positions are too few to fill the
+// Splits a convolution over output positions, or over panels of output channels where positions are too few to fill the
 // register tiles of all threads.
 ConvPart conv_part(const Step& step, int64_t positions, const KernelTable& kernels, Share share) {
-  ConvPart mine{{0, positions}, {0, step.blocks}};
-  if (share.size == 1) return mine;
-  if (positions < share.size * kernels.mr && step.blocks >= share.size * kernels.nr_blocks)
-    mine.blocks = part(step.blocks, kernels.nr_blocks, share);
-  else
-    mine.positions = part(positions, 1, share);
-  return mine;
+  if (positions < share.size * kernels.mr && step.panels >= share.size)
+    return {{0, positions}, part(step.panels, share)};
+  return {part(positions, share), {0, step.panels}};
 }
 
 void set_residual(Epilogue& e, const float* residual) {
@@ -55,17 +49,15 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   switch (step.kind) {
     case StepKind::load:
       for (int64_t n = 0; n < instances; ++n)
-        load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, 1, share));
+        load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));
       return;
     case StepKind::direct: {
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
       set_residual(c.epilogue, residual);
-      ConvPart mine = conv_part(step, work, kernels, share);
-      // Groups are not divided among threads; Step::blocks is 1 then.
-      if (step.blocks == 1) mine.blocks = {0, c.pitch / kernels.lanes};
-      return kernels.conv_direct_f32(c, mine.positions, mine.blocks);
+      const ConvPart mine = conv_part(step, work, kernels, share);
+      return kernels.conv_direct_f32(c, mine.positions, mine.panels);
     }
     case StepKind::winograd: {
       Winograd c = step.winograd;
@@ -74,21 +66,21 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.scratch = scratch;
       set_residual(c.epilogue, residual);
       const ConvPart mine = conv_part(step, work, kernels, share);
-      return kernels.conv3x3_winograd_f32(c, mine.positions, mine.blocks);
+      return kernels.conv3x3_winograd_f32(c, mine.positions, mine.panels);
     }
     case StepKind::depthwise: {
       DepthwiseConv c = step.depthwise;
       c.input = x;
       c.output = y;
       set_residual(c.epilogue, residual);
-      return kernels.conv_depthwise_f32(c, part(work, 1, share));
+      return kernels.conv_depthwise_f32(c, part(work, share));
     }
     case StepKind::pool: {
       Pool c = step.pool;
       c.input = x;
       c.output = y;
       const ConvPart mine = conv_part(step, work, kernels, share);
-      return kernels.pool_f32(c, mine.positions, mine.blocks);
+      return kernels.pool_f32(c, mine.positions, mine.panels);
     }
     case StepKind::elementwise: {
       Elementwise c = step.elementwise;
@@ -96,26 +88,26 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       // Constants are set; an operand that the kernel does not use points at what may be read.
       if (c.combine != Combine::scale_shift) c.shift = c.b.data = step.inputs.size() > 1 ? at(step.inputs[1]) : x;
       c.output = y;
-      return kernels.elementwise_f32(c, part(work, 1, share));
+      return kernels.elementwise_f32(c, part(work, share));
     }
-    case StepKind::layer_norm: return kernels.layer_norm_f32(channel_op(), part(work, 1, share));
-    case StepKind::softmax: return kernels.softmax_f32(channel_op(), part(work, 1, share));
-    case StepKind::channel_reduce: return kernels.channel_reduce_f32(channel_op(), part(work, 1, share));
+    case StepKind::layer_norm: return kernels.layer_norm_f32(channel_op(), part(work, share));
+    case StepKind::softmax: return kernels.softmax_f32(channel_op(), part(work, share));
+    case StepKind::channel_reduce: return kernels.channel_reduce_f32(channel_op(), part(work, share));
     case StepKind::resize: {
       Resize c = step.resize;
       c.input = x;
       c.output = y;
-      return kernels.resize_f32(c, part(work, 1, share));
+      return kernels.resize_f32(c, part(work, share));
     }
-    case StepKind::reorder: return reorder_f32(net, step, x, y, part(work, 1, share));
-    case StepKind::reshape: return reshape_f32(net, step, x, y, part(work, 1, share));
-    case StepKind::pad: return pad_f32(net, step, x, y, part(work, 1, share));
-    case StepKind::slice: return slice_f32(net, step, x, y, part(work, 1, share));
-    case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, 1, share));
+    case StepKind::reorder: return reorder_f32(net, step, x, y, part(work, share));
+    case StepKind::reshape: return reshape_f32(net, step, x, y, part(work, share));
+    case StepKind::pad: return pad_f32(net, step, x, y, part(work, share));
+    case StepKind::slice: return slice_f32(net, step, x, y, part(work, share));
+    case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, share));
     case StepKind::concat: {
       const float* inputs[kMaxInputs];
       for (size_t i = 0; i < step.inputs.size(); ++i) inputs[i] = at(step.inputs[i]);
-      return concat_f32(net, step, inputs, y, part(work, 1, share));
+      return concat_f32(net, step, inputs, y, part(work, share));
     }
   }
 }

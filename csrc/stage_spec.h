@@ -73,7 +73,8 @@ struct OpSpec {
   bool nearest = false, align_corners = false;  // resize
   int64_t parts = 1;                            // softmax
   std::vector<int64_t> channels;                // reorder: of the input, one per channel of the output
-  bool residual_after_activation = false;       // set by fusion only
+  // Set by fusion only: the convolution's 2×2 maxima are its output; the residual comes last.
+  bool max_pooled = false, residual_after_activation = false;
 
   bool has_activation() const { return activation.is_clamp() || activation.is_function(); }
 };

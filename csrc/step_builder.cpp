@@ -11,12 +11,12 @@
 namespace fastcascade {
 namespace {
 
-// Offsets from an output pixel's origin to the kernel's pixels, or to its rows where `join_columns`.
-std::vector<int64_t> tap_offsets(const OpSpec& op, const Value& in, bool join_columns) {
-  std::vector<int64_t> taps;
+// The kernel's pixels, or its rows where columns are joined.
+std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) {
+  std::vector<Tap> taps;
   for (int64_t y = 0; y < op.kernel[0]; ++y)
-    for (int64_t x = 0; x < (join_columns ? 1 : op.kernel[1]); ++x)
-      taps.push_back((y * op.dilation[0] * in.shape.w + x * op.dilation[1]) * in.pitch);
+    for (int64_t x = 0; x < (joins_columns ? 1 : op.kernel[1]); ++x)
+      taps.push_back({(y * op.dilation[0] * in.shape.w + x * op.dilation[1]) * in.pitch, y, x});
   return taps;
 }
 
@@ -56,6 +56,7 @@ class StepBuilder {
   }
 
   ConvKernel conv_kernel(const OpSpec& op) const {
+    if (op.max_pooled) return ConvKernel::winograd;
     return choose_conv_kernel(op, net_.shape(op.inputs[0]), net_.shape(op.output), kernels_, forced_);
   }
 
@@ -139,22 +140,6 @@ class StepBuilder {
     if (kind == StepKind::flatten) step.work_items = 1;
   }
 
-  // Adds a step that writes the convolution's zero padding into a new value; returns that value.
-  int64_t add_padding(const OpSpec& op) {
-    const int64_t in = op.inputs[0];
-    if (op.padding == std::array<int64_t, 4>{}) return in;
-    OpSpec pad;
-    pad.kind = OpKind::pad;
-    pad.inputs = {in};
-    pad.before = {0, op.padding[0], op.padding[2]};
-    pad.after = {0, op.padding[1], op.padding[3]};
-    const Shape s = net_.shape(in);
-    pad.output = add_value({s.c, s.h + pad.before[1] + pad.after[1], s.w + pad.before[2] + pad.after[2]});
-    net_.values[pad.output].set_pitch(net_.values[in].pitch);
-    add_layout(StepKind::pad, pad, "pad_f32");
-    return pad.output;
-  }
-
   // The bias is stored in the step.
   Epilogue epilogue(Step& step, const OpSpec& op) {
     step.bias = op.bias;
@@ -162,71 +147,76 @@ class StepBuilder {
     return {step.bias.data(), op.activation, op.residual_after_activation, nullptr, nullptr};
   }
 
-  // Where a direct or depthwise convolution reads and writes.
-  template <class Conv>
-  static void set_taps(Conv& c, const Step& step, const OpSpec& op, const Value& in, const Value& out) {
-    c.weights = step.weights.data();
-    c.tap_offsets = step.taps.data();
-    c.taps = static_cast<int64_t>(step.taps.size());
-    c.image_step = in.floats;
-    c.row_step = op.stride[0] * in.shape.w * in.pitch;
-    c.pixel_step = op.stride[1] * in.pitch;
-    c.height = out.shape.h;
-    c.width = out.shape.w;
-    c.pitch = out.pitch;
+  static ConvGeometry geometry(const OpSpec& op, const Value& in, const Value& out) {
+    return {op.kernel[0],  op.kernel[1], op.stride[0], op.stride[1], op.dilation[0], op.dilation[1], op.padding[0],
+            op.padding[2], in.shape.h,   in.shape.w,   in.pitch,     out.shape.h,    out.shape.w,    out.pitch};
   }
 
-  void add_direct(OpSpec op) {
-    const std::string text = operation_text(op, net_.shape(op.inputs[0]));
-    op.inputs[0] = add_padding(op);
+  void add_direct(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
     const MergedWeights merged = merge_groups(op, kernels_.lanes);
-    // Without padded channels, the pixels under one row of the kernel are consecutive floats.
-    const bool join_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch == in.shape.c;
-    Step& step = add_step(StepKind::direct, op, text, op.kind == OpKind::linear ? "linear_f32" : "conv_direct_f32");
-    step.weights = pack_direct(merged, kernels_);
-    step.taps = tap_offsets(op, in, join_columns);
-    const int64_t blocks = out.pitch / kernels_.lanes;
-    step.blocks = merged.groups == 1 ? blocks : 1;  // groups are not divided among threads
+    Step& step = add_step(StepKind::direct, op, operation_text(op, in.shape),
+                          op.kind == OpKind::linear ? "linear_f32" : "conv_direct_f32");
     DirectConv& c = step.direct;
-    set_taps(c, step, op, in, out);
-    c.depth = join_columns ? merged.kw * merged.in : merged.in;
-    c.blocks_per_group = merged.groups == 1 ? blocks : merged.out / merged.groups / kernels_.lanes;
+    ConvGeometry& g = c.geometry;
+    g = geometry(op, in, out);
+    const bool keeps_map = in.shape.h == out.shape.h && in.shape.w == out.shape.w;
+    if (keeps_map && g.kernel_h * g.kernel_w * g.stride_h * g.stride_w == 1) {
+      g.in_height = g.height = out.shape.h * out.shape.w;
+      g.in_width = g.width = 1;
+    }
+    // Without padded channels, the pixels under one row of the kernel are consecutive floats.
+    c.joins_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch == in.shape.c;
+    c.depth = c.joins_columns ? merged.kw * merged.in : merged.in;
+    step.weights = pack_direct(merged, kernels_.lanes);
+    c.weights = step.weights.data();
+    step.taps = taps_of(op, in, c.joins_columns);
+    c.taps = step.taps.data();
+    c.tap_count = static_cast<int64_t>(step.taps.size());
+    c.blocks_per_group = out.pitch / kernels_.lanes / merged.groups;
     c.group_channels = merged.in;
     c.epilogue = epilogue(step, op);
+    step.work_items = g.height;
+    step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
   void add_winograd(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    const MergedWeights merged = merge_groups(op, kernels_.lanes);
     Step& step = add_step(StepKind::winograd, op, operation_text(op, in.shape), "conv3x3_winograd_f32");
-    WinogradWeights packed = pack_winograd(merge_groups(op, kernels_.lanes), kernels_);
+    WinogradWeights packed = pack_winograd(merged, kernels_);
     step.weights = std::move(packed.transformed);
     step.untransformed_weights = std::move(packed.untransformed);
-    step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);
-    step.blocks = out.pitch / kernels_.lanes;
     Winograd& c = step.winograd;
+    c.pools = op.max_pooled;
+    c.height = in.shape.h + op.padding[0] + op.padding[1] - 2;
+    c.width = in.shape.w + op.padding[2] + op.padding[3] - 2;
+    step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);
+    step.macs = c.height * c.width * out.shape.c * op.weight_shape[1] * 9;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
     c.in_width = in.shape.w;
     c.in_pitch = in.pitch;
-    c.channels = in.shape.c;
-    c.height = out.shape.h;
-    c.width = out.shape.w;
+    c.channels = merged.in;
+    c.group_in_pitch = in.pitch / merged.groups;
+    c.group_pitch = out.pitch / merged.groups;
+    step.panels = merged.groups * (round_up(c.group_pitch, kernels_.nr()) / kernels_.nr());
+    c.out_height = out.shape.h;
+    c.out_width = out.shape.w;
     c.pitch = out.pitch;
     c.pad_top = op.padding[0];
     c.pad_left = op.padding[2];
     c.epilogue = epilogue(step, op);
   }
 
-  void add_depthwise(OpSpec op) {
-    const std::string text = operation_text(op, net_.shape(op.inputs[0]));
-    op.inputs[0] = add_padding(op);
+  void add_depthwise(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
-    Step& step = add_step(StepKind::depthwise, op, text, "conv_depthwise_f32");
-    step.weights = pack_depthwise(op, out.pitch);
-    step.taps = tap_offsets(op, in, false);
+    Step& step = add_step(StepKind::depthwise, op, operation_text(op, in.shape), "conv_depthwise_f32");
+    step.weights = pack_depthwise(op, kernels_.lanes);
+    step.work_items = out.shape.h;
     DepthwiseConv& c = step.depthwise;
-    set_taps(c, step, op, in, out);
+    c.weights = step.weights.data();
+    c.geometry = geometry(op, in, out);
     c.epilogue = epilogue(step, op);
   }
 
@@ -235,7 +225,7 @@ class StepBuilder {
     const char* kernel = op.is_max ? "pool_max_f32" : "pool_average_f32";
     Step& step = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel);
     step.pool = pool_arguments(op, in, out);
-    step.blocks = out.pitch / kernels_.lanes;
+    step.panels = out.pitch / kernels_.lanes;
   }
 
   void add_elementwise(const OpSpec& op) {

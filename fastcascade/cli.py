@@ -253,6 +253,8 @@ def predict(
     from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
     from fastcascade.prediction.writers import check_destination, save_predictions, write_json_lines
 
+    # Such an image is an error row; Pillow's own warning would interrupt the progress bar.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     to_folder = output is not None and output.suffix not in _FILES
     if output is not None and not to_folder:
         check_destination(output, overwrite)

@@ -29,7 +29,7 @@ from fastcascade.text import plain, printable
 from fastcascade.types import CascadeOutput, OperatingPointLike
 
 if TYPE_CHECKING:
-    from fastcascade import Predictions
+    import fastcascade
 
 __all__ = ["CompiledCascade", "compile", "load_model"]
 
@@ -214,7 +214,7 @@ class CompiledCascade(nn.Module):
 
     def predict(
         self, inputs: Any, operating_point: OperatingPointLike = None, top_k: int = 5, resize: bool = True
-    ) -> Predictions:
+    ) -> fastcascade.Predictions:
         """Classify files, images, arrays or data sets; see :func:`fastcascade.predict`."""
         import fastcascade
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcascade.errors import InvalidArgument
@@ -224,6 +225,41 @@ class SelectorComparison:
     standard_error: float
     steps: int
     n: int
+
+
+@dataclass(frozen=True, eq=False)
+class OutOfFoldScores:
+    """Stop scores of the images that fitted a selector, each from a selector fitted without that image.
+
+    Attributes:
+        images: (n,) uint64 hashes, increasing.
+        scores: (K−1, n) float32, on the scale of the selector that was fitted on all images.
+    """
+
+    images: NDArray[np.uint64]
+    scores: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        images, scores = self.images, self.scores
+        fits = images.ndim == 1 and images.dtype == np.uint64 and bool((images[1:] > images[:-1]).all())
+        if not fits or scores.ndim != 2 or scores.shape[1] != len(images) or scores.dtype != np.float32:
+            raise InvalidArgument(
+                f"got hashes of shape {images.shape} {images.dtype} and scores of shape {scores.shape} "
+                f"{scores.dtype}; expected (n,) increasing uint64 and (K−1, n) float32"
+            )
+
+    def without(self, images: NDArray[np.uint64]) -> OutOfFoldScores:
+        """The same without these images."""
+        kept = ~np.isin(self.images, images)
+        return OutOfFoldScores(self.images[kept], self.scores[:, kept])
+
+    def replace(self, scores: NDArray[Any], hashes: NDArray[np.uint64]) -> NDArray[Any]:
+        """Scores (K−1, N) of images, with those of the images that fitted the selector replaced."""
+        if not len(self.images):
+            return scores
+        at = np.searchsorted(self.images, hashes).clip(max=len(self.images) - 1)
+        known = self.images[at] == hashes
+        return np.where(known & ~np.isnan(scores), self.scores[:, at], scores)
 
 
 OperatingPointLike = str | OperatingPoint | Tensor | Sequence[float] | None

@@ -17,6 +17,8 @@ except ModuleNotFoundError:  # on a bare GPU machine, whose tests need none
 # It is read when the first GPU is used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+pytest.register_assert_rewrite("exit_head_tests")
+
 if hypothesis is not None:
     hypothesis.settings.register_profile("fastcascade", deadline=None, print_blob=True)
     hypothesis.settings.load_profile("fastcascade")

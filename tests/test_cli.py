@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,11 +125,11 @@ def test_predict_to_standard_output(run: Run, model: Path, images: Path) -> None
     assert done.status == 0
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert [row["id"] for row in rows] == [str(i) for i in range(N)]
-    assert {row["exit"] for row in rows} == {1}
+    assert {row["exit_stage"] for row in rows} == {1}
     expected = fc.load(model)(np.load(images)["images"], "never").label.tolist()
     assert [row["label"] for row in rows] == expected
     assert f"{N} images" in done.err
-    assert "0.0% / 100.0%" in done.err
+    assert "exits 0/100 %" in done.err
 
 
 def test_predict_to_a_file_and_again(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
@@ -153,6 +154,55 @@ def test_predict_counts_bad_images(run: Run, model: Path, tmp_path: Path) -> Non
     assert done.status == 0
     assert [json.loads(line)["error"] is None for line in done.out.splitlines()] == [False, True]
     assert "1 with an error" in done.err
+
+
+def test_predict_into_a_folder_and_again(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = ("predict", model, images, "-o", output, "--rows-per-file", 16, "--top-k", 2, "--format", "csv")
+    done = run(*command)
+    assert (done.status, done.out) == (0, "")
+    assert re.search(r"40 images in .* images/s, 0 with an error; exits .* on average; limited by", done.err)
+    assert sorted(path.name for path in output.glob("part-*")) == [f"part-0000{i}.csv" for i in range(3)]
+    assert "(40 of them by an earlier run)" in run(*command).err
+    refused = run(*command[:-2])
+    assert refused.status == 1
+    assert "another format (then 'csv', now 'parquet')" in refused.err
+    assert run(*command[:-2], "--overwrite").status == 0
+    assert parquet.read_table(output).num_rows == N
+
+
+def test_predict_takes_many_files(run: Run, model: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths:
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    done = run("predict", model, *paths)
+    assert [json.loads(line)["id"] for line in done.out.splitlines()] == list(map(str, paths))
+    pattern = run("predict", model, tmp_path / "[12].png")
+    assert pattern.out.splitlines() == done.out.splitlines()[1:]
+
+
+def test_predict_resizes_unless_told_otherwise(run: Run, model: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    assert json.loads(run("predict", model, tmp_path / "a.png").out)["error"] is None
+    assert "20 × 30" in json.loads(run("predict", model, tmp_path / "a.png", "--no-resize").out)["error"]
+
+
+@pytest.mark.parametrize("output", ["p.jsonl", "folder", None])
+def test_strict_stops_at_a_bad_image(run: Run, model: Path, tmp_path: Path, output: str | None) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "bad.png").write_bytes(b"not an image")
+    done = run("predict", model, photos, "--strict", *([] if output is None else ["-o", tmp_path / output]))
+    assert done.status == 1
+    assert "error: bad.png: is damaged" in done.err
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, fastcascade, fastcascade.cli; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("rows", ["5", "9:3", "0:41", "a:b"])

@@ -111,7 +111,7 @@ def test_the_quick_start_runs_as_printed(
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     few = FewImages(tmp_path / "few.npz")
-    monkeypatch.setattr("fastcascade.data.sources.load_data", lambda source, split: few)
+    monkeypatch.setattr(fc, "load_data", lambda source, split: few)
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["out"].label.shape == (12,)

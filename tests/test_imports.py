@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "interchange": {"errors", "types", "storage", "kernels", "lowering"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
+    "runtime": {"errors", "storage", "_C"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
     "engine": {"errors", "text", "types", "scale", "model", "lowering", "backends"},
     "prediction": set("errors text types storage data model lowering engine".split()),

@@ -129,11 +129,17 @@ class RandomStage {
     }
   }
 
+  int64_t random_divisor(int64_t n) {
+    int64_t divisor = random_.between(1, n);
+    while (n % divisor) --divisor;
+    return divisor;
+  }
+
   void add_conv() {
     const bool winograd = random_.chance(60);  // 3×3, stride 1
     bound_sum(shape_.c * (winograd ? 9 : 16));
     OpSpec o = clamped_op(OpKind::conv2d);
-    o.groups = winograd || random_.chance(60) ? 1 : shape_.c;
+    o.groups = random_.chance(60) ? 1 : random_divisor(shape_.c);
     for (int axis = 0; axis < 2; ++axis) {
       const int64_t size = axis ? shape_.w : shape_.h;
       o.kernel[axis] = winograd ? 3 : random_.between(1, 4);
@@ -143,7 +149,7 @@ class RandomStage {
       const int64_t reach = (o.kernel[axis] - 1) * o.dilation[axis] + 1;
       if (reach > size + 2 * o.padding[axis * 2]) o.kernel[axis] = o.dilation[axis] = 1;
     }
-    const int64_t out = o.groups == 1 ? random_.between(1, 40) : shape_.c * random_.between(1, 2);
+    const int64_t out = o.groups * random_.between(1, o.groups == shape_.c ? 2 : 40 / o.groups + 1);
     o.weight_shape = {out, shape_.c / o.groups, o.kernel[0], o.kernel[1]};
     o.weight = random_.integers(out * o.weight_shape[1] * o.kernel[0] * o.kernel[1], 1);
     o.bias = random_.integers(out, 9);

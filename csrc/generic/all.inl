@@ -3,6 +3,7 @@
 #include "functions.inl"
 #include "epilogue.inl"
 #include "gemm.inl"
+#include "runs.inl"
 #include "direct.inl"
 #include "winograd.inl"
 #include "depthwise.inl"

@@ -1,127 +1,138 @@
 // Direct convolution with any kernel size, stride, dilation and groups; also 1×1 convolutions and linear layers.
+//
+// A register tile is a few output pixels of a row × one panel of output channels. A chunk of pixels, whose inputs stay
+// in the second-level cache, runs through panel after panel, and each panel adds up its sums part by part: the weights
+// of a part stay in the first-level cache for all tiles of the chunk, while partial sums wait in the output.
 
-// Where the output pixels of a register tile read and write.
-struct PixelRows {
-  const float* in[kMr];
-  int64_t out[kMr];  // offset of the pixel's first channel in the output
+constexpr int64_t kDirectKc = 128;          // terms of a part, at most
+constexpr int64_t kChunkFloats = 48 << 10;  // inputs of a chunk, about
+constexpr int64_t kMinChunkPixels = 64;
+
+// A part of all sums: a few taps with all their terms, or some of the terms of one tap.
+struct DirectPart {
+  const float *input, *weights;  // of the group, of the panel
+  Range taps, terms;             // terms of each tap
+  int64_t tap_weights;           // of a tap
+  bool is_first, is_last;
 };
 
-// Stores the accumulators in the output, or adds them to what is there. Another part of the sum follows.
+// Adds the partial sums in the output to the accumulators.
 template <int R, int B, size_t... I>
-FC_INLINE void store_partial_sums(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels,
-                                  int64_t channel, bool first, std::index_sequence<I...>) {
-  if (first)
-    (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes, acc.v[I]), ...);
-  else
-    (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes,
-           add(load(c.output + pixels.out[I / B] + channel + (I % B) * kLanes), acc.v[I])),
-     ...);
-}
-
-// Adds the parts of the sum that are in the output to the accumulators.
-template <int R, int B, size_t... I>
-FC_INLINE void add_partial_sums(const DirectConv& c, Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
+FC_INLINE void add_partial_sums(Accumulators<R, B>& acc, const float* output, int64_t pitch,
                                 std::index_sequence<I...>) {
-  ((acc.v[I] = add(load(c.output + pixels.out[I / B] + channel + (I % B) * kLanes), acc.v[I])), ...);
+  ((acc.v[I] = add(load(output + (I / B) * pitch + (I % B) * kLanes), acc.v[I])), ...);
 }
 
-// Finishes the sums and stores them.
 template <int R, int B, size_t... I>
-FC_INLINE void store_tile(const DirectConv& c, const Accumulators<R, B>& acc, const PixelRows& pixels, int64_t channel,
-                          std::index_sequence<I...>) {
-  (store(c.output + pixels.out[I / B] + channel + (I % B) * kLanes,
-         finish(acc.v[I], c.epilogue, pixels.out[I / B] + channel + (I % B) * kLanes,
-                load(c.epilogue.bias + channel + (I % B) * kLanes))),
+FC_INLINE void store_partial_sums(const Accumulators<R, B>& acc, float* output, int64_t pitch,
+                                  std::index_sequence<I...>) {
+  (store(output + (I / B) * pitch + (I % B) * kLanes, acc.v[I]), ...);
+}
+
+template <int R, int B, size_t... I>
+FC_INLINE void store_tile(const Accumulators<R, B>& acc, const Epilogue& e, const float* bias, float* output,
+                          int64_t offset, int64_t pitch, std::index_sequence<I...>) {
+  (store(output + offset + (I / B) * pitch + (I % B) * kLanes,
+         finish(acc.v[I], e, offset + (I / B) * pitch + (I % B) * kLanes, load(bias + (I % B) * kLanes))),
    ...);
 }
 
-template <size_t... I>
-FC_INLINE void offset_rows(const float* (&rows)[sizeof...(I)], const float* const* origins, int64_t offset,
-                           std::index_sequence<I...>) {
-  ((rows[I] = origins[I] + offset), ...);
-}
-
-// One register tile: R pixels × B blocks of output channels.
+// Tiles of R pixels × B blocks along a run, whose length is a multiple of R. `channel` is the panel's first.
 template <int R, int B>
-FC_KERNEL void direct_tile(const DirectConv& c, const PixelRows& pixels, int64_t in_channel, int64_t channel,
-                           const float* weights) {
+FC_KERNEL void direct_tiles(const DirectConv& c, const DirectPart& in_part, const ConvRun& in_run, int64_t channel) {
   constexpr std::make_index_sequence<R * B> each;
-  Accumulators<R, B> acc;
-  clear<R, B>(acc, each);
-  int64_t terms = 0, parts = 0;
-  for (int64_t t = 0; t < c.taps; ++t)
-    for (int64_t i = 0; i < c.depth; i += kKc) {
-      if (terms >= kKc) {
-        store_partial_sums<R, B>(c, acc, pixels, channel, parts++ == 0, each);
-        clear<R, B>(acc, each);
-        terms = 0;
-      }
-      const int64_t depth = std::min(kKc, c.depth - i);
-      const float* rows[R];
-      offset_rows(rows, pixels.in, c.tap_offsets[t] + in_channel + i, std::make_index_sequence<R>());
-      weights = accumulate<1>(acc, rows, depth, weights);
-      terms += depth;
+  // Copies, because the compiler must assume that stores of outputs change what the references point to.
+  const DirectPart part = in_part;
+  const ConvRun run = in_run;
+  const Epilogue e = c.epilogue;
+  const Tap* const taps = c.taps;
+  float* const output = c.output;
+  const int64_t pixel = c.geometry.in_pitch;
+  const Range kx = c.joins_columns ? Range{0, 1} : run.kx;
+  const Range terms = c.joins_columns ? intersect(part.terms, {run.kx.begin * pixel, run.kx.end * pixel}) : part.terms;
+  const float* input = part.input + run.input + terms.begin;
+  const int64_t begin = run.output + channel, end = begin + run.count * run.output_step;
+  for (int64_t offset = begin; offset < end; offset += R * run.output_step, input += R * run.input_step) {
+    Accumulators<R, B> acc;
+    clear<R, B>(acc, each);
+    const float* weights = part.weights + (terms.begin - part.terms.begin) * B * kLanes;
+    for (int64_t t = part.taps.begin; t < part.taps.end; ++t, weights += part.tap_weights) {
+      if (!contains(run.ky, taps[t].y) || !contains(kx, taps[t].x)) continue;
+      accumulate<1>(acc, input_rows<R>(input + taps[t].offset, run.input_step), terms.end - terms.begin, weights);
     }
-  if (parts) add_partial_sums<R, B>(c, acc, pixels, channel, each);
-  store_tile<R, B>(c, acc, pixels, channel, each);
+    if (!part.is_first) add_partial_sums<R, B>(acc, output + offset, run.output_step, each);
+    if (part.is_last)
+      store_tile<R, B>(acc, e, e.bias + channel, output, offset, run.output_step, each);
+    else
+      store_partial_sums<R, B>(acc, output + offset, run.output_step, each);
+  }
 }
 
-using DirectTile = void (*)(const DirectConv&, const PixelRows&, int64_t, int64_t, const float*);
+using DirectTiles = void (*)(const DirectConv&, const DirectPart&, const ConvRun&, int64_t);
 
 template <int B, size_t... R>
-inline DirectTile direct_tile_of(int64_t rows, std::index_sequence<R...>) {
-  static constexpr DirectTile table[] = {direct_tile<R + 1, B>...};
+inline DirectTiles direct_tiles_of(int64_t rows, std::index_sequence<R...>) {
+  static constexpr DirectTiles table[] = {direct_tiles<R + 1, B>...};
   return table[rows - 1];
 }
 
-inline DirectTile direct_tile_of(int64_t rows, int64_t blocks) {
-  constexpr std::make_index_sequence<kMr> counts;
-  return blocks == kNrBlocks ? direct_tile_of<kNrBlocks>(rows, counts) : direct_tile_of<1>(rows, counts);
+// Divides a run into tiles of at most kDirectRows[B] pixels that differ by one pixel at most, because small tiles are
+// slow.
+template <int B>
+static void run_tiles(const DirectConv& c, const DirectPart& part, ConvRun run, int64_t channel) {
+  constexpr int64_t limit = kDirectRows[B - 1];
+  const int64_t tiles = divide_up(run.count, limit), rows = run.count / tiles, larger = run.count % tiles;
+  const auto run_some = [&](int64_t count, int64_t size) {
+    if (count == 0) return;
+    run.count = count * size;
+    direct_tiles_of<B>(size, std::make_index_sequence<limit>())(c, part, run, channel);
+    if (part.is_last) finish_stored(c.epilogue, c.output, run.output + channel, run.output_step, run.count, B);
+    run.input += run.count * run.input_step;
+    run.output += run.count * run.output_step;
+  };
+  run_some(larger, rows + 1);
+  run_some(tiles - larger, rows);
 }
 
-// Walks the output pixels in memory order.
-struct PixelCursor {
-  const DirectConv& c;
-  int64_t x, y, pixel;
-  const float* row_origin;    // of (y, 0)
-  const float* image_origin;  // of (0, 0)
-
-  PixelCursor(const DirectConv& conv, int64_t first) : c(conv), pixel(first) {
-    const int64_t per_image = c.height * c.width;
-    const int64_t image = first / per_image, rest = first % per_image;
-    y = rest / c.width;
-    x = rest % c.width;
-    image_origin = c.input + image * c.image_step;
-    row_origin = image_origin + y * c.row_step;
-  }
-
-  void next(PixelRows& pixels, int64_t r) {
-    pixels.in[r] = row_origin + x * c.pixel_step;
-    pixels.out[r] = pixel++ * c.pitch;
-    if (++x < c.width) return;
-    x = 0;
-    row_origin += c.row_step;
-    if (++y < c.height) return;
-    y = 0;
-    image_origin += c.image_step;
-    row_origin = image_origin;
-  }
-};
-
-static void conv_direct_f32(const DirectConv& c, Range pixels, Range blocks) {
-  int64_t width;  // blocks of the register tile
-  for (int64_t block = blocks.begin; block < blocks.end; block += width) {
-    const int64_t group = block / c.blocks_per_group;
-    const int64_t left = std::min(blocks.end, (group + 1) * c.blocks_per_group) - block;
-    width = left >= kNrBlocks ? kNrBlocks : 1;
-    const float* weights = c.weights + block * kLanes * c.taps * c.depth;
-    PixelCursor cursor(c, pixels.begin);
-    for (int64_t p = pixels.begin; p < pixels.end; p += kMr) {
-      const int64_t rows = std::min<int64_t>(kMr, pixels.end - p);
-      PixelRows tile;
-      for (int64_t r = 0; r < rows; ++r) cursor.next(tile, r);
-      direct_tile_of(rows, width)(c, tile, group * c.group_channels, block * kLanes, weights);
-      finish_stored(c.epilogue, c.output, p * c.pitch + block * kLanes, c.pitch, rows, width);
+// One panel for a chunk of rows. Parts are of equal size, as far as possible; they depend on the layer alone.
+template <int B>
+static void multiply_panel(const DirectConv& c, Range rows, int64_t group, int64_t channel, const float* weights) {
+  const int64_t whole_taps = divide_up(c.tap_count, divide_up(c.tap_count, std::max<int64_t>(1, kDirectKc / c.depth)));
+  const int64_t slice = std::min(c.depth, 4 * divide_up(c.depth, 4 * divide_up(c.depth, kDirectKc)));
+  DirectPart part;
+  part.input = c.input + group * c.group_channels;
+  part.weights = weights;
+  for (int64_t tap = 0; tap < c.tap_count; tap += whole_taps)
+    for (int64_t i = 0; i < c.depth; i += slice) {
+      part.taps = {tap, std::min(tap + whole_taps, c.tap_count)};
+      part.terms = {i, std::min(i + slice, c.depth)};
+      part.tap_weights = (part.terms.end - i) * B * kLanes;
+      part.is_first = tap == 0 && i == 0;
+      part.is_last = part.taps.end == c.tap_count && part.terms.end == c.depth;
+      for_each_run(c.geometry, rows, [&](const ConvRun& run) { run_tiles<B>(c, part, run, channel); });
+      part.weights += (part.taps.end - tap) * part.tap_weights;
     }
-  }
+}
+
+static void multiply_panel(const DirectConv& c, Range rows, int64_t group, int64_t block, int64_t blocks) {
+  static_assert(kPanelBlocks == 3);
+  const auto multiply = blocks == 3 ? multiply_panel<3> : blocks == 2 ? multiply_panel<2> : multiply_panel<1>;
+  multiply(c, rows, group, block * kLanes, c.weights + block * kLanes * c.tap_count * c.depth);
+}
+
+// Rows whose inputs make a chunk.
+static int64_t chunk_rows(const ConvGeometry& g) {
+  const int64_t inputs = g.stride_h * g.in_width * g.in_pitch;  // of a row
+  return std::max({kChunkFloats / inputs, kMinChunkPixels / g.width, int64_t{1}});
+}
+
+static void conv_direct_f32(const DirectConv& c, Range rows, Range panels) {
+  const int64_t per_group = panel_count(c.blocks_per_group), chunk = chunk_rows(c.geometry);
+  for (int64_t row = rows.begin; row < rows.end; row += chunk)
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t group = panel / per_group, in_group = panel % per_group;
+      const int64_t begin = panel_begin(c.blocks_per_group, in_group),
+                    end = panel_begin(c.blocks_per_group, in_group + 1);
+      multiply_panel(c, {row, std::min(row + chunk, rows.end)}, group, group * c.blocks_per_group + begin, end - begin);
+    }
 }

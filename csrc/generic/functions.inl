@@ -8,22 +8,13 @@ constexpr float kRound = 12582912.f + 127.f;  // 1.5 · 2²³ + 127
 // e^88.37 infinite, a little early.
 constexpr float kExpLow = -88.f, kExpHigh = 89.f;
 
-// ln 2 in two parts; the first has so few bits that its products with exponents are exact.
-FC_INLINE V reduce(V x, V n) { return fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x)); }
-
-// Minimax polynomials of (e^r − 1) / r. The short one is for gates: its error of 1e-7 · e^r shows only near r = 0.
-FC_INLINE V short_slope(V r) {
-  V q = fma(broadcast(0.008312494494f), r, broadcast(0.041890397668f));
-  q = fma(q, r, broadcast(0.166671156883f));
-  q = fma(q, r, broadcast(0.499992311001f));
-  return fma(q, r, broadcast(1.f));
-}
-FC_INLINE V long_slope(V r) {
-  V q = fma(broadcast(0.00138145173f), r, broadcast(0.00836875569f));
-  q = fma(q, r, broadcast(0.0416683927f));
-  q = fma(q, r, broadcast(0.166665196f));
-  q = fma(q, r, broadcast(0.49999994f));
-  return fma(q, r, broadcast(1.f));
+// x − n · ln 2. With fused multiply-adds, one product with ln 2 is exact enough. Without them, ln 2 comes in two parts;
+// the first has so few bits that its products with n are exact.
+FC_INLINE V subtract_ln2(V x, V n) {
+  if constexpr (kFusedMultiplyAdd)
+    return fma(n, broadcast(-0.693147181f), x);
+  else
+    return fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
 }
 
 // 2^n and r of e^x = 2^n · e^r.
@@ -33,30 +24,54 @@ struct Exponential {
 FC_INLINE Exponential split_exponential(V x) {
   x = clamp(x, broadcast(kExpLow), broadcast(kExpHigh));
   const V rounded = fma(x, broadcast(1.44269504f), broadcast(kRound));
-  return {low_bits_to_exponent(rounded), reduce(x, sub(rounded, broadcast(kRound)))};
+  return {low_bits_to_exponent(rounded), subtract_ln2(x, sub(rounded, broadcast(kRound)))};
+}
+
+// e^r or, where Sign is −1, e^−r: a minimax polynomial with an error of 1e-7.
+template <int Sign>
+FC_INLINE V short_exp(V r) {
+  V q = fma(broadcast(Sign * 0.008312494494f), r, broadcast(0.041890397668f));
+  q = fma(q, r, broadcast(Sign * 0.166671156883f));
+  q = fma(q, r, broadcast(0.499992311001f));
+  q = fma(q, r, broadcast(Sign));
+  return fma(q, r, broadcast(1.f));
+}
+
+// (e^r − 1) / r, minimax with an error of 3e-9.
+FC_INLINE V exp_slope(V r) {
+  V q = fma(broadcast(0.00138145173f), r, broadcast(0.00836875569f));
+  q = fma(q, r, broadcast(0.0416683927f));
+  q = fma(q, r, broadcast(0.166665196f));
+  q = fma(q, r, broadcast(0.49999994f));
+  return fma(q, r, broadcast(1.f));
 }
 
 FC_INLINE V exp_flushed(V x) {
   const Exponential e = split_exponential(x);
-  return mul(e.scale, fma(e.r, short_slope(e.r), broadcast(1.f)));
+  return mul(e.scale, short_exp<1>(e.r));
+}
+
+// 1 + e^−x. The signs are in the constants, because gates of every kind call this for every element.
+FC_INLINE V one_plus_exp_minus(V x) {
+  x = clamp(x, broadcast(-kExpHigh), broadcast(-kExpLow));
+  const V rounded = fma(x, broadcast(-1.44269504f), broadcast(kRound)), n = sub(broadcast(kRound), rounded);
+  return fma(low_bits_to_exponent(rounded), short_exp<-1>(subtract_ln2(x, n)), broadcast(1.f));
 }
 
 // e^x − 1, without cancellation near 0.
 FC_INLINE V exp_minus_1(V x) {
   const Exponential e = split_exponential(x);
-  return fma(mul(e.r, long_slope(e.r)), e.scale, sub(e.scale, broadcast(1.f)));
+  return fma(mul(e.r, exp_slope(e.r)), e.scale, sub(e.scale, broadcast(1.f)));
 }
 
 // e^x over the whole range of float32: the power of two is applied in two halves.
 FC_INLINE V exp_full(V x) {
   x = clamp(x, broadcast(-104.f), broadcast(kExpHigh));
-  const V round = broadcast(kRound), n = sub(fma(x, broadcast(1.44269504f), round), round), r = reduce(x, n);
+  const V round = broadcast(kRound), n = sub(fma(x, broadcast(1.44269504f), round), round), r = subtract_ln2(x, n);
   const V rounded_half = fma(n, broadcast(0.5f), round), half = sub(rounded_half, round);
-  const V y = mul(fma(r, long_slope(r), broadcast(1.f)), low_bits_to_exponent(rounded_half));
+  const V y = mul(fma(r, exp_slope(r), broadcast(1.f)), low_bits_to_exponent(rounded_half));
   return mul(y, low_bits_to_exponent(add(sub(n, half), round)));
 }
-
-FC_INLINE V one_plus_exp_minus(V x) { return add(broadcast(1.f), exp_flushed(sub(zero(), x))); }
 
 // x · Φ(x). The tail Φ(−|x|) = e^(−x²/2) · t · P(t) with t = 1 / (1 + 0.3 |x|), P minimax, error 2e-7 of the tail.
 FC_INLINE V gelu(V x) {
@@ -118,6 +133,10 @@ template <Function F>
 FC_KERNEL void apply_to_pixels(const float* from, float* to, float parameter, int64_t pitch, int64_t pixels,
                                int64_t vectors) {
   const V p = broadcast(parameter);
+  if (pitch == vectors * kLanes) {
+    vectors *= pixels;
+    pixels = 1;
+  }
   for (int64_t pixel = 0; pixel < pixels; ++pixel)
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = pixel * pitch + v * kLanes;

@@ -1,6 +1,6 @@
-// The GEMM micro-kernel of every convolution: R ≤ mr rows of input times a panel of weights, B ≤ nr_blocks vectors
-// wide. Its R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index sequences make
-// every index a compile-time constant.
+// The GEMM micro-kernel of every convolution: R rows of input, a constant step apart, times a panel of weights that is
+// B vectors wide. Its R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index
+// sequences make every index a compile-time constant.
 
 template <int R, int B>
 struct Accumulators {
@@ -10,6 +10,23 @@ struct Accumulators {
 template <int R, int B, size_t... I>
 FC_INLINE void clear(Accumulators<R, B>& acc, std::index_sequence<I...>) {
   ((acc.v[I] = zero()), ...);
+}
+
+// One pointer serves three rows (p, p + step, p + 2 · step), because fourteen would not fit the registers.
+template <int R>
+struct InputRows {
+  const float* first[(R + 2) / 3];
+  int64_t step;
+};
+
+template <int R, size_t... I>
+FC_INLINE InputRows<R> input_rows(const float* first, int64_t step, std::index_sequence<I...>) {
+  return {{first + static_cast<int64_t>(3 * I) * step...}, step};
+}
+
+template <int R>
+FC_INLINE InputRows<R> input_rows(const float* first, int64_t step) {
+  return input_rows<R>(first, step, std::make_index_sequence<(R + 2) / 3>());
 }
 
 // One term in every lane, or two terms in even and odd lanes.
@@ -22,32 +39,27 @@ FC_INLINE V broadcast_terms(const float* p) {
 }
 
 template <int Terms, int R, int B, size_t... I>
-FC_INLINE void multiply_add(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t i, const V (&w)[B],
+FC_INLINE void multiply_add(Accumulators<R, B>& acc, const InputRows<R>& rows, int64_t i, const V (&w)[B],
                             std::index_sequence<I...>) {
-  ((acc.v[I] = fma(broadcast_terms<Terms>(rows[I / B] + i), w[I % B], acc.v[I])), ...);
+  ((acc.v[I] = fma(broadcast_terms<Terms>(rows.first[I / B / 3] + static_cast<int64_t>(I / B % 3) * rows.step + i),
+                   w[I % B], acc.v[I])),
+   ...);
 }
 
-template <int B, size_t... I>
-FC_INLINE void load_weights(V (&w)[B], const float* weights, std::index_sequence<I...>) {
-  ((w[I] = load(weights + I * kLanes)), ...);
+template <size_t... I>
+FC_INLINE void load_vectors(V (&v)[sizeof...(I)], const float* p, std::index_sequence<I...>) {
+  ((v[I] = load(p + I * kLanes)), ...);
 }
 
 // acc[r][b] += Σ_i rows[r][i] · weights[i][b], `Terms` at a time. Returns the end of the weights.
 template <int Terms, int R, int B>
-FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const float* const (&rows)[R], int64_t depth,
+FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const InputRows<R>& rows, int64_t depth,
                                   const float* weights) {
   FC_UNROLL(4)
   for (int64_t i = 0; i < depth; i += Terms, weights += B * kLanes) {
     V w[B];
-    load_weights<B>(w, weights, std::make_index_sequence<B>());
+    load_vectors(w, weights, std::make_index_sequence<B>());
     multiply_add<Terms>(acc, rows, i, w, std::make_index_sequence<R * B>());
   }
   return weights;
-}
-
-// rows[r] = first + r * step
-template <size_t... I>
-FC_INLINE void row_pointers(const float* (&rows)[sizeof...(I)], const float* first, int64_t step,
-                            std::index_sequence<I...>) {
-  ((rows[I] = first + static_cast<int64_t>(I) * step), ...);
 }

@@ -55,7 +55,7 @@ FC_INLINE TileRun tile_run(const Winograd& c, int64_t tile, int64_t limit) {
   return {tile / per_image, rest / across * 4, column * 4, std::min({limit, across - column, kRunTiles})};
 }
 
-// Transforms one block of channels of a run into v[k * slot + tile * in_pitch].
+// Transforms one block of channels of a run into v[k * slot + tile * group_in_pitch].
 FC_KERNEL void transform_input_run(const Winograd& c, const TileRun& run, int64_t channel, float* v, int64_t slot) {
   alignas(64) float columns[(4 * kRunTiles + 2) * 6 * kLanes];  // after the vertical transform
   const float* image = c.input + run.image * c.in_height * c.in_width * c.in_pitch + channel;
@@ -78,7 +78,7 @@ FC_KERNEL void transform_input_run(const Winograd& c, const TileRun& run, int64_
   }
   for (int64_t t = 0; t < run.count; ++t) {
     const float* tile = columns + 4 * t * 6 * kLanes;
-    float* to = v + t * c.in_pitch;
+    float* to = v + t * c.group_in_pitch;
     for (int64_t i = 0; i < 6; ++i, to += 6 * slot)
       store_six(to, slot, input_transform(load_six(tile + i * kLanes, 6 * kLanes)));
   }
@@ -87,8 +87,8 @@ FC_KERNEL void transform_input_run(const Winograd& c, const TileRun& run, int64_
 static void transform_input(const Winograd& c, int64_t first, int64_t count, float* v, int64_t slot) {
   for (int64_t t = 0; t < count;) {
     const TileRun run = tile_run(c, first + t, count - t);
-    for (int64_t channel = 0; channel < c.in_pitch; channel += kLanes)
-      transform_input_run(c, run, channel, v + t * c.in_pitch + channel, slot);
+    for (int64_t channel = 0; channel < c.group_in_pitch; channel += kLanes)
+      transform_input_run(c, run, channel, v + t * c.group_in_pitch + channel, slot);
     t += run.count;
   }
 }
@@ -112,7 +112,7 @@ FC_INLINE Accumulators<R, 1> add_term_pairs(const Accumulators<R, 2>& acc, std::
 // limit a processor with two FMA units. So it takes two terms at a time, in two accumulators of half its channels each,
 // with even and odd terms in even and odd lanes.
 template <int R, int B>
-FC_INLINE Accumulators<R, B> sum_products(const float* const (&rows)[R], int64_t depth, const float*& u) {
+FC_INLINE Accumulators<R, B> sum_products(const InputRows<R>& rows, int64_t depth, const float*& u) {
   static_assert(kNrBlocks == 2);
   Accumulators<R, kNrBlocks> acc;
   clear<R, kNrBlocks>(acc, std::make_index_sequence<R * kNrBlocks>());
@@ -128,9 +128,7 @@ template <int R, int B>
 FC_KERNEL void winograd_product(const float* v, int64_t in_pitch, int64_t depth, const float* u, float* m,
                                 int64_t pitch, bool add_to) {
   constexpr std::make_index_sequence<R * B> each;
-  const float* rows[R];
-  row_pointers(rows, v, in_pitch, std::make_index_sequence<R>());
-  Accumulators<R, B> acc = sum_products<R, B>(rows, depth, u);
+  Accumulators<R, B> acc = sum_products<R, B>(input_rows<R>(v, in_pitch), depth, u);
   if (add_to) add_products<R, B>(acc, m, pitch, each);
   store_products<R, B>(acc, m, pitch, each);
 }
@@ -151,7 +149,8 @@ static void multiply_part(const Winograd& c, int64_t tiles, int64_t width, int64
     const int64_t rows = std::min<int64_t>(kMr, tiles - r);
     const auto product =
         width == kNrBlocks ? winograd_product_of<kNrBlocks>(rows, counts) : winograd_product_of<1>(rows, counts);
-    product(v + r * c.in_pitch + first, c.in_pitch, depth, u, m + r * c.pitch, c.pitch, first > 0);
+    product(v + r * c.group_in_pitch + first, c.group_in_pitch, depth, u, m + r * c.group_pitch, c.group_pitch,
+            first > 0);
   }
 }
 
@@ -162,7 +161,7 @@ static void multiply_transformed(const Winograd& c, int64_t tiles, Range blocks,
     int64_t width;
     for (int64_t block = blocks.begin; block < blocks.end; block += width) {
       width = blocks.end - block >= kNrBlocks ? kNrBlocks : 1;
-      const float* u = c.weights + (k * c.pitch + block * kLanes) * depth;
+      const float* u = c.weights + (k * c.group_pitch + block * kLanes) * depth;
       for (int64_t i = 0; i < depth; i += kKc)
         multiply_part(c, tiles, width, i, std::min(kKc, depth - i), c.scratch + (k + 1) * slot, u + i * width * kLanes,
                       m + k * slot + block * kLanes);
@@ -226,7 +225,12 @@ FC_INLINE void finish_short_row(const Epilogue& e, const Four& row, float* out, 
   for (int64_t x = 0; x < columns; ++x) store(out + offset + x * pitch, finish(values[x], e, offset + x * pitch, bias));
 }
 
-// Transforms one block of channels of one tile back and finishes its 4×4 outputs.
+// The larger of each two neighbours of two rows.
+FC_INLINE V pool_four(V a, V b, V c, V d) { return maximum(maximum(a, b), maximum(c, d)); }
+
+// Transforms one block of channels of one tile back and finishes its 4×4 outputs, or their 2×2 maxima. They begin at
+// `offset`; `rows` and `columns` of them are inside the map.
+template <bool Pools>
 FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t slot, int64_t offset, int64_t rows,
                                      int64_t columns, const float* bias_at) {
   const V bias = load(bias_at);
@@ -238,36 +242,64 @@ FC_KERNEL void transform_output_tile(const Winograd& c, const float* m, int64_t 
                        output_transform({y0.v1, y1.v1, y2.v1, y3.v1, y4.v1, y5.v1}),
                        output_transform({y0.v2, y1.v2, y2.v2, y3.v2, y4.v2, y5.v2}),
                        output_transform({y0.v3, y1.v3, y2.v3, y3.v3, y4.v3, y5.v3})};
-  const int64_t next = c.width * c.pitch;
-  if (rows == 4 && columns == 4) {
-    finish_row(c.epilogue, out[0], c.output, offset, c.pitch, bias);
-    finish_row(c.epilogue, out[1], c.output, offset + next, c.pitch, bias);
-    finish_row(c.epilogue, out[2], c.output, offset + 2 * next, c.pitch, bias);
-    finish_row(c.epilogue, out[3], c.output, offset + 3 * next, c.pitch, bias);
+  // Copies, because the compiler must assume that stores of outputs change what c points to.
+  const Epilogue e = c.epilogue;
+  float* const output = c.output;
+  const int64_t pitch = c.pitch, next = c.out_width * pitch;
+  if constexpr (Pools) {
+    const V pooled[4] = {
+        pool_four(out[0].v0, out[0].v1, out[1].v0, out[1].v1), pool_four(out[0].v2, out[0].v3, out[1].v2, out[1].v3),
+        pool_four(out[2].v0, out[2].v1, out[3].v0, out[3].v1), pool_four(out[2].v2, out[2].v3, out[3].v2, out[3].v3)};
+    for (int64_t y = 0; y < rows; ++y)
+      for (int64_t x = 0; x < columns; ++x) {
+        const int64_t at = offset + y * next + x * pitch;
+        store(output + at, finish(pooled[2 * y + x], e, at, bias));
+      }
     return;
   }
-  for (int64_t y = 0; y < rows; ++y)
-    finish_short_row(c.epilogue, out[y], c.output, offset + y * next, c.pitch, bias, columns);
+  if (rows == 4 && columns == 4) {
+    finish_row(e, out[0], output, offset, pitch, bias);
+    finish_row(e, out[1], output, offset + next, pitch, bias);
+    finish_row(e, out[2], output, offset + 2 * next, pitch, bias);
+    finish_row(e, out[3], output, offset + 3 * next, pitch, bias);
+    return;
+  }
+  for (int64_t y = 0; y < rows; ++y) finish_short_row(e, out[y], output, offset + y * next, pitch, bias, columns);
 }
 
 static void transform_output(const Winograd& c, int64_t first, int64_t count, Range blocks, const float* m,
                              int64_t slot) {
+  const int64_t shrink = c.pools ? 2 : 1, side = 4 / shrink;  // outputs of a tile along one axis
+  const auto transform_tile = c.pools ? transform_output_tile<true> : transform_output_tile<false>;
   for (int64_t t = 0; t < count; ++t) {
     const TileRun at = tile_run(c, first + t, 1);
-    const int64_t pixel = (at.image * c.height + at.y) * c.width + at.x;
-    const int64_t rows = std::min<int64_t>(4, c.height - at.y), columns = std::min<int64_t>(4, c.width - at.x);
+    const int64_t y = at.y / shrink, x = at.x / shrink, pixel = (at.image * c.out_height + y) * c.out_width + x;
+    const int64_t rows = std::min(side, c.out_height - y), columns = std::min(side, c.out_width - x);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t channel = block * kLanes;
-      transform_output_tile(c, m + t * c.pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
-                            c.epilogue.bias + channel);
+      transform_tile(c, m + t * c.group_pitch + channel, slot, pixel * c.pitch + channel, rows, columns,
+                     c.epilogue.bias + channel);
     }
-    for (int64_t y = 0; y < rows; ++y)
-      finish_stored(c.epilogue, c.output, (pixel + y * c.width) * c.pitch + blocks.begin * kLanes, c.pitch, columns,
-                    blocks.end - blocks.begin);
+    for (int64_t row = 0; row < rows; ++row)
+      finish_stored(c.epilogue, c.output, (pixel + row * c.out_width) * c.pitch + blocks.begin * kLanes, c.pitch,
+                    columns, blocks.end - blocks.begin);
   }
 }
 
-static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range blocks) {
+// Channels of one group, as a convolution of its own.
+static Winograd one_group(Winograd c, int64_t group) {
+  const int64_t channel = group * c.group_pitch, weights = c.group_pitch * winograd_depth(c.channels);
+  c.input += group * c.channels;
+  c.output += channel;
+  c.weights += group * 36 * weights;
+  if (c.untransformed_weights) c.untransformed_weights += group * 9 * weights;
+  c.epilogue.bias += channel;
+  if (c.epilogue.residual) c.epilogue.residual += channel;
+  if (c.epilogue.residual_after_function) c.epilogue.residual_after_function += channel;
+  return c;
+}
+
+static void convolve_group(const Winograd& c, Range tiles, Range blocks) {
   const int64_t slot = winograd_slot(c);
   const bool one_pass = tiles.end - tiles.begin <= c.tiles_per_pass;
   const bool untransformed = c.untransformed_weights && one_pass;
@@ -277,5 +309,14 @@ static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range blocks) {
     transform_input(c, first, count, c.scratch + slot, slot);
     (untransformed ? multiply_untransformed : multiply_transformed)(c, count, blocks, m, slot);
     transform_output(c, first, count, blocks, m, slot);
+  }
+}
+
+static void conv3x3_winograd_f32(const Winograd& c, Range tiles, Range panels) {
+  const int64_t blocks = c.group_pitch / kLanes, per_group = (blocks + kNrBlocks - 1) / kNrBlocks;
+  for (int64_t group = panels.begin / per_group; group * per_group < panels.end; ++group) {
+    const int64_t begin = std::max<int64_t>(0, panels.begin - group * per_group);
+    const int64_t end = std::min(per_group, panels.end - group * per_group);
+    convolve_group(one_group(c, group), tiles, {begin * kNrBlocks, std::min(blocks, end * kNrBlocks)});
   }
 }

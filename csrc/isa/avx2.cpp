@@ -16,6 +16,8 @@ namespace avx2 {
 
 using V = __m256;
 constexpr int kLanes = 8, kMr = 6, kNrBlocks = 2;
+constexpr bool kFusedMultiplyAdd = true;
+constexpr int kDirectRows[] = {12, 6, 4};  // pixels of the direct kernel's tile of 1, 2 and 3 blocks
 
 FC_INLINE V zero() { return _mm256_setzero_ps(); }
 FC_INLINE V broadcast(float x) { return _mm256_set1_ps(x); }

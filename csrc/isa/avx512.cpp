@@ -19,6 +19,8 @@ namespace avx512 {
 
 using V = __m512;
 constexpr int kLanes = 16, kMr = 8, kNrBlocks = 2;
+constexpr bool kFusedMultiplyAdd = true;
+constexpr int kDirectRows[] = {14, 14, 7};  // pixels of the direct kernel's tile of 1, 2 and 3 blocks
 
 FC_INLINE V zero() { return _mm512_setzero_ps(); }
 FC_INLINE V broadcast(float x) { return _mm512_set1_ps(x); }

@@ -7,6 +7,8 @@ namespace portable {
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 constexpr int kLanes = 4, kMr = 6, kNrBlocks = 2;
+constexpr bool kFusedMultiplyAdd = false;
+constexpr int kDirectRows[] = {12, 6, 4};  // pixels of the direct kernel's tile of 1, 2 and 3 blocks
 
 FC_INLINE V zero() { return V{0.f, 0.f, 0.f, 0.f}; }
 FC_INLINE V broadcast(float x) { return V{x, x, x, x}; }

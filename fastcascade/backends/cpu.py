@@ -194,33 +194,24 @@ class MixedProgram(ReferenceProgram):
     """A plan with stages or selectors that only torch can run: the reference's loop over the active rows."""
 
     def __init__(self, plan: Plan, threads: int) -> None:
-        engines = [
-            _EngineStage(plan, k, threads) if stage.module is None else None
+        modules = [
+            _EngineStage(plan, k, threads)
+            if stage.module is None
+            else in_best_layout(stage.module, stage.shapes[0])
             for k, stage in enumerate(plan.stages)
         ]
         stages = tuple(
-            _in_torch(stage) if engine is None else replace(stage, ops=(), module=engine)
-            for stage, engine in zip(plan.stages, engines, strict=True)
+            replace(stage, ops=(), module=module) for stage, module in zip(plan.stages, modules, strict=True)
         )
         super().__init__(replace(plan, stages=stages), torch.device("cpu"))
-        self._engines = engines
+        self._engines = [module if isinstance(module, _EngineStage) else None for module in modules]
 
     def describe(self) -> list[StageReport]:
         """One report per stage."""
-        reports = zip(super().describe(), self.plan.stages, self._engines, strict=True)
         return [
-            replace(report, opaque_reason=stage.opaque_reason)
-            if engine is None
-            else _report(engine.stage, engine.engine.describe()[0])
-            for report, stage, engine in reports
+            report if engine is None else _report(engine.stage, engine.engine.describe()[0])
+            for report, engine in zip(super().describe(), self._engines, strict=True)
         ]
-
-
-def _in_torch(stage: StagePlan) -> StagePlan:
-    """A stage for torch, an opaque one in the layout that it runs fastest in."""
-    if stage.module is None:
-        return stage
-    return replace(stage, module=in_best_layout(stage.module, stage.shapes[0]))
 
 
 class CpuBackend:

@@ -89,12 +89,13 @@ def count_images(data: Data) -> int | None:
         >>> count_images((np.zeros((5, 32, 32, 3), np.uint8), None))
         5
     """
+    images: Any = data
     if isinstance(data, DataLoader):
-        data = data.dataset
+        images = data.dataset
     elif isinstance(data, (list, tuple)) and len(data) == 2 and isinstance(data[0], (np.ndarray, Tensor)):
-        data = data[0]
+        images = data[0]
     try:
-        return len(cast(Any, data))
+        return len(images)
     except TypeError:
         return None
 

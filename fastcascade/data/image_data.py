@@ -27,9 +27,11 @@ class ImageReader(ABC):
 
     Attributes:
         encoded: whether reading decodes image files, which is worth several threads.
+        resize: whether images of other sizes are scaled.
     """
 
     encoded: ClassVar[bool] = False
+    resize: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,7 +77,7 @@ class Rows(NamedTuple):
     labels: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
     """A set of images in memory or on disk.
 
@@ -93,6 +95,12 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        place = "in memory" if isinstance(self.images, np.ndarray) else "on disk"
+        labels = "no labels" if self.labels is None else "with labels"
+        classes = "" if self.classes is None else f", {len(self.classes)} classes"
+        return f"<ImageData: {len(self):,} images {place}, {labels}{classes}>"
 
     def take(self, indices: Sequence[int] | Array) -> ImageData:
         """The images at these positions, in this order."""

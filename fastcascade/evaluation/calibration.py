@@ -47,12 +47,15 @@ def calibrate(
     min_accuracy: float | None = None,
     max_risk: tuple[float, float] | None = None,
     exit_ms: Sequence[float] | None = None,
+    progress: bool = True,
 ) -> OperatingPoint:
     """Choose stop thresholds on held-out data and store them under a name. Give exactly one target.
 
     Args:
-        held_out: images that neither the stages nor the selector were fitted on: a Dataset, a DataLoader,
-            (images, labels), or a :class:`Trace` of them. ``max_risk`` needs no labels.
+        held_out: images that the stages were not trained on: a Dataset, a DataLoader, (images, labels), or a
+            :class:`Trace` of them with hashes. Images that :func:`fastcascade.fit` fitted the selector on
+            count with their out-of-fold scores. ``max_risk`` needs images that are new to the selector, too,
+            and no labels.
         name: the key in ``cascade.operating_points``; a point of that name is replaced.
         budget_macs: highest accuracy at a mean cost of at most this, in MACs per instance. No thresholds
             cost less and are more accurate on ``held_out``.
@@ -64,6 +67,7 @@ def calibrate(
         exit_ms: (K,) milliseconds per instance of stopping at each exit, earlier stages included: the
             ``exit_ms`` that ``fc.benchmark`` measures. They replace MACs as the cost that is minimised or
             bounded; ``mean_macs`` of the point is in MACs all the same.
+        progress: draw a bar on standard error if it takes longer than a second.
 
     Returns:
         the :class:`OperatingPoint`, with accuracy, cost, exit shares and risk as measured on ``held_out``.
@@ -76,7 +80,7 @@ def calibrate(
         DataError: labels are needed and missing.
 
     Warns:
-        UserWarning: ``held_out`` has images that the cascade was fitted on.
+        UserWarning: ``held_out`` has images that the cascade was fitted on, without out-of-fold scores.
 
     Example:
         >>> import torch
@@ -93,10 +97,12 @@ def calibrate(
     )
     if not isinstance(name, str) or not name:
         raise InvalidArgument(f"the name of an operating point is {name!r}; expected a non-empty string")
-    seen = held_out if isinstance(held_out, Trace) else trace(cascade, held_out)
+    seen = held_out if isinstance(held_out, Trace) else trace(cascade, held_out, progress)
     if seen.num_exits != len(cascade.stages):
         raise InvalidArgument(f"the trace has {seen.num_exits} exits, the cascade {len(cascade.stages)}")
     _check_overlap(cascade, seen, refuse=max_risk is not None)
+    if cascade.out_of_fold is not None and seen.hashes is not None:
+        seen = replace(seen, scores=cascade.out_of_fold.replace(seen.scores, seen.hashes))
     if max_risk is not None:
         thresholds = certify(seen.disagrees, seen.exits, risk_path(cascade), *max_risk)
     elif exit_ms is not None:
@@ -211,7 +217,10 @@ def _check_overlap(cascade: Cascade, seen: Trace, refuse: bool) -> None:
     """Images that trained the cascade look easier than new ones: every figure measured on them flatters."""
     if seen.hashes is None or not len(cascade.seen_images):
         return
-    overlap = int(np.isin(seen.hashes, cascade.seen_images).sum())
+    fitted = cascade.seen_images
+    if cascade.out_of_fold is not None and not refuse:
+        fitted = np.setdiff1d(fitted, cascade.out_of_fold.images)
+    overlap = int(np.isin(seen.hashes, fitted).sum())
     if not overlap:
         return
     found = f"{overlap} of {seen.n} calibration images are among those that the cascade was fitted on"

@@ -287,4 +287,12 @@ class Plan:
         )
         return "\n".join([head, *map(str, self.stages)])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        """One line; ``str`` lists every operation."""
+        size = "×".join(map(str, self.input.shape))
+        opaque = sum(stage.module is not None for stage in self.stages)
+        note = f", {opaque} opaque" if opaque else ""
+        return (
+            f"<Plan: {len(self.stages)} stages{note}, {size} → {self.num_classes} classes, "
+            f"{self.dense_macs / 1e6:.1f} M MACs dense>"
+        )

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from fastcascade.errors import FileFormatError, InvalidArgument, LoweringError
 from fastcascade.lowering.plan import Plan
-from fastcascade.storage.bundle import BundleFormat, bundle_exists, bundle_sha256, load_bundle, save_bundle
+from fastcascade.storage.bundle import PLAN_FORMAT, bundle_exists, bundle_sha256, load_bundle, save_bundle
 from fastcascade.storage.codec import Reader, encode
 
 __all__ = [
-    "FORMAT",
     "load_plan",
     "plan_exists",
     "plan_fingerprint",
@@ -30,24 +29,22 @@ __all__ = [
     "save_plan",
 ]
 
-FORMAT = BundleFormat("plan", 1)
-
 
 def save_plan(plan: Plan, directory: str | Path, overwrite: bool = False) -> str:
     """Save a plan; see :meth:`fastcascade.lowering.plan.Plan.save`."""
     require_savable(plan)
     tensors: dict[str, Tensor] = {}
-    return save_bundle(directory, FORMAT, encode(plan, tensors), tensors, overwrite=overwrite)
+    return save_bundle(directory, PLAN_FORMAT, encode(plan, tensors), tensors, overwrite=overwrite)
 
 
 def plan_exists(directory: str | Path) -> bool:
     """Whether a directory holds a completely saved plan."""
-    return bundle_exists(directory, FORMAT)
+    return bundle_exists(directory, PLAN_FORMAT)
 
 
 def plan_sha256(directory: str | Path) -> str | None:
     """The hash of the plan in a directory; None if there is no readable one."""
-    return bundle_sha256(directory, FORMAT)
+    return bundle_sha256(directory, PLAN_FORMAT)
 
 
 def plan_fingerprint(plan: Plan) -> str:
@@ -99,7 +96,7 @@ def load_plan(directory: str | Path) -> Plan:
         ...     len(load_plan(directory).stages[0].ops)
         14
     """
-    content, tensors = load_bundle(directory, FORMAT)
+    content, tensors = load_bundle(directory, PLAN_FORMAT)
     reader = Reader(tensors)
     try:
         plan = cast(Plan, reader.decode(Plan, content, "plan"))

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from fastcascade.errors import LoweringError
 from fastcascade.lowering.axes import (
     Axis,
+    Factor,
     channel_order,
     is_row_major,
     regroup,
@@ -29,7 +30,7 @@ from fastcascade.lowering.axes import (
     to_stored_order,
     with_channels_in_order,
 )
-from fastcascade.lowering.operations import Flatten, Op, Reorder, Reshape, Shape
+from fastcascade.lowering.operations import Concat, Flatten, Op, Reorder, Reshape, Shape, Slice
 
 __all__ = ["InPlaceOnView", "Translator", "Value", "is_in_place", "lowers", "pair"]
 
@@ -255,11 +256,55 @@ class Translator:
         reordered = self.emit(Reorder, shape, input=value.number, channels=tuple(map(int, order)))
         return replace(reordered, axes=with_channels_in_order(value.axes))
 
+    def cells_to_channels(self, value: Value) -> Value:
+        """The view of a map whose pixels were cut into cells, with the places in a cell as channels.
+
+        Space to depth: each place becomes a strided slice, and all slices are concatenated.
+        """
+        shape = self.shapes[value.number]
+        if len(shape) != 3:
+            return value
+        cell = []
+        for axis in (1, 2):
+            factors = [factor for view_axis in value.axes for factor in view_axis if factor.axis == axis]
+            size = min((factor.step for factor in factors if factor.step > 1), default=1)
+            whole = {Factor(axis, shape[axis] // size, size), Factor(axis, size)}
+            if size > 1 and set(factors) != whole:
+                return value
+            cell.append(size)
+        rows, columns = cell
+        if rows == columns == 1:
+            return value
+        smaller = (shape[0], shape[1] // rows, shape[2] // columns)
+        places = [
+            self.emit(
+                Slice,
+                smaller,
+                input=value.number,
+                start=(0, row, column),
+                stop=shape,
+                step=(1, rows, columns),
+            ).number
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        joined = self.emit(Concat, (len(places) * shape[0], *smaller[1:]), inputs=tuple(places))
+        moved = {
+            Factor(1, rows): Factor(0, rows, columns * shape[0]),
+            Factor(2, columns): Factor(0, columns, shape[0]),
+            Factor(1, smaller[1], rows): Factor(1, smaller[1]),
+            Factor(2, smaller[2], columns): Factor(2, smaller[2]),
+        }
+        axes = tuple(tuple(moved.get(factor, factor) for factor in axis) for axis in value.axes)
+        return replace(joined, axes=axes)
+
     def plain(self, value: Any) -> Value:
         """The operand as a value of the plan that has the view's shape: a map (C, H, W) or a vector (F,)."""
         if not isinstance(value, Value):
             self.refuse("it reads a constant where only a batched value is supported")
-        view = value if is_row_major(value.axes) else self.channels_reordered(value)
+        view = value
+        if not is_row_major(view.axes):
+            view = self.channels_reordered(self.cells_to_channels(view))
         if not is_row_major(view.axes):
             self.refuse(f"it reads a transposed view of shape {view.shape} per instance")
         shape = view.shape

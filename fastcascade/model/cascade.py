@@ -28,6 +28,7 @@ from fastcascade.types import (
     Normalize,
     OperatingPoint,
     OperatingPointLike,
+    OutOfFoldScores,
     SelectorComparison,
     checked_combine,
     resolve_thresholds,
@@ -141,6 +142,8 @@ class Cascade(nn.Module):
         comparison: held-out accuracy of the learned selector and of threshold rules; None before
             :func:`fastcascade.fit`.
         seen_images: sorted uint64 hashes of the images that :func:`fastcascade.fit` has used.
+        out_of_fold: stop scores with which images that fitted the selector, but no stage, may also be used by
+            :func:`fastcascade.calibrate`; None if there are none.
         scale_check: warns once if float images are not normalised; see :class:`fastcascade.scale.ScaleCheck`.
 
     Raises:
@@ -184,6 +187,7 @@ class Cascade(nn.Module):
         self.scale_check = ScaleCheck(self.input)
         self.operating_points: dict[str, OperatingPoint] = {}
         self.comparison: SelectorComparison | None = None
+        self.out_of_fold: OutOfFoldScores | None = None
         self.seen_images = np.empty(0, np.uint64)
         self.register_buffer("temperatures", torch.ones(len(self.stages)))
         self._check_arguments()
@@ -287,6 +291,7 @@ class Cascade(nn.Module):
         selector.to(self.device)
         self.operating_points.clear()
         self.comparison = None
+        self.out_of_fold = None
         self._count_selector()
 
     def stage(self, k: int) -> Stage:

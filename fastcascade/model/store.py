@@ -23,7 +23,7 @@ from fastcascade.model.registry import build_module
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
 from fastcascade.storage.bundle import BundleFormat, bundle_exists, load_bundle, save_bundle
 from fastcascade.storage.codec import ADDED, Reader, encode
-from fastcascade.types import Combine, InputSpec, OperatingPoint, SelectorComparison
+from fastcascade.types import Combine, InputSpec, OperatingPoint, OutOfFoldScores, SelectorComparison
 
 __all__ = ["PlanNote", "cascade_exists", "load_cascade", "plan_note", "save_cascade"]
 
@@ -80,6 +80,14 @@ class _Costs:
 
 
 @dataclass(frozen=True)
+class _OutOfFold:
+    """:class:`fastcascade.types.OutOfFoldScores` as tensors."""
+
+    images: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
 class _Cascade:
     stages: tuple[_Stage, ...]
     selector: _Selector | None
@@ -92,6 +100,7 @@ class _Cascade:
     seen_images: Tensor  # (n,) uint64, increasing
     auto_selector: bool = field(default=False, metadata=ADDED)
     comparison: SelectorComparison | None = field(default=None, metadata=ADDED)
+    out_of_fold: _OutOfFold | None = field(default=None, metadata=ADDED)
     half: bool = field(default=False, metadata=ADDED)  # float32 stages are stored as float16
     plan: str | None = field(default=None, metadata=ADDED)  # hash of the plan that was saved with it
     no_plan: str | None = field(default=None, metadata=ADDED)  # why there is none
@@ -161,6 +170,7 @@ def save_cascade(
             raise InvalidArgument(f"{name} is a {type(value).__name__}; only tensors can be saved")
         if half and name.startswith("stages.") and value.dtype == torch.float32:
             tensors[name] = _halved(name, value)
+    kept = cascade.out_of_fold
     saved = _Cascade(
         stages=tuple(_describe_stage(cascade, k) for k in range(len(cascade.stages))),
         selector=_describe_selector(cascade.selector),
@@ -173,6 +183,9 @@ def save_cascade(
         seen_images=torch.from_numpy(cascade.seen_images.copy()),
         auto_selector=cascade.auto_selector,
         comparison=cascade.comparison,
+        out_of_fold=None
+        if kept is None
+        else _OutOfFold(torch.from_numpy(kept.images.copy()), torch.from_numpy(kept.scores.copy())),
         half=half,
     )
     custom = [name for name, _ in _custom_modules(saved)]
@@ -294,6 +307,7 @@ def load_cascade(directory: str | Path, modules: Mapping[str, nn.Module] | None 
     cascade.temperatures.copy_(temperatures)
     cascade.auto_selector = saved.auto_selector
     cascade.comparison = saved.comparison
+    cascade.out_of_fold = _out_of_fold(saved)
     cascade.operating_points = dict(saved.operating_points)
     cascade.seen_images = saved.seen_images.numpy()
     return cascade
@@ -306,6 +320,7 @@ def _read_saved(directory: str | Path) -> tuple[_Cascade, dict[str, Tensor]]:
     try:
         saved = cast(_Cascade, reader.decode(_Cascade, content, "cascade"))
         _check_saved(saved)
+        _out_of_fold(saved)
     except InvalidArgument as error:
         raise FileFormatError(f"{directory} does not hold a valid cascade: {error}") from error
     return saved, {name: tensors[name] for name in reader.unused}
@@ -320,6 +335,22 @@ def _temperatures(saved: Tensor | None, stages: int, directory: str | Path) -> T
     if not bool((saved > 0).all()):
         raise FileFormatError(f"{directory} holds temperatures {saved.tolist()}; expected positive ones")
     return saved
+
+
+def _out_of_fold(saved: _Cascade) -> OutOfFoldScores | None:
+    """The scores as arrays.
+
+    Raises:
+        InvalidArgument: they do not fit each other or the stages.
+    """
+    if saved.out_of_fold is None:
+        return None
+    kept = OutOfFoldScores(saved.out_of_fold.images.numpy(), saved.out_of_fold.scores.numpy())
+    if len(kept.scores) != len(saved.stages) - 1:
+        raise InvalidArgument(
+            f"its out-of-fold scores are for {len(kept.scores) + 1} stages, not {len(saved.stages)}"
+        )
+    return kept
 
 
 def _check_saved(saved: _Cascade) -> None:

@@ -101,7 +101,8 @@ class RequestQueue:
 
     def __init__(self, max_batch: int, max_delay: float, max_waiting: int) -> None:
         self.max_batch, self.max_delay, self.max_waiting = max_batch, max_delay, max_waiting
-        self._lock = threading.Lock()
+        # Reentrant: garbage collection may close the queue of a forgotten batcher wherever its thread is.
+        self._lock = threading.RLock()
         self._batch_due = threading.Condition(self._lock)
         self._room_made = threading.Condition(self._lock)
         self._lines: dict[Kind, _Line] = {}
@@ -140,7 +141,7 @@ class RequestQueue:
         if request.expired(now):
             self.rejected += 1
             raise RequestTimeout("there was no room for the request within its timeout; the batcher is busy")
-        self._room_made.wait(None if request.deadline is None else max(0.0, request.deadline - now))
+        _wait(self._room_made, None if request.deadline is None else request.deadline - now)
 
     def take(self) -> list[Request]:
         """The next batch of one kind, as soon as it is due; empty when the queue is closed and drained.
@@ -167,7 +168,7 @@ class RequestQueue:
                     return self._cut_batch(line, now)
             if self._closed:
                 return [], []
-            self._batch_due.wait(lines[0].oldest.arrived + self.max_delay - now if lines else None)
+            _wait(self._batch_due, lines[0].oldest.arrived + self.max_delay - now if lines else None)
 
     def _cut_batch(self, line: _Line, now: float) -> tuple[list[Request], list[Request]]:
         batch: list[Request] = []
@@ -210,3 +211,8 @@ class RequestQueue:
             self._room_made.notify_all()
         for request in waiting if discard else ():
             request.cancel()
+
+
+def _wait(condition: threading.Condition, seconds: float | None) -> None:
+    """Wait for a notification, at most so long, however long that is."""
+    condition.wait(None if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX))

@@ -193,7 +193,7 @@ def _settings(
         "images": images.fingerprint() if isinstance(images, ImageReader) else _array_hash(images),
         "number of images": len(data),
         "size of images": list(model.plan.input.shape),
-        "resize": getattr(images, "resize", False),
+        "resize": isinstance(images, ImageReader) and images.resize,
         "top-k": options.top_k,
         "format": options.format,
         "rows per file": options.rows_per_file,

@@ -14,15 +14,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from fastcascade.errors import FileFormatError, InvalidArgument
 from fastcascade.storage.files import (
@@ -35,7 +32,19 @@ from fastcascade.storage.files import (
     write_atomically,
 )
 
-__all__ = ["BundleFormat", "bundle_exists", "bundle_sha256", "load_bundle", "save_bundle"]
+if TYPE_CHECKING:  # plans are read without torch, too
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+__all__ = [
+    "PLAN_FORMAT",
+    "BundleFormat",
+    "bundle_exists",
+    "bundle_sha256",
+    "load_arrays",
+    "load_bundle",
+    "save_bundle",
+]
 
 MAX_TENSOR_BYTES = 16 * 2**30
 
@@ -57,6 +66,12 @@ class BundleFormat:
     def tensor_path(self, directory: Path, sha256: str) -> Path:
         """Path of the tensor file with this content."""
         return directory / f"{self.name}-{sha256}.safetensors"
+
+
+PLAN_FORMAT = BundleFormat("plan", 1)
+"""Plans, which :mod:`fastcascade.lowering.plan_file` writes and :mod:`fastcascade.runtime` reads, too."""
+
+T = TypeVar("T")
 
 
 def bundle_exists(directory: str | Path, bundle: BundleFormat) -> bool:
@@ -103,6 +118,7 @@ def save_bundle(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     _ = save_bundle(directory, BundleFormat("demo", 1), {"a": 1}, {"w": torch.ones(2)})
         ...     load_bundle(directory, BundleFormat("demo", 1))
@@ -142,6 +158,9 @@ def _require_free(directory: Path, bundle: BundleFormat) -> None:
 
 def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
     """The tensors as safetensors bytes; equal tensors give equal bytes."""
+    import safetensors.torch
+    import torch
+
     contiguous = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -173,13 +192,30 @@ def load_bundle(directory: str | Path, bundle: BundleFormat) -> tuple[dict[str, 
     Raises:
         FileFormatError: missing, damaged, of another kind, or written by a newer version.
     """
+    import safetensors.torch
+
+    return _load(directory, bundle, safetensors.torch.load)
+
+
+def load_arrays(
+    directory: str | Path, bundle: BundleFormat
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """:func:`load_bundle` with numpy arrays in place of tensors, without torch."""
+    import safetensors.numpy
+
+    return _load(directory, bundle, safetensors.numpy.load)
+
+
+def _load(
+    directory: str | Path, bundle: BundleFormat, parse: Callable[[bytes], dict[str, T]]
+) -> tuple[dict[str, Any], dict[str, T]]:
     directory = Path(directory)
     attempt = 0
     while True:
         document = _read_document(bundle.document_path(directory), bundle)
         path = _named_tensor_file(directory, bundle, document)
         try:
-            return document["content"], _load_tensors(path)
+            return document["content"], _load_tensors(path, parse)
         except FileFormatError as error:
             attempt += 1
             replaced = isinstance(error.__cause__, FileNotFoundError)  # by a writer, after it was named
@@ -217,13 +253,13 @@ def _named_tensor_file(directory: Path, bundle: BundleFormat, document: Mapping[
     return bundle.tensor_path(directory, sha256)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path, parse: Callable[[bytes], dict[str, T]]) -> dict[str, T]:
     """The tensors of a file whose name ends in the sha256 of its content."""
     data = read_bytes(path, MAX_TENSOR_BYTES)
     if not path.stem.endswith(hashlib.sha256(data).hexdigest()):
         raise FileFormatError(f"{path} is damaged: its content does not match the sha256 in its name")
     try:
-        return safetensors.torch.load(data)
+        return parse(data)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(f"{path} is not a valid safetensors file: {error}") from error
 

@@ -65,14 +65,14 @@ class _Gated(nn.Module):
         self.gate = nn.Sequential(*gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(x)
+        return x * self.gate(x)  # type: ignore[no-any-return]
 
 
 class _Shifted(_Gated):
     """x + gate(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.gate(x)
+        return x + self.gate(x)  # type: ignore[no-any-return]
 
 
 class _ChannelMean(nn.Module):
@@ -93,7 +93,7 @@ class _ChannelNorm(nn.Module):
         self.position = nn.Parameter(torch.randn(channels, height, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.position * self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.position * self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 class _SplitAttention(nn.Module):
@@ -107,7 +107,7 @@ class _SplitAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branches = self.branches(x).unflatten(1, (2, x.shape[1]))
         weights = self.weights(branches.sum(1).mean((2, 3), keepdim=True)).unflatten(1, (2, x.shape[1]))
-        return (branches * weights.softmax(1)).sum(1)
+        return (branches * weights.softmax(1)).sum(1)  # type: ignore[no-any-return]
 
 
 def random_network(

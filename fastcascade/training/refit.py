@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from fastcascade.training.objective import (
     objective_loss,
     rewards,
 )
-from fastcascade.types import SelectorComparison
+from fastcascade.types import OutOfFoldScores, SelectorComparison
 
 __all__ = ["collect_logits", "fit_selector", "standardise_features"]
 
@@ -76,6 +76,7 @@ def fit_selector(
     bound: float = BOUND,
     start_at_rule: bool = True,
     folds: int = 4,
+    hashes: NDArray[np.uint64] | None = None,
 ) -> list[float]:
     """Fit temperatures and selector with the stages fixed, by full-batch Adam; compare it with thresholds.
 
@@ -99,6 +100,8 @@ def fit_selector(
         bound: largest loss of a wrong answer, in nats; infinite for the plain cross-entropy.
         start_at_rule: otherwise the MLP starts from random weights.
         folds: 0 takes all steps without a comparison.
+        hashes: (N,) of the images (:func:`fastcascade.data.batches.image_hashes`), by which
+            :func:`fastcascade.calibrate` finds their out-of-fold scores.
 
     Returns:
         the greedy policy's mean reward before every step, and at the end.
@@ -121,9 +124,10 @@ def fit_selector(
         >>> cascade.comparison.n, sorted(cascade.comparison.accuracy)
         (200, ['entropy', 'learned', 'margin', 'max_prob'])
     """
-    logits, labels = _checked(cascade, logits, labels)
+    logits, labels, valid = _checked(cascade, logits, labels)
+    hashes = None if hashes is None else hashes[valid]
     cascade.operating_points.clear()
-    cascade.comparison = None
+    cascade.comparison = cascade.out_of_fold = None
     if cascade.auto_selector and not isinstance(cascade.selector, MLPSelector) and cascade.selector:
         cascade.replace_selector(MLPSelector())
     if temper:
@@ -131,6 +135,7 @@ def fit_selector(
             cascade.temperatures.copy_(fit_temperatures(logits, labels))
     selector = cascade.selector
     if selector is None or not list(selector.parameters()):
+        _keep_scores(cascade, hashes, None if selector is None else cascade.judge(logits).scores)
         return []
     shares = cascade.exit_macs.double() / cascade.dense_macs if cost_shares is None else cost_shares
     task = _Task.of(cascade, logits)
@@ -165,15 +170,19 @@ def fit_selector(
         kind: judges.judge(rule_scores(kind, task.log_probs)) for kind in get_args(ScoreKind)
     }
     rule = _first_rule(rules, answers)
-    steps, answers["learned"] = _best_steps(fit, selector, rule, steps, judges)
+    steps, answers["learned"], by_fold = _best_steps(fit, selector, rule, steps, judges)
     earned = fit.run(selector, np.arange(n), rule, steps, {}, steps_planned=fit.planned)
+    with torch.no_grad():
+        scores = _out_of_fold(by_fold, task.scores(selector), judges.folds)
     cascade.comparison = summarise(judges, answers, steps)
-    _settle(cascade, cascade.comparison)
+    if _settle(cascade, cascade.comparison):
+        scores = cascade.judge(logits).scores
+    _keep_scores(cascade, hashes, scores)
     return earned
 
 
-def _checked(cascade: Cascade, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose logits are finite everywhere, on one device."""
+def _checked(cascade: Cascade, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+    """Rows whose logits are finite everywhere, on one device; and which those are."""
     expected = (len(cascade.stages), len(labels), cascade.num_classes)
     if tuple(logits.shape) != expected:
         raise InvalidArgument(f"logits have shape {tuple(logits.shape)}; expected (K, N, C) = {expected}")
@@ -192,7 +201,7 @@ def _checked(cascade: Cascade, logits: Tensor, labels: Tensor) -> tuple[Tensor, 
             f"{missing} of {len(valid)} images have logits that are not finite; they are left out",
             stacklevel=3,
         )
-    return logits[:, valid].detach(), labels[valid]
+    return logits[:, valid].detach(), labels[valid], valid.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -350,41 +359,61 @@ def _first_rule(rules: Sequence[ScoreKind], answers: Mapping[str, NDArray[np.boo
 
 def _best_steps(
     fit: _Fit, selector: nn.Module, rule: ScoreKind | None, steps: int, judges: Judges
-) -> tuple[int, NDArray[np.bool_]]:
+) -> tuple[int, NDArray[np.bool_], Tensor]:
     """How many steps are best on folds left out of the fit, and the answers (B, N) there.
 
-    None, unless the gain over none is more than noise.
+    None, unless the gain over none is more than noise. Last, the scores (folds, K − 1, N) after so many steps
+    of the selectors that left out each fold, on all images.
     """
     fit.planned = steps
     candidates = sorted({0, steps // 8, steps // 4, steps // 2, steps}) if rule else [steps]
-    shape = fit.reward[:-1].shape
-    scores = {step: np.empty(shape, np.float32) for step in candidates}
+    by_fold: dict[int, list[Tensor]] = {step: [] for step in candidates}
     for f in np.unique(judges.folds):
-        held_out = np.flatnonzero(judges.folds == f)
-        task = fit.task.take(torch.from_numpy(held_out).to(fit.reward.device))
         twin = copy.deepcopy(selector)
 
-        def note(
-            step: int, rows: NDArray[Any] = held_out, task: _Task = task, twin: nn.Module = twin
-        ) -> None:
-            with torch.no_grad():
-                scores[step][:, rows] = task.scores(twin).float().cpu().numpy()
+        @torch.no_grad()
+        def note(step: int, twin: nn.Module = twin) -> None:
+            by_fold[step].append(fit.task.scores(twin))
 
         at = {step: (lambda step=step, note=note: note(step)) for step in candidates}
         fit.run(twin, np.flatnonzero(judges.folds != f), rule, steps, at)
-    answers = {step: judges.judge(scores[step]) for step in candidates}
+    scores = {step: torch.stack(rows) for step, rows in by_fold.items()}
+    answers = {step: judges.judge(_held_out(scores[step], judges.folds)) for step in candidates}
     first = best = candidates[0]
     for step in candidates[1:]:
         difference, error = gain(answers[step], answers[first])
         if difference > CLEARLY * error and answers[step].mean() > answers[best].mean():
             best = step
-    return best, answers[best]
+    return best, answers[best], scores[best]
 
 
-def _settle(cascade: Cascade, comparison: SelectorComparison) -> None:
-    """Where a threshold rule is clearly better: with "auto" that rule, otherwise a warning."""
-    if comparison.gain >= -CLEARLY * comparison.standard_error:
+def _held_out(by_fold: Tensor, folds: NDArray[np.intp]) -> NDArray[np.float32]:
+    """(K − 1, N) the scores of the selectors that left out each image's fold, from (folds, K − 1, N)."""
+    rows = torch.from_numpy(folds).to(by_fold.device).expand(1, by_fold.shape[1], -1)
+    return cast("NDArray[np.float32]", by_fold.gather(0, rows)[0].float().cpu().numpy())
+
+
+def _out_of_fold(by_fold: Tensor, final: Tensor, folds: NDArray[np.intp]) -> Tensor:
+    """:func:`_held_out` on the scale of the final selector (K − 1, N): equal rank among all images."""
+    onto = torch.empty_like(by_fold)
+    ordered = final.sort(1).values
+    for selector, scores in zip(onto, by_fold, strict=True):
+        selector.scatter_(1, scores.argsort(1), ordered)
+    return torch.from_numpy(_held_out(onto, folds))
+
+
+def _keep_scores(cascade: Cascade, hashes: NDArray[np.uint64] | None, scores: Tensor | None) -> None:
+    """Store the scores (K − 1, N) with which the images may find thresholds, too."""
+    if hashes is None or scores is None:
         return
+    images, first = np.unique(hashes, return_index=True)
+    cascade.out_of_fold = OutOfFoldScores(images, scores.float().cpu().numpy()[:, first])
+
+
+def _settle(cascade: Cascade, comparison: SelectorComparison) -> bool:
+    """Where a threshold rule is clearly better: with "auto" that rule (then True), otherwise a warning."""
+    if comparison.gain >= -CLEARLY * comparison.standard_error:
+        return False
     if cascade.auto_selector:
         cascade.replace_selector(ThresholdSelector(cast(ScoreKind, comparison.best_rule)))
         cascade.comparison = comparison
@@ -396,3 +425,4 @@ def _settle(cascade: Cascade, comparison: SelectorComparison) -> None:
             f"fc.ThresholdSelector({comparison.best_rule!r})",
             stacklevel=3,
         )
+    return cascade.auto_selector

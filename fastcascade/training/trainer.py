@@ -447,6 +447,9 @@ def fit(
         )
     held_out = _labelled(cascade, val, "val")
     seen = [image_hashes(held_out[0])]
+    trained_on = cascade.seen_images
+    if cascade.out_of_fold is not None:
+        trained_on = np.setdiff1d(trained_on, cascade.out_of_fold.images)
     history: list[dict[str, Any]] = []
     if freeze_stages:
         fitted_on = held_out
@@ -458,6 +461,7 @@ def fit(
     else:
         training = _labelled(cascade, train, "train")
         seen.append(image_hashes(training[0]))
+        trained_on = np.concatenate([trained_on, seen[-1]])
         with process_group():
             trainer = _Trainer(cascade, training, held_out, objective, alpha, recipe, shares)
             settings = {
@@ -471,6 +475,8 @@ def fit(
             history = trainer.run(directory, settings, progress)
         if refit_selector:
             _fit_selector(cascade, held_out, objective, alpha, recipe, shares, progress)
+    if cascade.out_of_fold is not None:
+        cascade.out_of_fold = cascade.out_of_fold.without(trained_on)
     cascade.seen_images = np.unique(np.concatenate([cascade.seen_images, *seen]))
     return history
 
@@ -507,6 +513,7 @@ def _fit_selector(
         baseline=recipe.baseline,
         seed=recipe.seed,
         cost_shares=cost_shares,
+        hashes=image_hashes(data[0]),
     )
 
 

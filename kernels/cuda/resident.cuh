@@ -84,7 +84,7 @@ FC_FUNCTION unsigned int run_stage(Context& context, const ResidentCascade& net,
     const bool together = at.layer >= stage.deep && present == stage.images;
     const Work work{net, layer, Places(layer, at.slot), first_weights(next.layer), image_of(context, at.slot)};
     run_layer(context, together ? layer.group_type : layer.type, work, w);
-    context.sync();
+    if (next.layer != at.layer) context.sync();  // images that take turns at a layer share no map
     at = next;
   }
   unsigned int stops = 0;

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.backends.torch_module import BUCKETS, ChannelsLast, CompiledModule, in_best_layout
-from fastcascade.testing.comparison import assert_drop_in
 from fastcascade.testing.networks import random_network
 
 SHAPE = (3, 8, 8)
@@ -88,7 +87,7 @@ def test_the_layout_is_channels_last_where_convolutions_gain_and_results_stay(
     assert ("torch, channels_last, active rows only" in fast.describe()) == last
     x = torch.randn(5, *SHAPE)
     torch.testing.assert_close(fast(x).probs, model(x).probs)
-    assert model.stage(0).module.conv.weight.is_contiguous() if hasattr(network, "conv") else True
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 def test_a_hybrid_cascade_runs_attention_on_active_rows_only() -> None:
@@ -96,16 +95,16 @@ def test_a_hybrid_cascade_runs_attention_on_active_rows_only() -> None:
     model = cascade(random_network(1, input_shape=SHAPE), hybrid)
     fast = fc.compile(model, backend="cpu")
     x = torch.randn(40, *SHAPE)
-    scores = model.all_exits(x)[1][0]
-    point = torch.tensor([float(scores.median())])
+    scores = model.all_exits(x)[1].detach().sort(1).values
+    point = scores[:, 19:21].mean(1)
     inner = opaque_module(fast, 1).module.module.inputs
     inner.clear()
     out = fast(x, point)
     (rows,) = inner
     assert len(rows) == int((out.exit_stage == 1).sum()) == 20
     assert rows.is_contiguous(memory_format=torch.channels_last)
-    assert_drop_in(model, fast, x)
-    assert "opaque: operator aten" in fast.describe()
+    torch.testing.assert_close(out.probs, model(x, point).probs)
+    assert "opaque: operator aten" in fast.describe() or "opaque: torch.export" in fast.describe()
 
 
 def fake_compile(seen: list[int]) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         "compile_s": 0.5,
         "operations": {"Conv2d": 3},
         "opaque_reason": None,
-        "engine_reason": None,
+        "isa": "avx2",
         "error": 3e-5,
         "torch_error": 2e-5,
         "plan_error": 1e-6,
@@ -41,8 +41,8 @@ def entry(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "operations on the engine"),
-        ({"engine_reason": "no kernel for silu"}, "operations in torch: no kernel for silu"),
+        ({}, "operations on the engine, avx2"),
+        ({"isa": "torch"}, "operations in torch"),
         ({"opaque_reason": "operator sin", "plan_error": None}, "opaque: operator sin"),
         ({"error": 3e-4}, "wrong: error 3.0e-04, torch's 2.0e-05"),
         ({"plan_error": 3e-4}, "wrong: error 3.0e-05, torch's 2.0e-05"),
@@ -57,8 +57,8 @@ def test_verdicts(changes: dict[str, Any], words: str) -> None:
 def test_the_summary_counts_every_network_once() -> None:
     entries = [
         entry(),
-        entry(engine_reason="no kernel for silu"),
-        entry(opaque_reason="operator sin", engine_reason="operator sin"),
+        entry(isa="torch"),
+        entry(opaque_reason="operator sin", isa="torch"),
         entry(error=1.0),
         {"failed": "crashed"},
     ]
@@ -69,7 +69,8 @@ def test_the_summary_counts_every_network_once() -> None:
     assert rows["convolutional networks"] == "5"
     assert rows["lowered to operations"] == "2 (40%)"
     assert [rows[name] for name in ("opaque", "wrong", "failed")] == ["1", "1", "1"]
-    assert "no kernel for silu | 1" in coverage_page.reasons_table(results)
+    assert [rows[name] for name in ("of these, on the CPU engine", "of these, in torch")] == ["1", "1"]
+    assert "operator sin | 1" in coverage_page.reasons_table(results)
 
 
 def test_speeds_stand_beside_the_fastest_peer_that_ran() -> None:

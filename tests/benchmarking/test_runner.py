@@ -328,7 +328,7 @@ def test_one_foreign_network_without_images_or_labels(activation: nn.Module) -> 
     cascade = fc.Cascade([network], None, 1000, (3, 224, 224))
     measured = benchmark(cascade, batches=[1, 3], rounds=1, seconds=0.001, backend="cpu", peers=True)
     assert [stage.images_in for stage in measured.stages] == [3]
-    assert [batch.size for batch in measured.batches] == [1, 3]
+    assert [timing.batch for timing in measured.batches] == [1, 3]
     assert set(measured.peers["PyTorch, the cascade"]) == {1, 3}
     text = io.StringIO()
     Console(file=text, width=200).print(*bench_tables(measured))

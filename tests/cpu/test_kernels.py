@@ -108,6 +108,9 @@ def exact_layers(channels: int, image: tuple[int, int]) -> dict[str, Op]:
         "5×5": random_conv(channels, out, (5, 5), padding=(2, 2, 2, 2)),
         "7×7, stride 2": random_conv(channels, out, (7, 7), stride=(2, 2), padding=(3, 3, 3, 3)),
         "depthwise": random_conv(channels, channels, groups=channels, **same),
+        "depthwise, 5×5, stride 2": random_conv(
+            channels, channels, (5, 5), channels, stride=(2, 2), padding=(2, 2, 2, 2)
+        ),
         "grouped": random_conv(3 * channels, 6, groups=3, **same),
         "winograd": random_conv(channels, out, **same),
     }
@@ -125,7 +128,7 @@ def exact_layers(channels: int, image: tuple[int, int]) -> dict[str, Op]:
 def test_sums_of_integers_are_exact(
     run_ops: RunOps, isa: str, name: str, image: tuple[int, int], n: int
 ) -> None:
-    kernel = {"winograd": WINOGRAD, "depthwise": ""}.get(name, DIRECT)
+    kernel = WINOGRAD if name == "winograd" else "" if name.startswith("depthwise") else DIRECT
     for channels in (1, 3, 15, 16, 17, 31, 33, 63, 65):
         layer = exact_layers(channels, image)[name]
         ops: list[Op] = [Flatten(1, 0), layer] if name == "linear" else [layer]
@@ -190,11 +193,102 @@ def test_any_convolution(run_ops: RunOps, isa: str, case: tuple[Conv2d, Tensor])
     assert error <= TOLERANCE[WINOGRAD] * max(1.0, expected.abs().max().item())
 
 
-@pytest.mark.parametrize("channels", [16, 33])
-def test_depthwise_convolution(run_ops: RunOps, isa: str, channels: int) -> None:
-    conv = random_conv(channels, channels, groups=channels, stride=(2, 2), padding=(1, 1, 1, 1))
-    got, expected = run_ops(torch.randn(2, channels, 9, 10), [conv], isa)
-    assert_near(got, expected, TOLERANCE[DIRECT])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2), (3, 1)])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3), (4, 2)])
+def test_depthwise_convolution(
+    run_ops: RunOps, isa: str, kernel: tuple[int, int], stride: tuple[int, int]
+) -> None:
+    """Maps narrower and wider than a tile of seven columns, and kernels that reach beyond both sides."""
+    for width, pad, channels in [(1, 3, 1), (6, 1, 8), (7, 1, 17), (13, 2, 33), (16, 3, 15), (29, 0, 16)]:
+        padding = (min(pad, kernel[0] - 1), pad, pad, min(pad, kernel[1] - 1))
+        if width + padding[2] + padding[3] < kernel[1]:
+            continue
+        conv = random_conv(
+            channels, channels, kernel, channels, stride=stride, padding=padding, activation="relu6"
+        )
+        conv.bias.abs_()  # or a lone channel might be all zeros
+        got, expected = run_ops(torch.randn(2, channels, 9, width), [conv], isa)
+        assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+def test_depthwise_residual_and_dilation(run_ops: RunOps, isa: str) -> None:
+    first = random_conv(17, 17, (1, 1))
+    for dilation in (1, 2):
+        conv = random_conv(17, 17, groups=17, padding=(dilation,) * 4, dilation=(dilation,) * 2, residual=1)
+        got, expected = run_ops(torch.randn(2, 17, 10, 11), [first, _moved(conv, 2)], isa)
+        assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+@pytest.mark.parametrize("width", [4, 8, 16, 24, 32])
+@pytest.mark.parametrize("kernel", [DIRECT, WINOGRAD])
+def test_grouped_convolution(run_ops: RunOps, isa: str, kernel: str, width: int) -> None:
+    """Groups that are merged to whole vectors, that fill them, and that make up more than one panel."""
+    for stride, n in product([1, 2], [1, 3]):
+        conv = random_conv(
+            8 * width, 8 * width, groups=8, stride=(stride, stride), padding=(1, 1, 1, 1), activation="relu"
+        )
+        got, expected = run_ops(torch.randn(n, 8 * width, 9, 10), [conv], isa, kernel)
+        assert_near(got, expected, TOLERANCE[kernel])
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("image", [(2, 2), (3, 9), (6, 7), (8, 8), (17, 12)])
+def test_max_pool_in_the_epilogue(run_ops: RunOps, isa: str, image: tuple[int, int], activation: str) -> None:
+    """Winograd pools its own tiles: the twin's values, and the same NaN as a pool of its own gives."""
+    for channels, out, n in [(16, 16, 1), (17, 33, 2), (33, 8, 3)]:
+        conv = random_conv(channels, out, padding=(1, 1, 1, 1), activation=activation)
+        ops = [conv, Pool(2, 1, "max", (2, 2), (2, 2))]
+        x = torch.randn(n, channels, *image)
+        got, expected = run_ops(x, ops, isa, WINOGRAD)
+        assert_near(got, expected, TOLERANCE[WINOGRAD])
+        x[0, 0, 0, 0] = math.nan
+        fused, _ = run_ops(x, ops, isa, WINOGRAD, 3)
+        ops = [conv, Pool(2, 1, "max", (1, 1), (1, 1)), Pool(3, 2, "max", (2, 2), (2, 2))]
+        apart, _ = run_ops(x, ops, isa, WINOGRAD)
+        assert torch.equal(fused.nan_to_num(), apart.nan_to_num())
+        assert torch.equal(fused.isnan(), apart.isnan())
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        Pool(2, 1, "max", (2, 2), (2, 2), ceil_mode=True),
+        Pool(2, 1, "max", (3, 3), (2, 2), (1, 1, 1, 1)),
+        Pool(2, 1, "max", (2, 2), (1, 1)),
+        Pool(2, 1, "average", (2, 2), (2, 2)),
+    ],
+    ids=["ceil", "3×3", "stride 1", "average"],
+)
+def test_other_pools_stay_behind_the_convolution(run_ops: RunOps, isa: str, pool: Pool) -> None:
+    conv = random_conv(16, 16, padding=(1, 1, 1, 1))
+    got, expected = run_ops(torch.randn(2, 16, 9, 7), [conv, pool], isa, WINOGRAD)
+    assert_near(got, expected, TOLERANCE[WINOGRAD])
+
+
+@pytest.mark.parametrize("out", [8, 17, 24, 33, 40, 65, 100, 112])
+def test_panels_of_one_to_three_blocks(run_ops: RunOps, isa: str, out: int) -> None:
+    for depth, width in [(3, 1), (129, 2), (64, 13), (300, 50)]:
+        got, expected = run_ops(torch.randn(2, depth, 1, width), [random_conv(depth, out, (1, 1))], isa)
+        assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_threads_give_the_same_bits(run_ops: RunOps, isa: str, threads: int) -> None:
+    """One image, so that threads share every layer: by rows, or by panels where rows are few."""
+    ops = [
+        random_conv(3, 24, stride=(2, 2), padding=(1, 1, 1, 1), activation="relu6"),
+        _moved(random_conv(24, 72, (1, 1), activation="relu6"), 2),
+        _moved(random_conv(72, 72, groups=72, stride=(2, 2), padding=(1, 1, 1, 1)), 3),
+        _moved(random_conv(72, 96, groups=6, stride=(2, 2), padding=(1, 1, 1, 1)), 4),
+        _moved(random_conv(96, 96, groups=6, padding=(1, 1, 1, 1)), 5),
+        _moved(random_conv(96, 200, (1, 1)), 6),
+    ]
+    ops = [Conv2d(**{**vars(op), "input": i}) for i, op in enumerate(ops)]
+    x = torch.randn(1, 3, 53, 45)
+    one, expected = run_ops(x, ops, isa)
+    many, _ = run_ops(x, ops, isa, "", threads)
+    assert_near(one, expected, TOLERANCE[WINOGRAD])
+    assert torch.equal(one, many)
 
 
 def _layers(channels: int) -> dict[str, list[Op]]:

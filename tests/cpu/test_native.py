@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,13 +109,17 @@ AFFINITY = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def affinity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("affinity")
+    threads = driver.compile_file(driver.SOURCE / "threads.cpp", folder, driver.PACKAGE_FLAGS)
+    return driver.link_driver("affinity", [threads])
+
+
 @AFFINITY
 @pytest.mark.parametrize(("answer", "changes"), [("granted", 2), ("refused", 1), ("shrunk", 3)])
-def test_helpers_keep_their_processors(
-    answer: str, changes: int, engine_objects: Sequence[Path], tmp_path: Path
-) -> None:
-    threads = shutil.copy(next(o for o in engine_objects if o.name == "threads.o"), tmp_path)
-    status, words = run([driver.link_driver("affinity", [Path(threads)]), answer])
+def test_helpers_keep_their_processors(answer: str, changes: int, affinity: Path) -> None:
+    status, words = run([affinity, answer])
     asked, helped, narrowed = (int(word) for word in re.findall(r"\d+", words))
     assert (status, narrowed) == (0, 0), words
     assert helped >= 20

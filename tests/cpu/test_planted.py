@@ -26,6 +26,7 @@ from native import (
     SHORT_SQUEEZE,
     UNCHECKED_CLASS,
     UNLIMITED_PIXELS,
+    WIDE_EDGE,
     Fault,
 )
 
@@ -97,6 +98,7 @@ def test_the_engine_built_again_passes(
                 (BF16_LAYER, "test_kernels.py", "test_batches_around_a_tile"),
                 (MISSING_TILE, "test_kernels.py", "test_conv3x3_at_odd_sizes"),
                 (MISSING_PIXELS, "test_kernels.py", "test_sums_of_integers"),
+                (WIDE_EDGE, "test_kernels.py", "test_sums_of_integers and avx2"),
                 (SHORT_SQUEEZE, "test_kernels.py", "test_global_pools and avx2"),
                 (EARLY_GATE, "test_kernels.py", "squeeze and avx2"),
                 (PADDED_SOFTMAX, "test_kernels.py", "test_other_layers and softmax and avx2"),

@@ -356,9 +356,13 @@ def _conv(**changes: object) -> dict[str, object]:
     return {**conv, **changes}
 
 
+def _op(name: str, **fields: object) -> dict[str, object]:
+    return {"op": name, "output": 1, "inputs": [0], **fields}
+
+
 HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "unknown operation": (_conv(op="Conv9d"), "unknown operation"),
-    "unknown activation": (_conv(activation="gelu"), "unknown activation"),
+    "unknown activation": (_conv(activation="swoosh"), "unknown activation"),
     "reads itself": (_conv(inputs=[1]), "before it is written"),
     "reads out of range": (_conv(inputs=[2**40]), "before it is written"),
     "negative value": (_conv(inputs=[-1]), "before it is written"),
@@ -388,9 +392,32 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
             "before": [0, 20000, 20000],
             "after": [0, 0, 0],
             "value": 0.0,
+            "mode": "constant",
         },
         "GiB for the activations",
     ),
+    "parts of a softmax": (_op("Softmax", parts=2), "softmax over 2 parts"),
+    "a softmax without parts": (_op("Softmax", parts=0), "parts is 0"),
+    "channels that are not there": (_op("Reorder", channels=[0, 3]), "channel is 3"),
+    "no channels": (_op("Reorder", channels=[]), "channels is 0"),
+    "a reshape of other size": (_op("Reshape", shape=[3, 9, 9]), "reshapes"),
+    "a reshape of two axes": (_op("Reshape", shape=[27, 8]), "2 sizes; expected 1 or 3"),
+    "an empty pool": (_op("AdaptivePool", kind="max", size=[0, 1]), "height is 0"),
+    "a pool of another kind": (_op("AdaptivePool", kind="median", size=[1, 1]), "expected average or max"),
+    "a huge resize": (_op("Resize", kind="nearest", size=[2**40, 1], align_corners=False), "height is"),
+    "a short layer norm": (
+        _op("LayerNorm", scale=np.ones(2, np.float32), shift=np.ones(3, np.float32), eps=0.1),
+        "scale has 2 numbers",
+    ),
+    "a reflection beyond the image": (
+        _op("Pad", before=[0, 9, 0], after=[0, 0, 0], value=0.0, mode="reflect"),
+        "reflected rows is 9",
+    ),
+    "replicated channels": (
+        _op("Pad", before=[1, 0, 0], after=[0, 0, 0], value=0.0, mode="replicate"),
+        "channel padding is 1",
+    ),
+    "a product of one value": (_op("Multiply"), "has 1 inputs"),
     "no inputs": (_conv(inputs=[]), "has 0 inputs"),
     "text for a number": (_conv(output="one"), "wrong type, length or range"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastcascade as fc
+from fastcascade.data.batches import count_images
 from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.evaluation import logits, progress
 from fastcascade.evaluation.evaluation import Trace, evaluate, trace, traces
+from fastcascade.evaluation.logits import compiling_pays
 from fastcascade.types import Combine
 
 CLASSES, SHAPE = 4, (1, 3, 3)
@@ -228,3 +232,71 @@ def test_clear_errors() -> None:
     log_probs_only = fc.compile(cascade, backend="reference", output="log_probs")
     with pytest.raises(InvalidArgument, match='output="cascade"'):
         evaluate(log_probs_only, (images, labels))
+
+
+@pytest.mark.parametrize("build", [independent, segmented])
+def test_compiled_stages_say_what_the_eager_ones_do(
+    build: Callable[[], fc.Cascade], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels, scores, costs and invalid rows; thresholds lie in gaps that rounding cannot cross."""
+    cascade = build()
+    cascade.temperatures.copy_(torch.linspace(0.5, 2, len(cascade.stages)))
+    data = labelled(300, bad_rows=(0, 17))
+    slow = trace(cascade, data)
+    thresholds = thresholds_between_scores(slow, 0)
+    expected = evaluate(cascade, data, thresholds)
+    monkeypatch.setattr(logits, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(cascade, "all_logits", None)  # nothing runs eagerly
+    monkeypatch.setattr(cascade, "forward", None)
+    fast = trace(cascade, data)
+    np.testing.assert_array_equal(fast.labels, slow.labels)
+    np.testing.assert_array_equal(fast.own_labels, slow.own_labels)
+    np.testing.assert_allclose(fast.scores, slow.scores, atol=1e-4)
+    np.testing.assert_array_equal(fast.hashes, slow.hashes)
+    assert same(evaluate(cascade, data, thresholds), expected)
+    with pytest.raises(InvalidArgument, match="unknown"):
+        evaluate(cascade, data, "unknown")
+
+
+def test_small_work_is_not_worth_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = independent()
+    assert not compiling_pays(cascade, 300)
+    assert compiling_pays(cascade, 10**9)
+    assert compiling_pays(cascade, None)
+    assert not compiling_pays(cascade.double(), 10**9)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.zeros(SHAPE), 0)] * 3)
+
+
+def test_images_are_counted_where_that_is_possible() -> None:
+    images, labels = labelled(7)
+    dataset = TensorDataset(images, labels)
+    forms: list[Any] = [(images, labels), (images.numpy(), None), dataset, DataLoader(dataset, 3)]
+    assert [count_images(form) for form in forms] == [7] * 4
+    assert count_images(Stream()) is None
+    assert count_images(DataLoader(Stream())) is None
+
+
+@pytest.mark.parametrize(("patience", "terminal", "drawn"), [(-1, 1, True), (60, 1, False), (-1, 0, False)])
+def test_a_bar_appears_on_a_terminal_where_one_has_to_wait(
+    patience: float,
+    terminal: int,
+    drawn: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_S", patience)
+    monkeypatch.setenv("TTY_COMPATIBLE", str(terminal))
+    cascade = independent()
+    evaluate(cascade, labelled(600), [0.0, 0.0])
+    trace(cascade, labelled(600))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert ("running the cascade" in shown.err) == ("running the stages" in shown.err) == drawn
+    if not drawn:
+        assert shown.err == ""
+    evaluate(cascade, labelled(600), [0.0, 0.0], progress=False)
+    assert capsys.readouterr().err == ""

@@ -128,6 +128,11 @@ def test_many_classifiers_take_the_greedy_and_still_find_the_pair(monkeypatch: p
             r"'b' has logits of shape \(200, 4\), 'a' of \(200, 5\)",
         ),
         (
+            {"logits": [torch.zeros(200, 5), torch.zeros(190, 5)], "macs": [1, 2]},
+            InvalidArgument,
+            r"'1' has logits of shape \(190, 5\), '0' of \(200, 5\); all must judge the same images",
+        ),
+        (
             {"logits": [torch.zeros(200, 5), torch.full((200, 5), math.nan)], "macs": [1, 2]},
             DataError,
             "'1' are not finite on 200 of 200",

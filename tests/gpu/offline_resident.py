@@ -21,9 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-from resident_cases import pooling_network
-
 import fastcascade as fc
 from fastcascade.backends.gpu.resident_stage import choose_resident
 from fastcascade.kernels.cuda.launch import COMPILE_OPTIONS
@@ -32,7 +29,7 @@ from fastcascade.kernels.cuda.resident import KERNEL, resident_source
 from fastcascade.kernels.cuda.resident_plan import ResidentPlan
 from fastcascade.kernels.cuda.resident_steps import Step
 from fastcascade.kernels.cuda.resident_table import resident_table
-from fastcascade.model.pooled_net import mirrored_pooled_net, pooled_net
+from fastcascade.model.pooled_net import PooledNet, mirrored_pooled_net, pooled_net
 from fastcascade.model.resnet import resnet9, resnet_cifar
 
 MACHINES = {"sm_80": A100, "sm_90": H100}
@@ -45,7 +42,7 @@ NETWORKS: dict[str, Callable[[], list[nn.Module]]] = {
     "ResNet-20 of twice the width": lambda: [resnet_cifar(20, width=32)],
     "three ResNet-9": lambda: [resnet9(8, stem=16), resnet9(16), resnet9(32)],
     "the shipped cascade": lambda: [pooled_net(16), pooled_net(32), pooled_net(64), mirrored_pooled_net(64)],
-    "GELU": lambda: [pooling_network((64, 256, 256), nn.GELU)],
+    "GELU": lambda: [PooledNet(widths=(64, 256, 256), activation="gelu")],
 }
 
 

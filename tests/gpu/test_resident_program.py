@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from fastcascade.backends.gpu.stage_ways import WAYS
 from fastcascade.backends.registry import NAMES, load_backend
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.kernels.cuda.machine import A100, H100
+from fastcascade.kernels.cuda.resident_estimate import estimate_stage
 from fastcascade.kernels.cuda.resident_table import resident_table
 from fastcascade.lowering.plan import Plan
+from fastcascade.model.pooled_net import mirrored_pooled_net, pooled_net
 from fastcascade.model.resnet import Head, resnet9, resnet_cifar
 from fastcascade.types import forced_exit
 
@@ -136,16 +139,32 @@ def test_a_resnet_20_takes_74_kib(machine: object, blocks: int) -> None:
     plan = fc.plan(fc.Cascade([resnet_cifar(20)], None, 10, (3, 32, 32)))
     found = choose_resident(plan, machine).plan  # type: ignore[arg-type]
     assert found is not None
-    assert (found.shared_bytes, found.warps, found.blocks) == (75_248, 4, blocks)
+    assert (found.shared_bytes, found.warps, found.blocks) == (75_296, 4, blocks)
 
 
-def test_the_shipped_networks_fit() -> None:
+def test_the_shipped_networks_run_in_groups_and_the_mirrored_one_fits() -> None:
+    """Weights for few pixels: the last layers run on several images at once, estimated a third faster."""
+    networks = [pooled_net(16), pooled_net(32), pooled_net(64), mirrored_pooled_net(64)]
+    plan = fc.plan(fc.Cascade(networks, fc.MLPSelector(), 10, (3, 32, 32), "mean"))
+    choice = choose_resident(plan, H100)
+    assert choice.reasons == (None,) * 4
+    found = choice.plan
+    assert found is not None
+    assert (found.warps, found.blocks) == (8, 1)
+    assert [group.images for group in found.groups] == [4, 4, 3, 3]
+    assert [found.stage(k)[0].step.mirror for k in range(4)] == [False, False, False, True]
+    steps = [replace(entry.step, images=1) for entry in found.stage(2)]
+    alone = estimate_stage(steps, found.warps, found.blocks, H100)
+    assert found.estimate(2).rate > 4 / 3 * alone.rate
+
+
+def test_three_resnet_9_fit() -> None:
     networks = [resnet9(8, stem=16), resnet9(16), resnet9(32)]
     plan = fc.plan(fc.Cascade(networks, fc.MLPSelector(), 10, (3, 32, 32), "mean"))
     found = choose_resident(plan, H100)
     assert found.reasons == (None, None, None)
     assert found.plan is not None
-    assert (found.plan.shared_bytes, found.plan.blocks) == (111_184, 2)
+    assert (found.plan.shared_bytes, found.plan.blocks) == (111_296, 2)
     rates = [found.plan.estimate(k).rate for k in range(3)]
     assert rates == sorted(rates, reverse=True)
     others = launch_rates(stage_layers(plan.stages[0], torch.float16, CPU), H100)

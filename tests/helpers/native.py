@@ -42,14 +42,21 @@ class Fault:
 MISSING_TILE = Fault(
     "the last tile is missing",
     "step_builder.cpp",
-    "step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4);",
-    "step.work_items = ((out.shape.h + 3) / 4) * ((out.shape.w + 3) / 4) - 1;",
+    "step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);",
+    "step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4) - 1;",
+)
+WIDE_EDGE = Fault(
+    "a pixel at the right side of the map takes the taps of an inner one",
+    "generic/runs.inl",
+    "last / stride + 1",
+    "last / stride + 2",
+    "avx2.cpp",
 )
 MISSING_PIXELS = Fault(
-    "pixels that do not fill a register tile are missing",
+    "the last rows and tiles of a thread's share are missing",
     "run_step.cpp",
-    "mine{{0, positions}, {0, step.blocks}};",
-    "mine{{0, positions / kernels.mr * kernels.mr}, {0, step.blocks}};",
+    "return {part(positions, share), {0, step.panels}};",
+    "return {part(positions / kernels.mr * kernels.mr, share), {0, step.panels}};",
 )
 WASTED_FIFTH = Fault(
     "a fifth of every tile runs twice",
@@ -62,15 +69,15 @@ WASTED_FIFTH = Fault(
 EXTRA_PASS = Fault(
     "one more pass over the input",
     "run_step.cpp",
-    "load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, 1, share));",
+    "load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));",
     "for (int pass = 0; pass < 2; ++pass)"
-    " load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, 1, share));",
+    " load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));",
 )
 BF16_LAYER = Fault(
     "one layer multiplies in bf16",
     "pack.cpp",
-    "packed.transformed.data(), plane);",
-    "packed.transformed.data(), plane);"
+    "packed.transformed.data() + 36 * g * plane, plane);",
+    "packed.transformed.data() + 36 * g * plane, plane);"
     " for (int64_t j = 0; m.in == 16 && j < packed.transformed.size(); ++j) {"
     " uint32_t bits; __builtin_memcpy(&bits, packed.transformed.data() + j, 4);"
     " bits = (bits + 0x8000) & 0xffff0000u; __builtin_memcpy(packed.transformed.data() + j, &bits, 4); }",

@@ -13,8 +13,15 @@ from fastcascade.backends.gpu.resident_stage import choose_resident
 from fastcascade.kernels.cuda.machine import A100, H100, Machine
 from fastcascade.kernels.cuda.resident_plan import ResidentPlan
 from fastcascade.lowering.plan import Plan
-from fastcascade.model.pooled_net import mirrored_pooled_net, pooled_net
-from fastcascade.model.resnet import Head, IdentityResidual, cut_into_segments, resnet9, resnet_cifar
+from fastcascade.model.pooled_net import PooledNet, mirrored_pooled_net, pooled_net
+from fastcascade.model.resnet import (
+    BasicBlock,
+    Head,
+    IdentityResidual,
+    cut_into_segments,
+    resnet9,
+    resnet_cifar,
+)
 from fastcascade.testing.networks import randomise_statistics
 
 __all__ = [
@@ -186,7 +193,7 @@ CASES: dict[str, Case] = {
         independent(
             lambda: [
                 pooled_net(16, deep=32),
-                pooling_network((16, 32, 64), nn.GELU),
+                PooledNet(widths=(16, 32, 64), activation="gelu"),
                 mirrored_pooled_net(16, deep=64),
             ],
             selectors("stats"),
@@ -215,6 +222,20 @@ MORE_CASES: dict[str, Case] = {
     ),
     "ResNet-9 of width 8 then 16": Case(
         independent(lambda: [resnet9(8, stem=16), resnet9(16)], selectors("stats"), combine="mean")
+    ),
+    "residuals, one before a ReLU and a pooling": Case(
+        independent(
+            lambda: [
+                nn.Sequential(
+                    conv(3, 16),
+                    BasicBlock(16, 16, 1, "A"),
+                    nn.MaxPool2d(2),
+                    IdentityResidual(nn.Sequential(conv(16, 16), conv(16, 16))),
+                    Head(16, 10),
+                )
+            ]
+        ),
+        3,
     ),
     "one grey channel, 12×20": Case(
         independent(
@@ -263,7 +284,7 @@ POOLED_CASES: dict[str, Case] = {
         7,
     ),
     "the largest with GELU": Case(
-        independent(lambda: [pooling_network((64, 256, 256), nn.GELU)], shape=(3, 32, 32)), 3
+        independent(lambda: [PooledNet(widths=(64, 256, 256), activation="gelu")], shape=(3, 32, 32)), 3
     ),
     "the largest with GELU by tanh": Case(
         independent(

@@ -164,6 +164,26 @@ def blur(x: Tensor) -> Tensor:
     return F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), weight, stride=2, groups=8)
 
 
+def randomised(norm: nn.GroupNorm) -> nn.GroupNorm:
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """As in TResNet's stem, with cells of two rows: places in a cell come before the channels."""
+    n, c, h, w = x.shape
+    y = x.view(n, c, h // 2, 2, w, 1).permute(0, 3, 5, 1, 2, 4)
+    return F.relu(y.contiguous().view(n, 2 * c, h // 2, w))
+
+
+def unshuffle(x: Tensor) -> Tensor:
+    """As ``pixel_unshuffle``: channels come before the pixels of a cell."""
+    n, c, h, _ = x.shape
+    y = x[..., :4].reshape(n, c, h // 3, 3, 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return F.relu(y.reshape(n, 6 * c, h // 3, 2))
+
+
 BLOCKS: dict[str, Callable[[], Block]] = {
     "squeeze and excite": lambda: Block(squeeze_excite, down=nn.Conv2d(8, 2, 1), up=nn.Conv2d(2, 8, 1)),
     "squeeze by linear": lambda: Block(squeeze_excite_linear, down=nn.Linear(8, 2), up=nn.Linear(2, 8)),
@@ -185,6 +205,11 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "response norm": lambda: Block(response_norm, scale=nn.LayerNorm(8)),
     "layer norm by hand": lambda: Block(layer_norm_2d),
     "layer norm of a vector": lambda: Block(lambda x, f: f(x.mean((2, 3))), f=nn.LayerNorm(8)),
+    "group norm": lambda: Block(lambda x, f: f(x), f=randomised(nn.GroupNorm(4, 8))),
+    "one group": lambda: Block(lambda x, f: f(x), f=randomised(nn.GroupNorm(1, 8))),
+    "groups of one": lambda: Block(lambda x, f: f(x), f=nn.GroupNorm(8, 8, affine=False)),
+    "space to depth": lambda: Block(space_to_depth),
+    "unshuffle": lambda: Block(unshuffle),
     "pyramid": lambda: Block(pyramid),
     "blur pool": lambda: Block(blur),
     "replicate padding": lambda: Block(lambda x: F.pad(x, (2, 1, 0, 3), "replicate")),

@@ -17,8 +17,7 @@ import fastcascade as fc
 from fastcascade.errors import BackendUnavailable, FileFormatError, InvalidArgument, LoweringError
 from fastcascade.lowering.operations import Add, Concat, Conv2d, Flatten, Linear, Op, Pad, Pool, Slice
 from fastcascade.lowering.plan import Plan
-from fastcascade.lowering.plan_file import FORMAT
-from fastcascade.storage.bundle import BundleFormat, load_bundle, save_bundle
+from fastcascade.storage.bundle import PLAN_FORMAT, BundleFormat, load_bundle, save_bundle
 from fastcascade.testing.networks import random_network
 from fastcascade.types import forced_exit
 
@@ -203,8 +202,8 @@ def test_opaque_stages_and_selectors_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path)
-    content, tensors = load_bundle(tmp_path, FORMAT)
-    save_bundle(tmp_path, BundleFormat("plan", FORMAT.version + 1), content, tensors, overwrite=True)
+    content, tensors = load_bundle(tmp_path, PLAN_FORMAT)
+    save_bundle(tmp_path, BundleFormat("plan", PLAN_FORMAT.version + 1), content, tensors, overwrite=True)
     with pytest.raises(FileFormatError, match="upgrade"):
         fc.load_plan(tmp_path)
 
@@ -255,9 +254,9 @@ Edit = Callable[[dict[str, Any]], Any]
 )
 def test_hostile_plans_are_refused(plan: Plan, tmp_path: Path, edit: Edit, message: str) -> None:
     plan.save(tmp_path)
-    content, tensors = load_bundle(tmp_path, FORMAT)
+    content, tensors = load_bundle(tmp_path, PLAN_FORMAT)
     edit(content)
-    save_bundle(tmp_path, FORMAT, content, tensors, overwrite=True)  # with correct hashes
+    save_bundle(tmp_path, PLAN_FORMAT, content, tensors, overwrite=True)  # with correct hashes
     with pytest.raises(FileFormatError) as caught:
         fc.load_plan(tmp_path)
     assert message in str(caught.value)
@@ -286,7 +285,7 @@ def assert_runs(plan: Plan) -> None:
 def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> None:
     """After a change of any field, loading raises the library's error or returns a plan that runs."""
     plan.save(tmp_path)
-    content, tensors = load_bundle(tmp_path, FORMAT)
+    content, tensors = load_bundle(tmp_path, PLAN_FORMAT)
     choose = random.Random(0)
     paths = leaves(content)[1:]
     refused = 0
@@ -299,7 +298,7 @@ def test_random_damage_is_refused_or_harmless(plan: Plan, tmp_path: Path) -> Non
         old = target[path[-1]]
         values = [None, -1, 0, 1, 2, 2**31, 2**62, 1.5, "inf", "relu", "", [], [1], {}, True]
         target[path[-1]] = choose.choice([*values, *([old + 1] if isinstance(old, int) else [])])
-        save_bundle(tmp_path, FORMAT, damaged, tensors, overwrite=True)
+        save_bundle(tmp_path, PLAN_FORMAT, damaged, tensors, overwrite=True)
         try:
             loaded = fc.load_plan(tmp_path)
         except FileFormatError:

@@ -21,6 +21,7 @@ from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgumen
 from fastcascade.model.registry import build_network
 from fastcascade.model.resnet import cut_into_segments, resnet9, resnet_cifar
 from fastcascade.model.store import load_cascade
+from fastcascade.types import OutOfFoldScores
 
 SHAPE = (3, 16, 16)
 
@@ -65,6 +66,7 @@ def registry_cascade() -> fc.Cascade:
         "default", (math.inf,), {"max_risk": (0.05, 0.1)}, None, 5e6, (0.0, 1.0), 100, 0.0
     )
     cascade.seen_images = np.array([3, 2**63 + 1, 2**64 - 1], np.uint64)
+    cascade.out_of_fold = OutOfFoldScores(cascade.seen_images[1:], np.array([[0.5, -2]], np.float32))
     return cascade
 
 
@@ -139,6 +141,10 @@ def test_a_loaded_cascade_is_the_saved_one(tmp_path: Path, name: str) -> None:
     ]
     assert loaded.seen_images.dtype == np.uint64
     assert loaded.seen_images.tolist() == cascade.seen_images.tolist()
+    assert (loaded.out_of_fold is None) == (cascade.out_of_fold is None)
+    if loaded.out_of_fold is not None and cascade.out_of_fold is not None:
+        np.testing.assert_array_equal(loaded.out_of_fold.images, cascade.out_of_fold.images)
+        np.testing.assert_array_equal(loaded.out_of_fold.scores, cascade.out_of_fold.scores)
     x = torch.randn(5, *SHAPE, dtype=cascade.dtype)
     for expected, got in zip(cascade.all_exits(x), loaded.all_exits(x), strict=True):
         assert torch.equal(expected, got)
@@ -277,6 +283,8 @@ def test_temperatures_come_back_and_are_one_in_files_from_before_them(tmp_path: 
         (lambda t: t.update({"stages.0.module.head.2.bias": torch.ones(4).half()}), "do not make a cascade"),
         (lambda t: t.update({"selector.w1": torch.ones(1, 8, 5)}), r"'selector' .* w1 is \(1, 8, 5\)"),
         (lambda t: t.update(seen_images=torch.ones(2, 2, dtype=torch.uint64)), "not a row of uint64"),
+        (lambda t: t.update({"out_of_fold.images": torch.tensor([8, 3], dtype=torch.uint64)}), "increasing"),
+        (lambda t: t.update({"out_of_fold.scores": torch.ones(2, 2)}), "are for 3 stages, not 2"),
         (lambda t: t.update(temperatures=torch.ones(3)), "expected 2 finite numbers"),
         (lambda t: t.update(temperatures=torch.tensor([1.0, math.nan])), "expected 2 finite numbers"),
         (lambda t: t.update(temperatures=torch.tensor([1.0, -2.0])), "expected positive"),
@@ -383,14 +391,14 @@ class Own(nn.Module):
         return self.linear(x.sort(1).values if self.opaque else x)
 
 
-def own_cascade(opaque: bool = False) -> fc.Cascade:
+def two_own_networks(opaque: bool = False) -> fc.Cascade:
     return fc.Cascade(
         [fc.Stage(Own(), name="a"), fc.Stage(Own(opaque), name="b")], fc.MLPSelector(), 3, (3, 2, 2)
     )
 
 
 def test_own_networks_run_from_their_folder_without_their_code(tmp_path: Path) -> None:
-    cascade, x = own_cascade(), torch.randn(9, 3, 2, 2)
+    cascade, x = two_own_networks(), torch.randn(9, 3, 2, 2)
     for half in (False, True):
         cascade.save(tmp_path, overwrite=True, half=half)
         loaded = load_cascade(tmp_path, {"a": Own(), "b": Own()})
@@ -399,20 +407,20 @@ def test_own_networks_run_from_their_folder_without_their_code(tmp_path: Path) -
 
 
 def test_a_plan_of_another_save_is_not_used(tmp_path: Path) -> None:
-    own_cascade().save(tmp_path)
-    own_cascade().save(tmp_path, plan=False, overwrite=True)
+    two_own_networks().save(tmp_path)
+    two_own_networks().save(tmp_path, plan=False, overwrite=True)
     with pytest.raises(FileFormatError, match=r"custom modules \(a, b\) and no plan.*plan=True"):
         fc.compile(tmp_path)
 
 
 def test_why_there_is_no_plan_is_said(tmp_path: Path) -> None:
-    own_cascade(opaque=True).save(tmp_path)
+    two_own_networks(opaque=True).save(tmp_path)
     with pytest.raises(
         FileFormatError, match=r"no plan of it: stage 'b' cannot be saved: it is opaque \(.*sort"
     ):
         fc.compile(tmp_path)
     with pytest.raises(fc.FastCascadeError, match="stage 'b' cannot be saved: it is opaque"):
-        own_cascade(opaque=True).save(tmp_path / "new", plan=True)
+        two_own_networks(opaque=True).save(tmp_path / "new", plan=True)
     assert not (tmp_path / "new" / "cascade.json").exists()
 
 

@@ -385,6 +385,39 @@ def test_a_forgotten_batcher_ends_its_thread_and_its_requests(model: CompiledCas
     assert_same(future.result(0), model(images(1)))
 
 
+def test_garbage_collection_on_the_batchers_own_thread_closes_it(
+    model: CompiledCascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worst moment: while that thread holds the queue's lock."""
+    batcher = fc.Batcher(model)
+    thread, queue = batcher._thread, batcher._queue
+    batcher.submit(images(1)).result(30)
+    cycle: list[Any] = [batcher]
+    cycle.append(cycle)
+    cut = queue._cut_batch
+
+    def collect(*arguments: Any) -> Any:
+        gc.collect()
+        return cut(*arguments)
+
+    monkeypatch.setattr(queue, "_cut_batch", collect)
+    gc.disable()
+    try:
+        future = batcher.submit(images(2))
+        del batcher, cycle
+        assert_same(future.result(30), model(images(2)))
+    finally:
+        gc.enable()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_waits_of_any_length(model: CompiledCascade) -> None:
+    with fc.Batcher(model, max_batch=2, max_delay_ms=1e300) as batcher:
+        futures = [batcher.submit(images(1), timeout_s=float("inf"), block=True) for _ in range(2)]
+        assert all(len(future.result(30).probs) == 1 for future in futures)
+
+
 def test_a_process_ends_with_an_open_batcher() -> None:
     code = (
         "import fastcascade as fc, torch\n"

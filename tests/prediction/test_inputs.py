@@ -329,10 +329,13 @@ def test_bad_cells_and_members_are_rows(tmp_path: Path, model: CompiledCascade) 
 def test_a_damaged_row_group_gives_error_rows(tmp_path: Path, model: CompiledCascade) -> None:
     path = tmp_path / "x.parquet"
     cells = [{"bytes": encoded(IMAGES[i % N]), "path": None} for i in range(12)]
-    write_parquet(path, cells, row_group_size=4, compression="none", write_page_checksum=True)
-    start = parquet.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset
+    write_parquet(
+        path, cells, row_group_size=4, compression="none", use_dictionary=False, write_page_checksum=True
+    )
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    end = column.data_page_offset + column.total_compressed_size
     data = bytearray(path.read_bytes())
-    data[start + 100 : start + 140] = b"\xff" * 40
+    data[end - 140 : end - 100] = b"\xff" * 40
     path.write_bytes(data)
     found = model.predict(path)
     assert list(found.errors) == [4, 5, 6, 7]

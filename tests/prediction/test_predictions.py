@@ -123,7 +123,7 @@ def test_non_finite_pixels_are_an_error_and_cost_all_stages(
 def some(ids: list[str], error: str | None = None) -> Predictions:
     """Rows with labels 0, 1, …, or rows that could not be read."""
     n = len(ids)
-    numbers = np.arange(n)
+    numbers = np.arange(n) % len(CLASSES)
     if error is not None:
         column, scores = np.full(n, -1), np.full(n, np.nan, np.float32)
     else:
@@ -250,7 +250,7 @@ def test_top_classes_are_sorted_and_written(
 ) -> None:
     x = images(5)
     found = model.predict(x, [0.0], top_k=2)
-    probs, order = cascade(x, [0.0]).probs.sort(1, descending=True, stable=True)
+    probs, order = cascade(x, [0.0]).probs.sort(dim=1, descending=True, stable=True)
     assert found.top_labels.tolist() == order[:, :2].tolist()
     torch.testing.assert_close(torch.tensor(found.top_probabilities), probs[:, :2])
     save_predictions([found[:2], found[2:]], tmp_path / "p.parquet")

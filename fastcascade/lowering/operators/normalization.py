@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastcascade.lowering.operations import Activation, LayerNorm, Multiply
+from fastcascade.lowering.operations import Activation, Add, Conv2d, LayerNorm, Multiply
 from fastcascade.lowering.operators.arithmetic import binary, scale_shift
 from fastcascade.lowering.operators.pooling import mean, positions
 from fastcascade.lowering.translator import Translator, Value, lowers
@@ -58,6 +58,37 @@ def layer_norm(
         eps=float(eps),
     )
     return replace(result, axes=value.axes)
+
+
+@lowers(aten.group_norm)
+def group_norm(
+    t: Translator, input: Any, num_groups: int, weight: Any, bias: Any, eps: float, **_: Any
+) -> Value:
+    """Normalisation over the pixels and channels of each group, in two passes: mean, then variance."""
+    value = t.image(input)
+    centred = binary(t, Add, value, scale_shift(t, _group_mean(t, value, num_groups), scale=-1.0))
+    variance = _group_mean(t, binary(t, Multiply, centred, centred), num_groups)
+    deviation = t.emit_elementwise(Activation, scale_shift(t, variance, shift=eps), kind="sqrt")
+    gain = t.emit_elementwise(Activation, deviation, kind="reciprocal")
+    result = binary(t, Multiply, centred, gain)
+    scale, shift = (c if c is None else c.reshape(-1, 1, 1) for c in (weight, bias))
+    return scale_shift(t, result, 1.0 if scale is None else scale, 0.0 if shift is None else shift)
+
+
+def _group_mean(t: Translator, value: Value, groups: int) -> Value:
+    """(C, H, W) → (C, 1, 1): for every channel the mean of its group. A convolution averages the channels."""
+    means = t.plain(mean(t, value, [2, 3], keepdim=True))
+    channels, width = value.shape[0], value.shape[0] // groups
+    if width == 1:
+        return means
+    return t.emit(
+        Conv2d,
+        (channels, 1, 1),
+        input=means.number,
+        weight=torch.full((channels, width, 1, 1), 1 / width, dtype=torch.float64),
+        bias=torch.zeros(channels),
+        groups=groups,
+    )
 
 
 @lowers(aten.linalg_vector_norm)
