@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fastcascade as fc
+from fastcascade.evaluation.evaluation import Trace
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10"
 N = 60
 
@@ -142,3 +145,21 @@ def test_orthogonalised_matrices_have_singular_values_near_one(script: ModuleTyp
     values = torch.linalg.svdvals(script.orthogonalised(torch.randn(16, 40), steps=5))
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+def test_calibrated_costs_leave_room_for_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    build = importlib.import_module("build_cascade")
+    stages = [fc.Stage(build.build_network("pooled_net:2", 10), macs=macs) for macs in (1_000, 9_000)]
+    cascade = build.cascade_of(stages, fc.ThresholdSelector("margin"), "last", None)
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (400,), generator=draw)
+    logits = 2 * torch.randn(2, 400, 10, generator=draw)
+    for sharpness, stage in zip((1, 5), logits, strict=True):
+        stage[torch.arange(400), labels] += sharpness
+    seen = Trace.from_logits(cascade, logits, labels)
+    build.calibrate_within(cascade, seen, "default", 5_000)
+    point = cascade.operating_points["default"]
+    costs = seen.exit_macs[seen.exits(point)]
+    room = 1.645 * costs.std() * (1 / 400 + 1 / 10_000) ** 0.5
+    assert 5_000 - 2 * room < point.mean_macs <= 5_000 - room
