@@ -70,7 +70,7 @@ def test_the_second_phase_goes_on_with_the_first_ones_networks(
 ) -> None:
     images, labels = random_images()
     data = tmp_path / "images.npz"
-    np.savez(data, images=images.movedim(1, -1).numpy(), labels=labels.numpy())
+    np.savez(data, x_train=images.movedim(1, -1).numpy(), y_train=labels.numpy())
     first = script.Run("pooled_net:2", 1, batch_size=20)
     second = replace(first, average=0.5, rate=0.0, hard_images=20, whitening_epochs=0, teacher=first.network)
     monkeypatch.setattr(script, "FIRST_PHASE", (first,))
@@ -88,16 +88,17 @@ def test_the_second_phase_goes_on_with_the_first_ones_networks(
     assert not torch.allclose(old_mean, new_mean, rtol=1e-3), "yet it saw images"
 
 
-def test_an_average_lags_behind_the_weights(script: ModuleType, tmp_path: Path) -> None:
-    images, labels = random_images()
-    weights = {}
-    for decay in (0.0, 0.5, 1.0):
+def test_the_result_is_the_average_of_the_weights(script: ModuleType, tmp_path: Path) -> None:
+    images, labels = (part[:40] for part in random_images())
+    weights = []
+    for decay in (1.0, 0.5, 1e-12):  # of two steps: the first's weights, their mean, the second's
         run = script.Run("pooled_net:2", 1, average=decay, batch_size=20, whitening_epochs=0)
         targets = script.targets_of(run, labels, images, None)
-        folder = tmp_path / str(decay)
-        weights[decay] = script.train(run, None, images, targets, (images, labels), folder).head.weight
-    step, half = weights[0.0] - weights[1.0], weights[0.5] - weights[1.0]
-    assert 0 < half.norm() < step.norm()
+        trained = script.train(run, None, images, targets, (images, labels), tmp_path / str(decay))
+        weights.append(trained.head.weight.detach())
+    first, mean, second = weights
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(mean, (first + second) / 2)
 
 
 def test_a_teacher_changes_the_targets(script: ModuleType) -> None:
@@ -138,7 +139,7 @@ def test_augmented_images_are_shifted_mirrored_and_cut_out(script: ModuleType) -
     assert (gone.sum((1, 2)) == 64).all()
     assert ((cut == plain) | gone[:, None]).all()
     assert (gone.any(2).sum(1) == 8).all()
-    assert gone.any(0).all(), "a square may lie anywhere"
+    assert len(gone.flatten(1).int().argmax(1).unique()) > N / 2, "squares lie at many places"
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one(script: ModuleType) -> None:
