@@ -122,7 +122,7 @@ def test_read_only_and_mirrored_arrays_are_taken(fast: CompiledCascade) -> None:
 def test_bad_settings_are_refused(cascade: fc.Cascade, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         fc.compile(cascade, **arguments)
-    with pytest.raises(InvalidArgument, match="expected a Cascade or a Plan"):
+    with pytest.raises(InvalidArgument, match="expected a Cascade, a Plan or a folder"):
         fc.compile(nn.Linear(1, 1))  # type: ignore[arg-type]
 
 

@@ -327,7 +327,8 @@ def test_labels_of_one_class_and_a_single_stage_are_no_errors() -> None:
         )
     assert c.temperatures.tolist() == [1, 1, 1]
     one = fc.Cascade([nn.Sequential(nn.Flatten(), nn.Linear(4, 10))], None, 10, (1, 2, 2))
-    assert fit_selector(one, z[:1], torch.arange(60) % 10) == []
+    labels = torch.arange(60) % 10
+    assert fit_selector(one, z[:1] + torch.nn.functional.one_hot(labels, 10), labels) == []
     assert one.comparison is None
 
 
