@@ -107,6 +107,7 @@ def padded_stage(side: int) -> dict[str, object]:
         "before": [0] * 3,
         "after": [0, side - 1, side - 1],
         "value": 0.0,
+        "mode": "constant",
     }
     pool = {
         "op": "Pool",
