@@ -56,6 +56,7 @@ struct Step {
   std::vector<Tap> taps;
   Buffer weights, untransformed_weights;  // the latter for Winograd in networks with large weights only
   int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
+  int64_t min_items = 1;                  // that keep a thread's register tiles full
   int64_t panels = 1;                     // of output channels, that threads may divide among them
   DirectConv direct{};
   Winograd winograd{};

@@ -3,33 +3,32 @@
 
 #include <algorithm>
 
-#include "network.h"
 #include "source.h"
+#include "step_parts.h"
 
 namespace fastcascade {
 
-// One thread's share of a step that several threads run together.
-struct Share {
-  int64_t rank = 0, size = 1;
-};
-
-// Runs a step for instances [first, first + instances) of the tile.
+// Runs part of a step for the instances of a sub-tile, which begins at instance `first` of the tile.
 void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
-              int64_t instances, Share share);
+              StepPart part);
 
-// Runs all steps on up to a tile of instances, sub-tile by sub-tile. Calls after(i) whenever step i is done on a
-// sub-tile.
-template <class After>
-void run_steps(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances, Share share,
-               After after) {
+// Visits all steps for a tile of instances in the order in which they run: visit(i, first, count) for step i and the
+// instances [first, first + count) of a sub-tile.
+template <class Visit>
+void visit_steps(const Network& net, int64_t instances, Visit visit) {
   for (const Segment& segment : net.segments)
     for (int64_t first = 0; first < instances; first += segment.sub_tile_instances) {
       const int64_t count = std::min(segment.sub_tile_instances, instances - first);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
-        run_step(net, net.steps[i], source, arena, scratch, first, count, share);
-        after(i);
-      }
+      for (size_t i = segment.begin; i < segment.end; ++i) visit(i, first, count);
     }
+}
+
+// Runs all steps on up to a tile of instances, on this thread.
+inline void run_steps(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances) {
+  visit_steps(net, instances, [&](size_t i, int64_t first, int64_t count) {
+    const Step& step = net.steps[i];
+    run_step(net, step, source, arena, scratch, first, whole_step(step, count));
+  });
 }
 
 }  // namespace fastcascade
