@@ -50,7 +50,6 @@ enum class StepKind {
 // Which input rows a convolution reads.
 struct RowWindow {
   int64_t kernel = 1, stride = 1, dilation = 1, pad = 0;
-  int64_t rows_per_line = 1;  // output rows that it computes together
 };
 
 struct Step {
@@ -65,7 +64,7 @@ struct Step {
   int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
   int64_t min_items = 1;                  // that keep a thread's register tiles full
   int64_t panels = 1;                     // of output channels, that threads may divide among them
-  RowWindow rows;                         // of a convolution
+  RowWindow rows;                         // of a direct or depthwise convolution
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};

@@ -40,7 +40,7 @@ void run_steps(const Network& net, const Source& source, float* arena, float* sc
     };
     if (!unit.is_chain()) return run(unit.begin, whole_step(net.steps[unit.begin], count));
     StripeRows none;
-    run_stripes(net, unit, {0, count * output_rows(net, unit)}, none, std::ref(run));
+    run_stripes(net, unit, {0, chain_rows(net, unit, count)}, none, std::ref(run));
   });
 }
 

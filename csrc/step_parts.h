@@ -25,7 +25,8 @@ struct UnitCut {
 UnitCut cut_unit(const Network& net, const Unit& unit, int64_t instances, int64_t threads);
 // A part of a step by itself.
 StepPart part_of(const Step& step, int64_t instances, UnitCut cut, int64_t index);
-// A part of a chain, as rows of its last output over all instances.
+// Rows of a chain's last output over all instances, and a part of them.
+int64_t chain_rows(const Network& net, const Unit& chain, int64_t instances);
 Range rows_of_part(const Network& net, const Unit& chain, int64_t instances, UnitCut cut, int64_t index);
 
 }  // namespace fastcascade

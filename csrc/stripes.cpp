@@ -10,10 +10,8 @@ constexpr int64_t kStripeBytes = 160 << 10;     // of the values that a chain ex
 constexpr int64_t kMaxWeightBytes = 256 << 10;  // of a chain: every stripe reads them
 constexpr int64_t kMinStripePixels = 48;
 
-bool is_convolution(const Step& step) {
-  return step.kind == StepKind::direct || step.kind == StepKind::depthwise ||
-         (step.kind == StepKind::winograd && !step.winograd.pools);
-}
+// Winograd is no slower on whole maps, and its register tiles are seldom full on a stripe.
+bool runs_by_rows(const Step& step) { return step.kind == StepKind::direct || step.kind == StepKind::depthwise; }
 
 int64_t bytes(const Buffer& weights) { return weights.size() * static_cast<int64_t>(sizeof(float)); }
 
@@ -52,7 +50,7 @@ class ChainLinker {
   bool can_link(size_t i) const {
     const Step &step = net_.steps[i], &before = net_.steps[i - 1];
     const Value& value = net_.values[before.output];
-    return is_convolution(step) && is_convolution(before) && step.inputs[0] == before.output &&
+    return runs_by_rows(step) && runs_by_rows(before) && step.inputs[0] == before.output &&
            reads_[before.output] == 1 && value.floats * static_cast<int64_t>(sizeof(float)) > kKeptBytes;
   }
 
@@ -62,17 +60,9 @@ class ChainLinker {
     int64_t exchanged = 0;
     for (size_t k = begin; k + 1 < end; ++k) exchanged += net_.values[net_.steps[k].output].floats;
     const int64_t row_bytes = exchanged * static_cast<int64_t>(sizeof(float)) / last.h;
-    const int64_t rows = std::max({kStripeBytes / row_bytes, kMinStripePixels / last.w, int64_t{1}});
-    const int64_t per_line = net_.steps[end - 1].rows.rows_per_line;
-    return (rows + per_line - 1) / per_line * per_line;
+    return std::max({kStripeBytes / row_bytes, kMinStripePixels / last.w, int64_t{1}});
   }
 };
-
-// Output rows as whole lines of the step.
-Range whole_lines(const Step& step, int64_t height, Range rows) {
-  const int64_t per_line = step.rows.rows_per_line;
-  return {rows.begin / per_line * per_line, std::min(height, (rows.end + per_line - 1) / per_line * per_line)};
-}
 
 // The input rows under some output rows.
 Range rows_under(const RowWindow& w, int64_t in_height, Range rows) {
@@ -83,10 +73,8 @@ Range rows_under(const RowWindow& w, int64_t in_height, Range rows) {
 
 // The part of a step that computes some output rows of an instance.
 StepPart part_of_rows(const Step& step, int64_t height, int64_t instance, Range rows) {
-  const int64_t per_line = step.rows.rows_per_line, lines = (height + per_line - 1) / per_line;
-  const int64_t line_items = step.work_items / lines, above = instance * step.work_items;
-  const int64_t begin = rows.begin / per_line, end = (rows.end + per_line - 1) / per_line;
-  return {{above + begin * line_items, above + end * line_items}, {0, step.panels}};
+  const int64_t items = step.work_items / height, above = instance * step.work_items;
+  return {{above + rows.begin * items, above + rows.end * items}, {0, step.panels}};
 }
 
 }  // namespace
@@ -103,8 +91,7 @@ void run_stripes(const Network& net, const Unit& chain, Range rows, StripeRows& 
     end = std::min({row + chain.stripe_rows, rows.end, above + height(last)});
     Range need[kMaxChain];
     need[last] = {row - above, end - above};
-    for (size_t k = last; k > 0; --k)
-      need[k - 1] = whole_lines(step(k - 1), height(k - 1), rows_under(step(k).rows, height(k - 1), need[k]));
+    for (size_t k = last; k > 0; --k) need[k - 1] = rows_under(step(k).rows, height(k - 1), need[k]);
     const bool continues = row == have.next && row > above;
     for (size_t k = 0; k <= last; ++k) {
       Range missing = need[k];

@@ -16,11 +16,6 @@ std::vector<Unit> link_chains(Network& net);
 
 constexpr size_t kMaxChain = 3;  // steps
 
-// Rows of a chain's last output, of one instance.
-inline int64_t output_rows(const Network& net, const Unit& chain) {
-  return net.shape(net.steps[chain.end - 1].output).h;
-}
-
 // What a thread has computed of a chain.
 struct StripeRows {
   int64_t next = -1;         // the row behind the last stripe, counted over all instances

@@ -301,7 +301,7 @@ def _chain(stride: int, kernel: int, width: int) -> list[Conv2d]:
     return [Conv2d(**{**vars(op), "input": i, "output": i + 1}) for i, op in enumerate(ops)]
 
 
-@pytest.mark.parametrize(("stride", "kernel", "width"), [(1, 3, 1), (2, 5, 1), (1, 3, 16), (2, 3, 16)])
+@pytest.mark.parametrize(("stride", "kernel", "width"), [(1, 3, 1), (2, 5, 1), (2, 3, 16)])
 @pytest.mark.parametrize("image", [(31, 33), (45, 29)])
 def test_stripes_give_the_bits_of_whole_images(
     run_ops: RunOps,

@@ -55,8 +55,8 @@ WIDE_EDGE = Fault(
 MISSING_PIXELS = Fault(
     "the last rows and tiles of a thread's share are missing",
     "step_parts.cpp",
-    "return {count * index / parts, count * (index + 1) / parts};",
-    "if (parts > 1) count = count / 6 * 6;\nreturn {count * index / parts, count * (index + 1) / parts};",
+    "  const int64_t units = (count + unit - 1) / unit;",
+    "  if (parts > 1) count = count / 6 * 6;\n  const int64_t units = (count + unit - 1) / unit;",
 )
 FORGOTTEN_HALO = Fault(
     "a stripe forgets its halo row",
