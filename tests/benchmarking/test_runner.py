@@ -23,7 +23,7 @@ from fastcascade.backends.cpu import CpuProgram
 from fastcascade.backends.interface import StepTime
 from fastcascade.backends.registry import load_backend
 from fastcascade.benchmarking.machine import measure_energy
-from fastcascade.benchmarking.pacing import PATTERNS, Pattern, paced_calls
+from fastcascade.benchmarking.pacing import PATTERNS, PacedTurns, Pattern, paced_calls
 from fastcascade.benchmarking.parts import stage_alone, stage_with_exit, without_stage
 from fastcascade.benchmarking.results import Benchmark, Spread
 from fastcascade.benchmarking.runner import _check, benchmark
@@ -120,6 +120,11 @@ def test_patterns_decide_the_pauses_and_the_number_of_images(monkeypatch: pytest
             assert (now[0] - start) / 200 == pytest.approx(1 / 30, rel=0.2)
 
 
+def test_a_long_turn_has_a_bounded_number_of_paced_calls() -> None:
+    turns = PacedTurns(lambda rows: None, torch.zeros(8), Pattern("loop"))
+    assert len(turns.take(seconds=1e9)) == 400
+
+
 def test_a_call_that_is_late_counts_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
@@ -169,6 +174,7 @@ def test_schedule_efficiency_finds_a_schedule_that_wastes_a_fifth(
         return 1.25 * needed, needed
 
     monkeypatch.setattr("fastcascade.benchmarking.turns.clocks_of", invented)
+    monkeypatch.setattr("fastcascade.benchmarking.runner.PATTERNS", ())  # paced calls take the time they take
     batch = measure(cascade, images, batches=[16], seconds=1e9).batches[0]
     visits = float((cascade(images).exit_stage + 1).sum()) / len(images)
     assert visits > 1.2
@@ -200,6 +206,7 @@ def test_every_part_of_the_time_is_found_where_it_was_planted(
         return busy + 1e-3 * n * idle_ms, busy
 
     monkeypatch.setattr("fastcascade.benchmarking.turns.clocks_of", invented)
+    monkeypatch.setattr("fastcascade.benchmarking.runner.PATTERNS", ())  # paced calls take the time they take
     batch = measure(cascade, images, batches=[48], seconds=1e9, rounds=1).batches[0]
     shares = [float((cascade(images).exit_stage >= k).double().mean()) for k in range(3)]
     assert shares[0] > shares[1] > shares[2] > 0
