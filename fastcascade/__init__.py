@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastcascade.lowering.export import plan
     from fastcascade.lowering.plan_file import load_plan
     from fastcascade.model.cascade import Cascade, Stage
+    from fastcascade.model.image_transform import ImageTransform
     from fastcascade.model.selector import MLPSelector, ThresholdSelector
     from fastcascade.model.store import load_cascade as load
     from fastcascade.prediction.batcher import Batcher, BatcherStats
@@ -33,6 +34,7 @@ __all__ = [
     "CascadeOutput",
     "Evaluation",
     "FastCascadeError",
+    "ImageTransform",
     "MLPSelector",
     "Normalize",
     "OperatingPoint",
@@ -60,6 +62,7 @@ _HOMES = {
     "CascadeOutput": "fastcascade.types:CascadeOutput",
     "Evaluation": "fastcascade.types:Evaluation",
     "FastCascadeError": "fastcascade.errors:FastCascadeError",
+    "ImageTransform": "fastcascade.model.image_transform:ImageTransform",
     "MLPSelector": "fastcascade.model.selector:MLPSelector",
     "Normalize": "fastcascade.types:Normalize",
     "OperatingPoint": "fastcascade.types:OperatingPoint",

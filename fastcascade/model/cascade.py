@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.model.cost import count_macs, eval_mode, place_of_failure
+from fastcascade.model.image_transform import ImageTransform, transform_images
 from fastcascade.model.selector import MLPSelector, Selector
 from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.types import (
@@ -61,6 +62,8 @@ class Stage(nn.Module):
         input: "image", or "previous" to read the features of the stage before.
         name: appears in reports and in the keys of saved weights; ``stage<k>`` by default.
         macs: multiplies per instance, including the exit; counted by default.
+        transform: resizing, crop and normalisation of the images for a network that was trained on others
+            than the cascade's; None sees them as they are.
 
     Raises:
         InvalidArgument: ``module`` or ``exit`` is not an nn.Module, or another argument is invalid.
@@ -78,6 +81,7 @@ class Stage(nn.Module):
         input: Literal["image", "previous"] = "image",
         name: str | None = None,
         macs: int | None = None,
+        transform: ImageTransform | None = None,
     ) -> None:
         super().__init__()
         _require_module(module, "Stage module")
@@ -89,14 +93,23 @@ class Stage(nn.Module):
             raise InvalidArgument(f"Stage name is {name!r}; expected a string")
         if macs is not None and (not isinstance(macs, int) or macs < 0):
             raise InvalidArgument(f"Stage macs is {macs!r}; expected an integer of at least 0")
+        if transform is not None and not isinstance(transform, ImageTransform):
+            raise InvalidArgument(
+                f"Stage transform is {transform!r}; expected None or fc.ImageTransform(size)"
+            )
+        if transform is not None and input == "previous":
+            raise InvalidArgument(
+                "a stage with input='previous' reads features; a transform is of images only"
+            )
         self.module = module
         self.exit = exit
         self.input = input
         self.name = name
         self.macs = macs
+        self.transform = transform
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, …) → features (n, …) and logits (n, C); the same tensor without an exit."""
+        """What the stage sees → features (n, …) and logits (n, C); the same tensor without an exit."""
         features = self.module(x)
         return features, features if self.exit is None else self.exit(features)
 
@@ -127,7 +140,8 @@ class Cascade(nn.Module):
         input_shape: (C, H, W) of one image.
         combine: "last" returns the probabilities of the stage where an instance stops, "mean" their mean
             over the stages visited, K numbers their mean with one weight per stage.
-        preprocess: applied to uint8 images only.
+        preprocess: normalisation of uint8 images; float images count as normalised. By default that of the
+            first stage whose transform has one.
         classes: names, in label order.
 
     Attributes:
@@ -182,7 +196,8 @@ class Cascade(nn.Module):
         self.selector = _checked_selector(selector)
         self.num_classes = num_classes
         shape = tuple(input_shape) if isinstance(input_shape, Sequence) else input_shape
-        self.input = InputSpec(cast(tuple[int, int, int], shape), preprocess)
+        self.input = InputSpec(cast(tuple[int, int, int], shape), preprocess or self._first_normalization())
+        self.transforms = nn.ModuleList(self._transform(k) for k in range(len(self.stages)))
         self.combine = checked_combine(combine, len(self.stages))
         self.classes = _checked_classes(classes)
         self.scale_check = ScaleCheck(self.input)
@@ -195,6 +210,16 @@ class Cascade(nn.Module):
         if isinstance(self.selector, Selector):
             self.selector.build(len(self.stages), num_classes)
         self._count_costs()
+
+    def _first_normalization(self) -> Normalize | None:
+        transforms = [self.stage(k).transform for k in range(len(self.stages))]
+        return next((t.normalize for t in transforms if t is not None and t.normalize is not None), None)
+
+    def _transform(self, k: int) -> nn.Module:
+        try:
+            return transform_images(self.stage(k).transform, self.input)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"stage {k} cannot see the cascade's images: {error}") from error
 
     def _check_arguments(self) -> None:
         if not self.stages:
@@ -218,7 +243,9 @@ class Cascade(nn.Module):
         for k in range(len(self.stages)):
             stage = self.stage(k)
             source, origin = (
-                (x, "an image") if stage.input == "image" else (features, f"the features of stage {k - 1}")
+                (self.stage_images(k, x), "an image")
+                if stage.input == "image"
+                else (features, f"the features of stage {k - 1}")
             )
             features, macs = self._probe(k, stage.module, source, origin)
             # The cost of a stage alone: its exit and the chain of segments that it reads from.
@@ -367,7 +394,7 @@ class Cascade(nn.Module):
         logits = []
         for k in range(len(self.stages)):
             stage = self.stage(k)
-            features, z = stage(image if stage.input == "image" else features)
+            features, z = stage(self.stage_images(k, image) if stage.input == "image" else features)
             logits.append(z)
         return torch.stack(logits)
 
@@ -430,7 +457,9 @@ class Cascade(nn.Module):
                 if len(active) == 0:
                     break
                 stage = self.stage(k)
-                features, logits = stage(images[active] if stage.input == "image" else features)
+                if stage.input == "image":
+                    features = self.stage_images(k, images[active])
+                features, logits = stage(features)
                 last = k == len(self.stages) - 1
                 score = None if last else partial(self.score, k)
                 keep = exit_step(
@@ -445,6 +474,10 @@ class Cascade(nn.Module):
                 active, features = compact_index(active, keep), features[keep]
         cost = self.exit_macs.to(images.device)[tables.exit_stage]
         return CascadeOutput(tables.log_probs.exp().float(), tables.label, tables.exit_stage, cost)
+
+    def stage_images(self, k: int, images: Tensor) -> Tensor:
+        """What stage k sees of images (n, C, H, W): resized, cropped and normalised as its transform says."""
+        return cast(Tensor, self.transforms[k](images))
 
     def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """The input of the stages: (N, C, H, W) of the cascade's dtype; uint8 images are normalised."""
