@@ -20,6 +20,8 @@ from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.model.cost import count_macs, eval_mode, place_of_failure
 from fastcascade.model.image_transform import ImageTransform, transform_images
+from fastcascade.model.onnx_network import onnx_network
+from fastcascade.model.pretrained import huggingface_network, timm_network
 from fastcascade.model.selector import MLPSelector, Selector
 from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.types import (
@@ -107,6 +109,82 @@ class Stage(nn.Module):
         self.name = name
         self.macs = macs
         self.transform = transform
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str,
+        num_classes: int | None = None,
+        pretrained: bool = True,
+        name: str | None = None,
+        transform: ImageTransform | None = None,
+        **options: Any,
+    ) -> Stage:
+        """A network of timm, with the size, crop, interpolation and normalisation that timm has for it.
+
+        Needs ``pip install 'fastcascade[timm]'``.
+
+        Args:
+            model: timm's name, such as "efficientnet_b0" or "resnet18.a1_in1k".
+            num_classes: of a new, untrained last layer; None keeps the classes of the weights.
+            pretrained: download trained weights; False needs no network.
+            name: of the stage; ``model`` by default.
+            transform: instead of timm's.
+            options: passed to ``timm.create_model``, such as ``checkpoint_path`` or ``in_chans``.
+
+        Raises:
+            InvalidArgument: timm is missing, does not know the model, or cannot download its weights.
+        """
+        network = timm_network(model, num_classes, pretrained, transform, options)
+        return cls(network.module, name=name or model, transform=network.transform)
+
+    @classmethod
+    def from_huggingface(
+        cls, path: str | Path, name: str | None = None, transform: ImageTransform | None = None
+    ) -> Stage:
+        """An image classifier of Hugging Face, with the size and normalisation of its image processor.
+
+        Needs ``pip install 'fastcascade[transformers]'``.
+
+        Args:
+            path: a folder with ``config.json``, weights and ``preprocessor_config.json``, or the name of a
+                checkpoint to download.
+            name: of the stage; the folder's name by default.
+            transform: instead of the image processor's; then ``preprocessor_config.json`` may be missing.
+
+        Raises:
+            InvalidArgument: transformers is missing or cannot load the classifier, or its image processor
+                does what an :class:`ImageTransform` cannot.
+        """
+        network = huggingface_network(path, transform)
+        return cls(network.module, name=name or Path(path).name, transform=network.transform)
+
+    @classmethod
+    def from_onnx(
+        cls,
+        path: str | Path,
+        output: str | None = None,
+        name: str | None = None,
+        transform: ImageTransform | None = None,
+    ) -> Stage:
+        """A network from an ONNX file of opset 7 or later, which trains and lowers like any other.
+
+        Needs ``pip install 'fastcascade[onnx]'``. A softmax at the end is left out: stages return logits. A
+        model that this library exported for a stage gives the logits of that stage, without its exit.
+
+        Args:
+            output: name of the value with the logits; needed only if the model has several outputs.
+            name: of the stage; the file's name by default.
+            transform: by default a resize to the size that the file declares, in the normalisation of the
+                cascade; bytes for a model of uint8 images. Pass the one that the network was trained with.
+
+        Raises:
+            FileFormatError: missing, damaged, or no ONNX model.
+            LoweringError: an operator, or a form of it, that is not supported; names operator and node.
+            InvalidArgument: the package onnx is missing, or the model is not a classifier of single images.
+        """
+        module, own = onnx_network(path, output, transform)
+        return cls(module, name=name or Path(path).stem, transform=own)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the stage sees → features (n, …) and logits (n, C); the same tensor without an exit."""
