@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastcascade.prediction.batcher import Batcher, BatcherStats
     from fastcascade.prediction.predictions import Predictions
     from fastcascade.prediction.predictor import predict
+    from fastcascade.scikit_learn import CascadeClassifier
     from fastcascade.training.trainer import Recipe, fit
     from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
@@ -31,6 +32,7 @@ __all__ = [
     "Batcher",
     "BatcherStats",
     "Cascade",
+    "CascadeClassifier",
     "CascadeOutput",
     "Evaluation",
     "FastCascadeError",
@@ -59,6 +61,7 @@ _HOMES = {
     "Batcher": "fastcascade.prediction.batcher:Batcher",
     "BatcherStats": "fastcascade.prediction.batcher:BatcherStats",
     "Cascade": "fastcascade.model.cascade:Cascade",
+    "CascadeClassifier": "fastcascade.scikit_learn:CascadeClassifier",
     "CascadeOutput": "fastcascade.types:CascadeOutput",
     "Evaluation": "fastcascade.types:Evaluation",
     "FastCascadeError": "fastcascade.errors:FastCascadeError",
