@@ -61,6 +61,7 @@ struct Step {
   int64_t macs = 0;               // per instance, as the plan counts them, whatever the kernel does
   std::vector<float> bias;
   std::vector<Tap> taps;
+  std::vector<WeightedLine> rows, columns;  // of a resize
   Buffer weights, untransformed_weights;  // the latter for Winograd in networks with large weights only
   int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
   int64_t min_items = 1;                  // that keep a thread's register tiles full
