@@ -220,8 +220,8 @@ def predict(
             "--output",
             "-o",
             metavar="OUT",
-            help="a folder: repeat the command after a kill, and it continues. Or a .parquet, .jsonl or .csv "
-            "file, which appears when it is complete. Default: JSON lines on standard output",
+            help="a folder, or a .parquet, .jsonl or .csv file, which appears when it is complete. Repeat "
+            "the command after a kill, and it continues. Default: JSON lines on standard output",
         ),
     ] = None,
     operating_point: Point = None,
@@ -250,13 +250,13 @@ def predict(
     from fastcascade.data.sources import load_inputs
     from fastcascade.prediction.predictor import predict_batches
     from fastcascade.prediction.progress import RunProgress
-    from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
-    from fastcascade.prediction.writers import check_destination, save_predictions, write_json_lines
+    from fastcascade.prediction.runs import RunOptions, Tally, predict_to_file, predict_to_folder
+    from fastcascade.prediction.writers import check_destination, write_json_lines
 
     # Such an image is an error row; Pillow's own warning would interrupt the progress bar.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
-    to_folder = output is not None and output.suffix not in _FILES
-    if output is not None and not to_folder:
+    to_file = output is not None and output.suffix in _FILES
+    if output is not None and to_file:
         check_destination(output, overwrite)
     compiled = fc.compile(model, backend=backend, precision=precision, threads=threads)
     compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
@@ -266,20 +266,16 @@ def predict(
     num_exits = len(compiled.plan.stages)
     # Left before an error is printed, or the progress bar would be drawn after it.
     with RunProgress(len(images), num_exits) as progress:
-        if output is not None and to_folder:
+        if output is not None:
+            run = predict_to_file if to_file else predict_to_folder
             options = RunOptions(top_k, file_format, rows_per_file, strict, overwrite)
-            predict_to_folder(
-                compiled, images, output, operating_point, options, progress.started, progress.watch
-            )
+            run(compiled, images, output, operating_point, options, progress.started, progress.watch)
         else:
             found = predict_batches(compiled, images, operating_point, top_k, resize, progress.waits)
             with contextlib.closing(found):
                 batches = _watched(found, strict, lambda batch: progress.watch(Tally.of(batch, num_exits)))
-                if output is None:
-                    write_json_lines(batches, sys.stdout.buffer)
-                    sys.stdout.flush()
-                else:
-                    save_predictions(batches, output, overwrite)
+                write_json_lines(batches, sys.stdout.buffer)
+                sys.stdout.flush()
     say("done:", progress.summary())
 
 
