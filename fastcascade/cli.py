@@ -412,6 +412,9 @@ def bench(
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="images; default: noise")] = None,
     batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
+    split: Split = None,
+    rows: RowRange = None,
+    resize: Resize = False,
     backend: Backend = "auto",
     precision: Precision = "fp32",
     threads: ThreadCounts = "",
@@ -425,7 +428,10 @@ def bench(
         _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
     )
     loaded = _load_model(model)
-    measured = _measure(loaded, None if data is None else _load_images(data, loaded), settings)
+    if data is None and (split is not None or rows is not None or resize):
+        raise InvalidArgument("--split, --rows and --resize choose images; name the data, too")
+    images = None if data is None else _load_images(data, loaded, split, rows, resize)
+    measured = _measure(loaded, images, settings)
     if as_json:
         print(json.dumps(measured.to_json(), indent=1))
     else:
@@ -436,9 +442,12 @@ def bench(
 def report(
     model: Model,
     data: Source,
-    out: Annotated[Path, typer.Option(help="directory for report.html and its pictures")],
+    out: Annotated[Path, typer.Option(help="directory for report.html")],
     batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
+    split: Split = None,
+    rows: RowRange = None,
+    resize: Resize = False,
     backend: Backend = "auto",
     precision: Precision = "fp32",
     threads: ThreadCounts = "",
@@ -449,6 +458,7 @@ def report(
     import fastcascade as fc
     from fastcascade.benchmarking.report import check_report, write_report
     from fastcascade.evaluation.curve import cost_accuracy_curves
+    from fastcascade.evaluation.diagnosis import diagnose
 
     check_report(out, overwrite)
     settings = MeasureSettings(
@@ -456,16 +466,19 @@ def report(
     )
     loaded = _load_model(model)
     loaded.thresholds(operating_point)
-    images = _load_images(data, loaded)
+    images = _load_images(data, loaded, split, rows, resize)
     if images.labels is None:
         raise DataError(f"{data} has no labels; a report needs them")
     measured = _measure(loaded, images, settings)
     compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
     evaluation = fc.evaluate(compiled, images, operating_point)
-    curves = cost_accuracy_curves(loaded, images) if isinstance(loaded, fc.Cascade) else None
-    if curves is None:
-        say("note:", f"{model} is a plan, so the report has no cost–accuracy curve")
-    page = write_report(out, measured, evaluation, curves, title=model.resolve().name, overwrite=overwrite)
+    cascade = loaded if isinstance(loaded, fc.Cascade) else None
+    curves = None if cascade is None else cost_accuracy_curves(cascade, images)
+    diagnosis = diagnose(compiled, images, operating_point, cascade)
+    if cascade is None:
+        say("note:", f"{model} is a plan, so the report has no cost–accuracy curve and no other temperatures")
+    title = model.resolve().name
+    page = write_report(out, measured, evaluation, curves, diagnosis, title=title, overwrite=overwrite)
     print(printable(str(page)))
 
 
