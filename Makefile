@@ -15,7 +15,7 @@ pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
 # with the fewest tests come last, and those take longest.
 in_parallel := -n auto --dist loadfile --no-loadscope-reorder
 
-python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
+python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.css' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
 checked := fastcascade kernels tests tools $(wildcard bench examples) setup.py
 cpp_sources := $(shell find csrc kernels/cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' \
