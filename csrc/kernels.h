@@ -162,11 +162,22 @@ struct ChannelOp {
   bool is_max;    // of a reduction
 };
 
-// Upsampling; bilinear unless `nearest`.
+// A source line of an output line along one axis, and its weight in the sum.
+struct WeightedLine {
+  int64_t line;
+  float weight;
+};
+
+// Resampling: every output line is a weighted sum of `taps` source lines.
+struct ResizeAxis {
+  const WeightedLine* lines;  // [output line][tap]
+  int64_t taps;
+};
+
 struct Resize {
   const float* input;
   float* output;
-  bool nearest, align_corners;
+  ResizeAxis rows, columns;
   int64_t in_height, in_width, height, width, pitch;
 };
 

@@ -60,11 +60,12 @@ struct Step {
   int64_t macs = 0;               // per instance, as the plan counts them, whatever the kernel does
   std::vector<float> bias;
   std::vector<Tap> taps;
-  Buffer weights, untransformed_weights;  // the latter for Winograd in networks with large weights only
-  int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
-  int64_t min_items = 1;                  // that keep a thread's register tiles full
-  int64_t panels = 1;                     // of output channels, that threads may divide among them
-  RowWindow rows;                         // of a direct or depthwise convolution
+  std::vector<WeightedLine> rows, columns;  // of a resize
+  Buffer weights, untransformed_weights;    // the latter for Winograd in networks with large weights only
+  int64_t work_items = 0;                   // per instance: rows, pixels, Winograd tiles, or 1
+  int64_t min_items = 1;                    // that keep a thread's register tiles full
+  int64_t panels = 1;                       // of output channels, that threads may divide among them
+  RowWindow row_window;                     // of a direct or depthwise convolution
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};
@@ -81,8 +82,8 @@ struct Step {
   }
 };
 
-// A step by itself, or a chain: convolutions that each read the one before, and run by stripes of rows, so that what
-// they exchange stays in cache.
+// A step by itself, or a chain: direct and depthwise convolutions that each read the one before, and run by stripes of
+// rows, so that what they exchange stays in cache.
 struct Unit {
   size_t begin, end;        // steps
   int64_t stripe_rows = 0;  // of the last output; 0 for a step by itself

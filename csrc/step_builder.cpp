@@ -6,6 +6,7 @@
 #include "kernel_choice.h"
 #include "operation_text.h"
 #include "pack.h"
+#include "resize_lines.h"
 #include "step_arguments.h"
 
 namespace fastcascade {
@@ -182,7 +183,7 @@ class StepBuilder {
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
     step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
-    step.rows = rows_of(op);
+    step.row_window = rows_of(op);
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -222,7 +223,7 @@ class StepBuilder {
     step.weights = pack_depthwise(op, kernels_.lanes);
     step.work_items = out.shape.h;
     step.min_items = std::max<int64_t>(1, kMinPixels / out.shape.w);
-    step.rows = rows_of(op);
+    step.row_window = rows_of(op);
     step.panels = out.pitch / kernels_.lanes;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();
@@ -254,7 +255,17 @@ class StepBuilder {
 
   void add_resize(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
-    add_step(StepKind::resize, op, operation_text(op, in.shape), "resize_f32").resize = resize_arguments(op, in, out);
+    Step& step = add_step(StepKind::resize, op, operation_text(op, in.shape), "resize_f32");
+    step.rows = resize_lines(op, in.shape.h, out.shape.h);
+    step.columns = resize_lines(op, in.shape.w, out.shape.w);
+    Resize& c = step.resize;
+    c.rows = {step.rows.data(), static_cast<int64_t>(step.rows.size()) / out.shape.h};
+    c.columns = {step.columns.data(), static_cast<int64_t>(step.columns.size()) / out.shape.w};
+    c.in_height = in.shape.h;
+    c.in_width = in.shape.w;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
   }
 };
 

@@ -91,7 +91,7 @@ void run_stripes(const Network& net, const Unit& chain, Range rows, StripeRows& 
     end = std::min({row + chain.stripe_rows, rows.end, above + height(last)});
     Range need[kMaxChain];
     need[last] = {row - above, end - above};
-    for (size_t k = last; k > 0; --k) need[k - 1] = rows_under(step(k).rows, height(k - 1), need[k]);
+    for (size_t k = last; k > 0; --k) need[k - 1] = rows_under(step(k).row_window, height(k - 1), need[k]);
     const bool continues = row == have.next && row > above;
     for (size_t k = 0; k <= last; ++k) {
       Range missing = need[k];

@@ -219,7 +219,8 @@ class RandomStage {
       out = {shape_.c, shape_.h + o.before[1], shape_.w + o.after[2]};
     } else {
       out = {shape_.c, random_.between(1, 9), random_.between(1, 9)};
-      o.is_max = o.nearest = true;
+      o.is_max = true;
+      o.interpolation = Interpolation::nearest;
     }
     o.size = out;
     push(std::move(o), out);

@@ -363,6 +363,8 @@ def _layers(channels: int) -> dict[str, list[Op]]:
         "nearest resize": [Resize(1, 0, "nearest", (15, 4))],
         "bilinear resize": [Resize(1, 0, "bilinear", (15, 4))],
         "bilinear resize, aligned corners": [Resize(1, 0, "bilinear", (13, 1), align_corners=True)],
+        "bilinear resize, antialiased": [Resize(1, 0, "bilinear", (3, 9), antialias=True)],
+        "bicubic resize": [Resize(1, 0, "bicubic", (15, 2), antialias=True)],
         "layer norm": [LayerNorm(1, 0, vector, vector.flip(0) + 1, 1e-6)],
         "layer norm of a vector": [
             Flatten(1, 0),
