@@ -143,8 +143,6 @@ class StepBuilder {
     if (kind == StepKind::flatten) step.work_items = 1;
   }
 
-  static RowWindow rows_of(const OpSpec& op) { return {op.kernel[0], op.stride[0], op.dilation[0], op.padding[0]}; }
-
   // The bias is stored in the step.
   Epilogue epilogue(Step& step, const OpSpec& op) {
     step.bias = op.bias;
@@ -183,7 +181,6 @@ class StepBuilder {
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
     step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
-    step.row_window = rows_of(op);
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -223,7 +220,6 @@ class StepBuilder {
     step.weights = pack_depthwise(op, kernels_.lanes);
     step.work_items = out.shape.h;
     step.min_items = std::max<int64_t>(1, kMinPixels / out.shape.w);
-    step.row_window = rows_of(op);
     step.panels = out.pitch / kernels_.lanes;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();

@@ -23,20 +23,18 @@ Range nth_of(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
 
 }  // namespace
 
-UnitCut cut_unit(const Network& net, const Unit& unit, int64_t instances, int64_t threads) {
-  // Two parts per thread, so that a thread that is late leaves one to the others, unless they would be too small.
-  if (unit.is_chain()) return {std::min(chain_rows(net, unit, instances), max_parts(threads)), false};
-  const Step& step = net.steps[unit.begin];
+StepCut cut_step(const Network& net, const Step& step, int64_t instances, int64_t threads) {
   const int64_t positions = step.work_items * instances;
   // Panels where positions are too few to fill the register tiles of all threads.
   const bool along_panels = positions < threads * step.min_items && step.panels >= threads;
   const int64_t cuttable = along_panels ? step.panels : positions;
   const int64_t worth = std::max<int64_t>(1, work_of(net, step) * instances / kMinPartWork);
+  // Two parts per thread, so that a thread that is late leaves one to the others, unless they would be too small.
   const int64_t most = along_panels || positions >= 2 * threads * step.min_items ? max_parts(threads) : threads;
   return {std::min({cuttable, worth, most}), along_panels};
 }
 
-StepPart part_of(const Step& step, int64_t instances, UnitCut cut, int64_t index) {
+StepPart part_of(const Step& step, int64_t instances, StepCut cut, int64_t index) {
   StepPart part = whole_step(step, instances);
   if (cut.along_panels) {
     part.panels = nth_of(step.panels, cut.parts, index);
@@ -47,14 +45,6 @@ StepPart part_of(const Step& step, int64_t instances, UnitCut cut, int64_t index
     part.positions = nth_of(positions, cut.parts, index, unit);
   }
   return part;
-}
-
-int64_t chain_rows(const Network& net, const Unit& chain, int64_t instances) {
-  return instances * net.shape(net.steps[chain.end - 1].output).h;
-}
-
-Range rows_of_part(const Network& net, const Unit& chain, int64_t instances, UnitCut cut, int64_t index) {
-  return nth_of(chain_rows(net, chain, instances), cut.parts, index);
 }
 
 }  // namespace fastcascade
