@@ -58,16 +58,10 @@ void Executor::run(const Images& images, const float* thresholds, const Results&
   std::unique_ptr<RunContext> context = take_context(images.count);
   const CascadeRun run(program_, *context, images, thresholds, results);
   if (images.count <= program_.threads * program_.max_tile)
-    run_as_team(run);
+    run_team_schedule(run);
   else
     run_depth_first_schedule(run);
   return_context(std::move(context));
-}
-
-void Executor::run_as_team(const CascadeRun& run) const {
-  if (!trust_.take_turn()) return run_team_schedule(run, 1);
-  run_team_schedule(run, program_.threads);
-  trust_.record(run.context.team.is_closed());
 }
 
 void Executor::run_stage(size_t stage, const Images& input, float* logits, float* features) const {

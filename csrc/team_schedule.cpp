@@ -12,7 +12,7 @@ namespace {
 
 class TeamSchedule {
  public:
-  TeamSchedule(const CascadeRun& run, int64_t threads) : run_(run), threads_(threads) {
+  explicit TeamSchedule(const CascadeRun& run) : run_(run) {
     for (int64_t i = 0; i < run.images.count; ++i) queue(0).push(i, i);
     team().reset();
   }
@@ -22,12 +22,11 @@ class TeamSchedule {
       Team::Member member{rank, helpers + 1};
       run_member(member);
     };
-    run_on_helpers(static_cast<int>(threads_), std::ref(work));  // std::function would allocate for a copy
+    run_on_helpers(static_cast<int>(run_.program.threads), std::ref(work));  // std::function would allocate for a copy
   }
 
  private:
   const CascadeRun& run_;
-  const int64_t threads_;
 
   Team& team() const { return run_.context.team; }
   InstanceQueue& queue(size_t stage) const { return run_.context.queues[stage]; }
@@ -104,6 +103,6 @@ class TeamSchedule {
 
 }  // namespace
 
-void run_team_schedule(const CascadeRun& run, int64_t threads) { TeamSchedule(run, threads).run(); }
+void run_team_schedule(const CascadeRun& run) { TeamSchedule(run).run(); }
 
 }  // namespace fastcascade
