@@ -7,13 +7,6 @@ namespace {
 
 // A part must take much longer than its threads need to agree that it is done, some 0.2 µs.
 constexpr int64_t kMinPartWork = 200'000;  // multiplications: about 4 µs
-constexpr int64_t kWorkPerFloat = 16;      // reading or writing a float takes as long as this many multiplications
-
-int64_t work_of(const Network& net, const Step& step) {
-  int64_t floats = net.values[step.output].floats;
-  for (int64_t v : step.reads()) floats += net.values[v].floats;
-  return step.macs + kWorkPerFloat * floats;
-}
 
 // The index-th of some parts of `count` items. All but the last end at a multiple of `unit`.
 Range nth_of(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
@@ -23,12 +16,13 @@ Range nth_of(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
 
 }  // namespace
 
-StepCut cut_step(const Network& net, const Step& step, int64_t instances, int64_t threads) {
+StepCut cut_step(const Step& step, int64_t instances, int64_t threads) {
+  if (threads == 1) return {1, false};
   const int64_t positions = step.work_items * instances;
   // Panels where positions are too few to fill the register tiles of all threads.
   const bool along_panels = positions < threads * step.min_items && step.panels >= threads;
   const int64_t cuttable = along_panels ? step.panels : positions;
-  const int64_t worth = std::max<int64_t>(1, work_of(net, step) * instances / kMinPartWork);
+  const int64_t worth = std::max<int64_t>(1, step.work * instances / kMinPartWork);
   // Two parts per thread, so that a thread that is late leaves one to the others, unless they would be too small.
   const int64_t most = along_panels || positions >= 2 * threads * step.min_items ? max_parts(threads) : threads;
   return {std::min({cuttable, worth, most}), along_panels};

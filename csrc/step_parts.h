@@ -21,7 +21,7 @@ struct StepCut {
   int64_t parts;
   bool along_panels;
 };
-StepCut cut_step(const Network& net, const Step& step, int64_t instances, int64_t threads);
+StepCut cut_step(const Step& step, int64_t instances, int64_t threads);
 StepPart part_of(const Step& step, int64_t instances, StepCut cut, int64_t index);
 
 }  // namespace fastcascade

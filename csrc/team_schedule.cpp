@@ -66,7 +66,7 @@ class TeamSchedule {
       const Source tile_source = source(stage, first);
       visit_steps(net, tile, [&](size_t i, int64_t sub_tile, int64_t count) {
         const Step& step = net.steps[i];
-        const StepCut cut = cut_step(net, step, count, member.size);
+        const StepCut cut = cut_step(step, count, member.size);
         team().run_phase(member, cut.parts, [&](int64_t part) {
           run_step(net, step, tile_source, buffers(0).arena.data(), buffers(member.rank).scratch.data(), sub_tile,
                    part_of(step, count, cut, part));
