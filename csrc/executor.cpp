@@ -85,7 +85,7 @@ void Executor::run_stage(size_t stage, const Images& input, float* logits, float
     for (int64_t first; (first = next.fetch_add(net.tile_instances)) < input.count;) {
       const int64_t count = std::min(net.tile_instances, input.count - first);
       const Source source{&input, nullptr, 0, index.data() + first};
-      run_steps(net, source, arena, buffers.scratch.data(), count, [](size_t) {});
+      run_steps(net, source, arena, buffers.scratch.data(), count);
       for (int64_t i = 0; i < count; ++i) {
         copy_as_chw(net.values[net.logits], value_of_instance(net, net.logits, arena, i),
                     logits + (first + i) * program_.classes);

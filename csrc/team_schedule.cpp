@@ -53,7 +53,7 @@ class TeamSchedule {
     const Network& net = run_.program.networks[stage];
     for (int64_t first = instances.begin; first < instances.end; first += net.tile_instances) {
       const int64_t tile = std::min(net.tile_instances, instances.end - first);
-      run_steps(net, source(stage, first), buffers.arena.data(), buffers.scratch.data(), tile, [](size_t) {});
+      run_steps(net, source(stage, first), buffers.arena.data(), buffers.scratch.data(), tile);
       run_exits(stage, buffers, first, tile);
     }
   }
@@ -65,25 +65,16 @@ class TeamSchedule {
     for (; first < active; first += net.tile_instances) {
       const int64_t tile = std::min(net.tile_instances, active - first);
       const Source tile_source = source(stage, first);
-      visit_units(net, tile, [&](const Unit& unit, int64_t sub_tile, int64_t count) {
-        run_shared_unit(net, unit, tile_source, member, sub_tile, count);
+      visit_steps(net, tile, [&](size_t i, int64_t sub_tile, int64_t count) {
+        const Step& step = net.steps[i];
+        const StepCut cut = cut_step(net, step, count, member.size);
+        team().run_phase(member, cut.parts, [&](int64_t part) {
+          run_step(net, step, tile_source, buffers(0).arena.data(), buffers(member.rank).scratch.data(), sub_tile,
+                   part_of(step, count, cut, part));
+        });
       });
       team().run_phase(member, 1, [&](int64_t) { run_exits(stage, buffers(0), first, tile); });
     }
-  }
-
-  void run_shared_unit(const Network& net, const Unit& unit, const Source& source, Team::Member& member,
-                       int64_t sub_tile, int64_t count) const {
-    const Arenas arenas{buffers(0).arena.data(), buffers(member.rank).arena.data()};
-    const auto run = [&](size_t i, StepPart part) {
-      run_step(net, net.steps[i], source, arenas, buffers(member.rank).scratch.data(), sub_tile, part);
-    };
-    const UnitCut cut = cut_unit(net, unit, count, member.size);
-    StripeRows have;
-    team().run_phase(member, cut.parts, [&](int64_t i) {
-      if (unit.is_chain()) return run_stripes(net, unit, rows_of_part(net, unit, count, cut, i), have, std::ref(run));
-      run(unit.begin, part_of(net.steps[unit.begin], count, cut, i));
-    });
   }
 
   Source source(size_t stage, int64_t first) const {
