@@ -12,6 +12,8 @@
 namespace fastcascade {
 namespace {
 
+constexpr int64_t kMinPixels = 32;  // of a thread's share of a convolution, unless it takes all pixels
+
 // The kernel's pixels, or its rows where columns are joined.
 std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) {
   std::vector<Tap> taps;
@@ -141,6 +143,10 @@ class StepBuilder {
     if (kind == StepKind::flatten) step.work_items = 1;
   }
 
+  static RowWindow rows_of(const OpSpec& op, int64_t rows_per_line) {
+    return {op.kernel[0], op.stride[0], op.dilation[0], op.padding[0], rows_per_line};
+  }
+
   // The bias is stored in the step.
   Epilogue epilogue(Step& step, const OpSpec& op) {
     step.bias = op.bias;
@@ -178,6 +184,8 @@ class StepBuilder {
     c.group_channels = merged.in;
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
+    step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
+    step.rows = rows_of(op, 1);
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -193,6 +201,8 @@ class StepBuilder {
     c.height = in.shape.h + op.padding[0] + op.padding[1] - 2;
     c.width = in.shape.w + op.padding[2] + op.padding[3] - 2;
     step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);
+    step.min_items = kernels_.mr;
+    step.rows = rows_of(op, 4);
     step.macs = c.height * c.width * out.shape.c * op.weight_shape[1] * 9;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
@@ -215,6 +225,9 @@ class StepBuilder {
     Step& step = add_step(StepKind::depthwise, op, operation_text(op, in.shape), "conv_depthwise_f32");
     step.weights = pack_depthwise(op, kernels_.lanes);
     step.work_items = out.shape.h;
+    step.min_items = std::max<int64_t>(1, kMinPixels / out.shape.w);
+    step.rows = rows_of(op, 1);
+    step.panels = out.pitch / kernels_.lanes;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();
     c.geometry = geometry(op, in, out);
@@ -226,6 +239,7 @@ class StepBuilder {
     const char* kernel = op.is_max ? "pool_max_f32" : "pool_average_f32";
     Step& step = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel);
     step.pool = pool_arguments(op, in, out);
+    step.min_items = kMinPixels;
     step.panels = out.pitch / kernels_.lanes;
   }
 
