@@ -145,6 +145,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "one cost for two": (two(costs=[1]), "expected 2 positive numbers"),
     "a cost of 0": (two(costs=[0, 1]), "expected 2 positive numbers"),
     "two targets": (two(budget=1, min_accuracy=0.9), "at most one target"),
+    "a budget below the first cost": (
+        two(costs=[2, 9], budget=1),
+        "expected at least 2, the cost of the first exit",
+    ),
     "another selector": (two(selector="best"), "selector is 'best'"),
     "nothing held out": (two(held_out=0), "held_out is 0"),
     "no probabilities": (CascadeClassifier([("ridge", RidgeClassifier())]), "no predict_proba"),
