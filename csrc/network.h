@@ -62,11 +62,11 @@ struct Step {
   std::vector<float> bias;
   std::vector<Tap> taps;
   std::vector<WeightedLine> rows, columns;  // of a resize
-  Buffer weights, untransformed_weights;  // the latter for Winograd in networks with large weights only
-  int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
-  int64_t min_items = 1;                  // that keep a thread's register tiles full
-  int64_t panels = 1;                     // of output channels, that threads may divide among them
-  RowWindow rows;                         // of a convolution
+  Buffer weights, untransformed_weights;    // the latter for Winograd in networks with large weights only
+  int64_t work_items = 0;                   // per instance: rows, pixels, Winograd tiles, or 1
+  int64_t min_items = 1;                    // that keep a thread's register tiles full
+  int64_t panels = 1;                       // of output channels, that threads may divide among them
+  RowWindow row_window;                     // of a convolution
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};

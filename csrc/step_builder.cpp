@@ -185,7 +185,7 @@ class StepBuilder {
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
     step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
-    step.rows = rows_of(op, 1);
+    step.row_window = rows_of(op, 1);
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -202,7 +202,7 @@ class StepBuilder {
     c.width = in.shape.w + op.padding[2] + op.padding[3] - 2;
     step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);
     step.min_items = kernels_.mr;
-    step.rows = rows_of(op, 4);
+    step.row_window = rows_of(op, 4);
     step.macs = c.height * c.width * out.shape.c * op.weight_shape[1] * 9;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
@@ -226,7 +226,7 @@ class StepBuilder {
     step.weights = pack_depthwise(op, kernels_.lanes);
     step.work_items = out.shape.h;
     step.min_items = std::max<int64_t>(1, kMinPixels / out.shape.w);
-    step.rows = rows_of(op, 1);
+    step.row_window = rows_of(op, 1);
     step.panels = out.pitch / kernels_.lanes;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();

@@ -22,7 +22,7 @@ Range nth_of(int64_t count, int64_t parts, int64_t index) {
 // Rows of a chain's last output that are computed together, over all instances.
 int64_t chain_lines(const Network& net, const Unit& chain, int64_t instances) {
   const Step& last = net.steps[chain.end - 1];
-  return instances * ((net.shape(last.output).h + last.rows.rows_per_line - 1) / last.rows.rows_per_line);
+  return instances * ((net.shape(last.output).h + last.row_window.rows_per_line - 1) / last.row_window.rows_per_line);
 }
 
 }  // namespace
@@ -49,7 +49,7 @@ StepPart part_of(const Step& step, int64_t instances, UnitCut cut, int64_t index
 
 Range rows_of_part(const Network& net, const Unit& chain, int64_t instances, UnitCut cut, int64_t index) {
   const Step& last = net.steps[chain.end - 1];
-  const int64_t per_line = last.rows.rows_per_line, height = net.shape(last.output).h;
+  const int64_t per_line = last.row_window.rows_per_line, height = net.shape(last.output).h;
   const int64_t lines = chain_lines(net, chain, 1);
   const auto row = [&](int64_t line) { return line / lines * height + std::min(line % lines * per_line, height); };
   const Range part = nth_of(instances * lines, cut.parts, index);

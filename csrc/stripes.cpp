@@ -63,14 +63,14 @@ class ChainLinker {
     for (size_t k = begin; k + 1 < end; ++k) exchanged += net_.values[net_.steps[k].output].floats;
     const int64_t row_bytes = exchanged * static_cast<int64_t>(sizeof(float)) / last.h;
     const int64_t rows = std::max({kStripeBytes / row_bytes, kMinStripePixels / last.w, int64_t{1}});
-    const int64_t per_line = net_.steps[end - 1].rows.rows_per_line;
+    const int64_t per_line = net_.steps[end - 1].row_window.rows_per_line;
     return (rows + per_line - 1) / per_line * per_line;
   }
 };
 
 // Output rows as whole lines of the step.
 Range whole_lines(const Step& step, int64_t height, Range rows) {
-  const int64_t per_line = step.rows.rows_per_line;
+  const int64_t per_line = step.row_window.rows_per_line;
   return {rows.begin / per_line * per_line, std::min(height, (rows.end + per_line - 1) / per_line * per_line)};
 }
 
@@ -83,7 +83,7 @@ Range rows_under(const RowWindow& w, int64_t in_height, Range rows) {
 
 // The part of a step that computes some output rows of an instance.
 StepPart part_of_rows(const Step& step, int64_t height, int64_t instance, Range rows) {
-  const int64_t per_line = step.rows.rows_per_line, lines = (height + per_line - 1) / per_line;
+  const int64_t per_line = step.row_window.rows_per_line, lines = (height + per_line - 1) / per_line;
   const int64_t line_items = step.work_items / lines, above = instance * step.work_items;
   const int64_t begin = rows.begin / per_line, end = (rows.end + per_line - 1) / per_line;
   return {{above + begin * line_items, above + end * line_items}, {0, step.panels}};
@@ -104,7 +104,7 @@ void run_stripes(const Network& net, const Unit& chain, Range rows, StripeRows& 
     Range need[kMaxChain];
     need[last] = {row - above, end - above};
     for (size_t k = last; k > 0; --k)
-      need[k - 1] = whole_lines(step(k - 1), height(k - 1), rows_under(step(k).rows, height(k - 1), need[k]));
+      need[k - 1] = whole_lines(step(k - 1), height(k - 1), rows_under(step(k).row_window, height(k - 1), need[k]));
     const bool continues = row == have.next && row > above;
     for (size_t k = 0; k <= last; ++k) {
       Range missing = need[k];
