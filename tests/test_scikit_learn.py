@@ -172,7 +172,12 @@ def test_one_sample_of_each_class_is_too_few() -> None:
 
 
 def test_without_scikit_learn_the_error_says_what_to_install() -> None:
-    code = "import sys; sys.modules['sklearn'] = None; import fastcascade as fc; fc.CascadeClassifier"
+    code = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "from fastcascade import *; print('the others are here')\n"
+        "import fastcascade as fc; fc.CascadeClassifier"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
+    assert done.stdout == "the others are here\n"
     assert "pip install 'fastcascade[sklearn]'" in done.stderr
