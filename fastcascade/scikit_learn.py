@@ -143,11 +143,11 @@ class CascadeClassifier(ClassifierMixin, _BaseComposition):  # type: ignore[misc
 
     def predict_proba(self, X: Any) -> Array:
         """(n, classes) probabilities, of the estimator at which each sample stopped."""
-        return cast(Array, self._run(X).probs.numpy().astype(np.float64))
+        return self._run(X).probs.numpy().astype(np.float64)
 
     def exit_stage(self, X: Any) -> Array:
         """(n,) number of the estimator at which each sample stops."""
-        return cast(Array, self._run(X).exit_stage.numpy())
+        return self._run(X).exit_stage.numpy()
 
     def _run(self, X: Any) -> CascadeOutput:
         check_is_fitted(self, "cascade_")

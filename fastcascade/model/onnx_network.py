@@ -134,7 +134,7 @@ def onnx_network(
     )
     module: nn.Module = network
     if _is_channels_last(shape):
-        module, shape = ChannelsLastImages(network), (shape[0], shape[3], shape[1], shape[2])
+        module, shape = ChannelsLastImages(network), [shape[0], shape[3], shape[1], shape[2]]
     if all(isinstance(n, int) for n in shape[1:]):
         network.input_shape = (shape[1], shape[2], shape[3])
         transform = transform or ImageTransform((shape[2], shape[3]), normalize=_raw_bytes(kind, shape[1]))
@@ -221,8 +221,8 @@ def _output(path: str | Path, model: onnx.ModelProto, wanted: str | None) -> str
             )
         return wanted
     own = {entry.key: entry.value for entry in model.metadata_props}.get("fastcascade.logits")
-    if own in made:
-        return own
+    if own is not None and own in made:
+        return str(own)
     outputs = _names(model.graph.output)
     if len(outputs) != 1:
         raise InvalidArgument(f"{path} has the outputs {outputs}; name the one with the logits: output=…")
