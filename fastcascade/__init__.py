@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastcascade.prediction.batcher import Batcher, BatcherStats
     from fastcascade.prediction.predictions import Predictions
     from fastcascade.prediction.predictor import predict
-    from fastcascade.scikit_learn import CascadeClassifier
+    from fastcascade.scikit_learn import CascadeClassifier as CascadeClassifier
     from fastcascade.training.trainer import Recipe, fit
     from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
@@ -32,7 +32,6 @@ __all__ = [
     "Batcher",
     "BatcherStats",
     "Cascade",
-    "CascadeClassifier",
     "CascadeOutput",
     "Evaluation",
     "FastCascadeError",
@@ -85,7 +84,10 @@ _HOMES = {
     "plan": "fastcascade.lowering.export:plan",
     "predict": "fastcascade.prediction.predictor:predict",
 }
-"""Where each public name is defined. Modules are imported at first use, because torch takes seconds."""
+"""Where each public name is defined. Modules are imported at first use, because torch takes seconds.
+
+``CascadeClassifier`` is not in ``__all__``: without scikit-learn, a star import would fail.
+"""
 
 
 def __getattr__(name: str) -> Any:
