@@ -1,9 +1,10 @@
-"""Speed and memory of prediction over large sets: ``python -m bench.prediction arrays|photos|memory``.
+"""Speed and memory of prediction over large sets: ``python -m bench.prediction arrays|photos|memory|ray``.
 
 - *arrays*: the whole pipeline on an npz file of 32 × 32 images, beside the engine alone on the same images.
 - *photos*: a folder of JPEG files, beside the same job written plainly: a DataLoader, Pillow, the largest
   network.
 - *memory*: resident memory over a million images, in an npz, an npy and a Parquet file (``--kinds``).
+- *ray*: a run into a folder on a Ray cluster of this machine, with one and two workers, beside a local run.
 
 Every contestant runs in turns, and labels are compared before times are printed.
 """
@@ -147,6 +148,42 @@ def memory(folder: Path, n: int, kinds: list[str]) -> None:
         print(f"  {' '.join(f'{mib:.0f}' for mib in tenths)}; the last over the second {growth:+.1%}")
 
 
+def on_ray(folder: Path, n: int) -> None:
+    """A local run, and the same on Ray with one and two workers, each of one thread.
+
+    Workers take seconds to start. Runs over n and over 3n images tell that time from the time per image.
+    """
+    import ray
+
+    images = np.load(EXAMPLE / "test-images.npz")["images"]
+    for size in (n, 3 * n):
+        np.save(folder / f"{size}.npy", np.ascontiguousarray(np.resize(images, (size, *images.shape[1:]))))
+    model = fc.compile(EXAMPLE / "model", threads=1)
+    options = RunOptions(rows_per_file=1024)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+    def run(size: int, workers: int) -> None:
+        source = fc.ray.Images(str(folder / f"{size}.npy"), model.plan.input.shape)
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            if workers:
+                fc.ray.predict_to_folder(model, source, out, "fast", options, workers=workers)
+            else:
+                predict_to_folder(model, source.load(), out, "fast", options)
+            labels.setdefault(size, []).append(_labels(Path(out)))
+
+    labels: dict[int, list[np.ndarray[Any, Any]]] = {}
+    for workers, name in enumerate(("local, one thread", "Ray, one worker", "Ray, two workers")):
+        seconds = []
+        for size in (n, 3 * n):
+            start = time.perf_counter()
+            run(size, workers)
+            seconds.append(time.perf_counter() - start)
+        per_image = (seconds[1] - seconds[0]) / (2 * n)
+        print(f"{name}: {1e6 * per_image:.1f} µs per image, and {seconds[0] - n * per_image:.1f} s to start")
+    assert all((found == first).all() for first, *others in labels.values() for found in others)
+    ray.shutdown()
+
+
 def _write_npy(path: Path, n: int) -> None:
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 32, 32, 3))  # sparse: zeros
     del images
@@ -217,7 +254,7 @@ def _resident_bytes() -> int:
 def main() -> None:
     """Measure one thing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=["arrays", "photos", "memory"])
+    parser.add_argument("what", choices=["arrays", "photos", "memory", "ray"])
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--points", default="fast,default", help="operating points for arrays")
     parser.add_argument("--side", type=int, default=480, help="height of the photos")
@@ -228,6 +265,8 @@ def main() -> None:
             arrays(Path(name), chosen.images or 16_384, chosen.points.split(","))
         elif chosen.what == "photos":
             photos(Path(name), chosen.images or 1024, chosen.side)
+        elif chosen.what == "ray":
+            on_ray(Path(name), chosen.images or 16_384)
         else:
             memory(Path(name), chosen.images or 1_000_000, chosen.kinds.split(","))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastcascade.model.cascade import Cascade, Stage
     from fastcascade.model.selector import MLPSelector, ThresholdSelector
     from fastcascade.model.store import load_cascade as load
+    from fastcascade.prediction import ray
     from fastcascade.prediction.batcher import Batcher, BatcherStats
     from fastcascade.prediction.predictions import Predictions
     from fastcascade.prediction.predictor import predict
@@ -51,6 +52,7 @@ __all__ = [
     "load_plan",
     "plan",
     "predict",
+    "ray",
 ]
 
 _HOMES = {
@@ -78,6 +80,7 @@ _HOMES = {
     "load_plan": "fastcascade.lowering.plan_file:load_plan",
     "plan": "fastcascade.lowering.export:plan",
     "predict": "fastcascade.prediction.predictor:predict",
+    "ray": "fastcascade.prediction.ray",
 }
 """Where each public name is defined. Modules are imported at first use, because torch takes seconds."""
 
@@ -86,7 +89,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastcascade' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    value = getattr(import_module(module), attribute) if attribute else import_module(module)
     globals()[name] = value
     return value
 
