@@ -10,17 +10,18 @@ had begun is written anew under the same name.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from fastcascade.data.image_data import ImageData, ImageReader
 from fastcascade.data.sources import Split, load_inputs
 from fastcascade.engine import CompiledCascade, compile
-from fastcascade.errors import DataError, InvalidArgument
+from fastcascade.errors import DataError, FastCascadeError, InvalidArgument
 from fastcascade.lowering.plan import Plan
 from fastcascade.lowering.plan_file import load_plan
 from fastcascade.model.cascade import Cascade
@@ -31,6 +32,9 @@ from fastcascade.prediction.runs import Part, RunOptions, Tally, complete, opene
 from fastcascade.types import OperatingPointLike
 
 __all__ = ["Images", "predict", "predict_to_folder"]
+
+_BLOCKS = 10_000
+"""Pieces in which the numbers of parts travel, at most."""
 
 
 def predict(
@@ -68,6 +72,7 @@ def predict(
         LoweringError: a stage is opaque, so that the plan cannot travel.
     """
     _ray()
+    _require_pool(workers, cpus)
     compiled = model if isinstance(model, CompiledCascade) else compile(model)
     thresholds = compiled.plan.thresholds(operating_point).tolist()
     travelling = _TravellingModel.of(compiled, cpus, "cuda" if gpus else "cpu")
@@ -76,7 +81,10 @@ def predict(
         batch_format="pyarrow",
         batch_size=batch_size,
         fn_constructor_args=(travelling, column, thresholds, top_k, resize),
-        **_pool(workers, cpus, gpus),
+        # By default the pool grows while there is room, because reading the images needs CPUs, too.
+        concurrency=workers or (1, _room(cpus, gpus)),
+        num_cpus=cpus,
+        num_gpus=gpus,
     )
 
 
@@ -126,32 +134,45 @@ def predict_to_folder(
     Raises:
         InvalidArgument: Ray is missing, or as for a local run.
         LoweringError: a stage is opaque, so that the plan cannot travel.
-        DataError, SaveError: as for a local run.
+        DataError: as for a local run.
+        SaveError: as for a local run.
+        FastCascadeError: Ray gave up, for example because workers find other images than the driver.
     """
     ray = _ray()
+    _require_pool(workers, cpus)
     options = RunOptions() if options is None else options
     data = images.load()
     with opened_run(model, data, folder, operating_point, options) as run:
 
         def parts(_: Waits) -> Generator[Tally, None, None]:
+            if not (pending := run.pending(len(data))):
+                return
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False)
             thresholds = model.plan.thresholds(operating_point).tolist()
             travelling = _TravellingModel.of(model, cpus, str(model.device))
-            where = str(Path(folder).resolve())
-            numbers = ray.data.from_items([{"part": number} for number in run.pending(len(data))])
-            written = numbers.repartition(num_blocks=numbers.count()).map_batches(
+            work = _Work(images, _fingerprint(data), thresholds, options, os.getcwd(), str(folder))
+            numbers = [{"part": number} for number in pending]
+            blocks = min(_BLOCKS, len(numbers))
+            written = ray.data.from_items(numbers, override_num_blocks=blocks).map_batches(
                 _PartWriter,
                 batch_size=1,
-                fn_constructor_args=(travelling, images, _fingerprint(data), thresholds, options, where),
-                **_pool(workers, cpus, 0),
+                fn_constructor_args=(travelling, work),
+                concurrency=workers or _room(cpus, 0),
+                num_cpus=cpus,
             )
-            for row in written.iter_rows():
-                if row["error"]:
-                    raise DataError(row["error"])
-                part = Part.of_json(json.loads(row["part"]), run.num_exits)
-                run.record(part)
-                yield part.tally
+            try:
+                for row in written.iter_rows():
+                    if row["error"]:
+                        raise DataError(row["error"])
+                    part = Part.of_json(json.loads(row["part"]), run.num_exits)
+                    run.record(part)
+                    yield part.tally
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise FastCascadeError(
+                    f"Ray ended the run: {reason}. Complete parts stay; repeat it"
+                ) from error
 
         return complete(run, len(data), parts, started, watch)
 
@@ -169,16 +190,16 @@ def _ray() -> ModuleType:
     return ray
 
 
-def _pool(workers: int | None, cpus: int, gpus: float) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for a pool of actors; Ray replaces a killed one and repeats its work."""
+def _require_pool(workers: int | None, cpus: int) -> None:
     if cpus < 1 or (workers is not None and workers < 1):
         raise InvalidArgument(f"got {workers} workers of {cpus} CPUs; expected at least 1 of each")
-    ray = _ray()
-    if workers is None:
-        resources = ray.cluster_resources() if ray.is_initialized() else {}
-        room = [resources.get("CPU", 1) // cpus, *([resources.get("GPU", 0) // gpus] if gpus else [])]
-        workers = max(1, int(min(room)))
-    return {"concurrency": workers, "num_cpus": cpus, "num_gpus": gpus}
+
+
+def _room(cpus: int, gpus: float) -> int:
+    """Workers that the cluster has room for, at least one; it is connected."""
+    resources = _ray().cluster_resources()
+    room = [resources.get("CPU", 1) // cpus, *([resources.get("GPU", 0) // gpus] if gpus else [])]
+    return max(1, int(min(room)))
 
 
 @dataclass(frozen=True)
@@ -231,24 +252,27 @@ def _item(cell: Any) -> Any:
     return DataError("is missing") if cell is None else cell
 
 
+class _Work(NamedTuple):
+    """What a worker does, apart from the model: ``cwd`` is the driver's, to which relative paths refer."""
+
+    images: Images
+    fingerprint: str
+    thresholds: list[float]
+    options: RunOptions
+    cwd: str
+    folder: str
+
+
 class _PartWriter:
     """An actor that classifies whole parts of a run and writes their files."""
 
-    def __init__(
-        self,
-        model: _TravellingModel,
-        images: Images,
-        fingerprint: str,
-        thresholds: list[float],
-        options: RunOptions,
-        folder: str,
-    ) -> None:
-        self.model, self.data = model.compiled(), images.load()
-        if _fingerprint(self.data) != fingerprint:
+    def __init__(self, model: _TravellingModel, work: _Work) -> None:
+        os.chdir(work.cwd)
+        self.model, self.data, self.work = model.compiled(), work.images.load(), work
+        if _fingerprint(self.data) != work.fingerprint:
             raise DataError(
-                f"a worker finds other images at {images.source!r} than the driver; share the folder"
+                f"a worker finds other images than the driver at {work.images.source!r}; share them"
             )
-        self.thresholds, self.options, self.folder = thresholds, options, Path(folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         written, errors = [], []
@@ -262,12 +286,12 @@ class _PartWriter:
         return {"part": written, "error": errors}
 
     def _write(self, number: int) -> Part:
-        rows = rows_per_batch(self.model.plan.input)
-        spans = pieces(number, len(self.data), self.options.rows_per_file, rows)
-        batches = image_batches(self.data, spans)
+        options, plan = self.work.options, self.model.plan
+        spans = pieces(number, len(self.data), options.rows_per_file, rows_per_batch(plan.input))
         found = []
-        for predictions in classified(self.model, batches, self.thresholds, self.options.top_k):
-            if self.options.strict:
+        batches = image_batches(self.data, spans)
+        for predictions in classified(self.model, batches, self.work.thresholds, options.top_k):
+            if options.strict:
                 predictions.require_no_errors()
             found.append(predictions)
-        return write_part(self.folder, number, found, self.options.format, len(self.model.plan.stages))
+        return write_part(Path(self.work.folder), number, found, options.format, len(plan.stages))

@@ -24,7 +24,7 @@ from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'fastcascade[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-N, ROWS = 400, 10
+N, ROWS = 20_000, 500
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,10 +166,12 @@ def test_encoded_images_may_be_damaged_or_missing(model: CompiledCascade) -> Non
     assert any("is missing" in error for error in errors)
 
 
-def test_opaque_stages_and_impossible_pools_are_refused(model: CompiledCascade) -> None:
+def test_impossible_pools_are_refused(model: CompiledCascade) -> None:
     dataset = ray.data.from_items([{"image": b""}])
     with pytest.raises(InvalidArgument, match="at least 1 of each"):
         fc.ray.predict(dataset, model, workers=0)
+    with pytest.raises(InvalidArgument, match="at least 1 of each"):
+        fc.ray.predict(dataset, model, cpus=0)
 
 
 def test_a_ray_serve_deployment_answers_with_the_batcher(
