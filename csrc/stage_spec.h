@@ -50,6 +50,7 @@ enum class OpKind {
 };
 
 enum class PadMode { constant, reflect, replicate };
+enum class Interpolation { bilinear, nearest, bicubic };
 
 // One operation. Fields that its kind does not use keep their defaults. Arrays are (C, H, W) or (height, width);
 // padding is (top, bottom, left, right).
@@ -70,9 +71,10 @@ struct OpSpec {
   float value = 0.f;                                      // of a pad; the eps of a layer norm
   PadMode pad_mode = PadMode::constant;
   Shape size;  // of the result of adaptive_pool, resize (both without channels) and reshape
-  bool nearest = false, align_corners = false;  // resize
-  int64_t parts = 1;                            // softmax
-  std::vector<int64_t> channels;                // reorder: of the input, one per channel of the output
+  Interpolation interpolation = Interpolation::bilinear;  // resize
+  bool align_corners = false, antialias = false;          // resize
+  int64_t parts = 1;                                      // softmax
+  std::vector<int64_t> channels;                          // reorder: of the input, one per channel of the output
   // Set by fusion only: the convolution's 2×2 maxima are its output; the residual comes last.
   bool max_pooled = false, residual_after_activation = false;
 

@@ -207,4 +207,4 @@ def _value(value: Any, arrays: Mapping[str, Array]) -> Any:
     """A field of an operation: the array that a name stands for, infinity from text, or the value itself."""
     if not isinstance(value, str):
         return value
-    return arrays.get(value, math.inf if value == "inf" else value)
+    return arrays.get(value, {"inf": math.inf, "-inf": -math.inf}.get(value, value))
