@@ -54,7 +54,9 @@ def predict(
     Args:
         dataset: a ``ray.data.Dataset``.
         model: what :func:`fastcascade.compile` accepts, or a compiled cascade.
-        operating_point, top_k, resize: as for :func:`fastcascade.predict`.
+        operating_point: as for :func:`fastcascade.predict`.
+        top_k: number of most probable classes to keep per image.
+        resize: scale uint8 images of other sizes; if False, they are errors.
         column: holds the images: arrays (H, W, C), as ``ray.data.read_images`` reads them; encoded bytes;
             paths; or Hugging Face's structs of both.
         workers: number of actors; by default, as many as the cluster has room for.
