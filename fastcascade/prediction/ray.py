@@ -73,18 +73,20 @@ def predict(
         InvalidArgument: Ray is missing, or an unknown operating point.
         LoweringError: a stage is opaque, so that the plan cannot travel.
     """
-    _ray()
+    ray = _ray()
     _require_pool(workers, cpus)
     compiled = model if isinstance(model, CompiledCascade) else compile(model)
     thresholds = compiled.plan.thresholds(operating_point).tolist()
     travelling = _TravellingModel.of(compiled, cpus, "cuda" if gpus else "cpu")
+    # By default the pool grows while there is room, because reading the images needs CPUs, too.
+    size = {"size": workers} if workers else {"min_size": 1, "max_size": _room(cpus, gpus)}
+    pool = ray.data.ActorPoolStrategy(**size)
     return dataset.map_batches(
         _Classifier,
         batch_format="pyarrow",
         batch_size=batch_size,
         fn_constructor_args=(travelling, column, thresholds, top_k, resize),
-        # By default the pool grows while there is room, because reading the images needs CPUs, too.
-        concurrency=workers or (1, _room(cpus, gpus)),
+        compute=pool,
         num_cpus=cpus,
         num_gpus=gpus,
     )
@@ -151,6 +153,7 @@ def predict_to_folder(
                 return
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False)
+                ray.data.DataContext.get_current().enable_progress_bars = False  # the run has its own
             thresholds = model.plan.thresholds(operating_point).tolist()
             travelling = _TravellingModel.of(model, cpus, str(model.device))
             work = _Work(images, _fingerprint(data), thresholds, options, os.getcwd(), str(folder))
@@ -160,7 +163,7 @@ def predict_to_folder(
                 _PartWriter,
                 batch_size=1,
                 fn_constructor_args=(travelling, work),
-                concurrency=workers or _room(cpus, 0),
+                compute=ray.data.ActorPoolStrategy(size=workers or _room(cpus, 0)),
                 num_cpus=cpus,
             )
             try:
