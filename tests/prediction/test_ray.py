@@ -17,6 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import fastcascade as fc
+from fastcascade import cli
 from fastcascade.engine import CompiledCascade
 from fastcascade.errors import DataError, InvalidArgument
 from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
@@ -126,6 +127,20 @@ def test_a_killed_worker_loses_and_doubles_nothing(
     )
     assert local.rows == N
     assert contents(out) == contents(tmp_path / "local")
+
+
+def test_the_command_runs_on_ray(
+    model: CompiledCascade, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.plan.save(tmp_path / "plan")
+    command = f"fastcascade predict plan {source.name} -o out --ray --rows 500:1500 --rows-per-file 200"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command.split())
+    monkeypatch.setattr("warnings.showwarning", None)  # main sets it; pytest wants its own back
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert parquet.read_table("out").column("id").to_pylist() == [str(i) for i in range(500, 1500)]
 
 
 def test_strict_and_changed_images_stop_the_run(model: CompiledCascade, tmp_path: Path) -> None:
