@@ -209,7 +209,7 @@ def _curve(curves: Curves) -> str:
         "accuracy against cost",
         360,
     )
-    entries = []
+    entries: list[tuple[str, str]] = []
     # The cascade's own curve comes first, and is drawn last, above the others.
     for style, (name, found) in reversed(list(zip(_COLOURS, curves.cascades.items(), strict=False))):
         thin = "" if style == "c0" else " thin"

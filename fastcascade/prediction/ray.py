@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from fastcascade.data.image_data import ImageData, ImageReader
 from fastcascade.data.sources import Split, load_inputs
@@ -183,7 +183,7 @@ def predict_to_folder(
 
 
 def _fingerprint(data: ImageData) -> str:
-    return cast(ImageReader, data.images).fingerprint() if isinstance(data.images, ImageReader) else ""
+    return data.images.fingerprint() if isinstance(data.images, ImageReader) else ""
 
 
 def _ray() -> ModuleType:
