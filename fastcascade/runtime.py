@@ -56,7 +56,7 @@ def load(directory: str | Path, threads: int | None = None) -> Runtime:
         >>> from fastcascade.model.resnet import resnet_cifar
         >>> plan = fc.plan(fc.Cascade([resnet_cifar(8)], None, num_classes=10, input_shape=(3, 32, 32)))
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     plan.save(directory)
+        ...     content_hash = plan.save(directory)
         ...     runtime = load(directory, threads=1)
         >>> runtime(np.zeros((4, 3, 32, 32), np.float32)).probs.shape
         (4, 10)

@@ -54,7 +54,7 @@ class Reliability:
 
         Example:
             >>> found = Reliability.of(np.array([0.9, 0.9, 0.9, 0.9]), np.array([True, True, True, False]), 2)
-            >>> found.accuracy[1], round(found.error, 2)
+            >>> float(found.accuracy[1]), round(found.error, 2)
             (0.75, 0.15)
         """
         valid = ~np.isnan(confidence)
@@ -137,7 +137,7 @@ def diagnose(
         >>> from torch import nn
         >>> cascade = Cascade([nn.Sequential(nn.Flatten(), nn.Linear(3, 2))], None, 2, (3, 1, 1))
         >>> data = ImageData(["a", "b"], np.zeros((2, 3, 1, 1), np.float32), np.array([0, 1]))
-        >>> diagnose(compile(cascade, backend="reference"), data).confusion.sum()
+        >>> int(diagnose(compile(cascade, backend="reference"), data).confusion.sum())
         2
     """
     exits = _Exits(model)

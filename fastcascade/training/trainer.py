@@ -435,10 +435,11 @@ def fit(
 
     Example:
         >>> import fastcascade as fc
+        >>> seed = torch.manual_seed(0)
         >>> nets = [nn.Sequential(nn.Flatten(), nn.Linear(4, 2)) for _ in range(2)]
         >>> cascade = fc.Cascade(nets, fc.MLPSelector(), num_classes=2, input_shape=(1, 2, 2))
         >>> x = torch.randn(64, 1, 2, 2)
-        >>> data = (x, (x.sum((1, 2, 3)) > 0).long())
+        >>> data = (x, (x.sum((1, 2, 3)) + torch.randn(64) > 0).long())
         >>> recipe = fc.Recipe(pretrain_epochs=1, joint_epochs=1, batch_size=32, crop_padding=0)
         >>> len(fc.fit(cascade, data, data, recipe=recipe, progress=False))
         2

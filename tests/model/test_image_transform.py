@@ -150,7 +150,9 @@ def test_training_reaches_every_stage() -> None:
     cascade = three_sizes()
     before = [p.clone() for p in cascade.parameters()]
     labels = torch.arange(60) % 5
-    recipe = fc.Recipe(pretrain_epochs=1, joint_epochs=1, crop_padding=0)
+    recipe = fc.Recipe(
+        pretrain_epochs=1, joint_epochs=1, crop_padding=0, learning_rate=1e-3, joint_learning_rate=1e-3
+    )
     fc.fit(cascade, (photos(60), labels), (photos(40), labels[:40]), recipe=recipe)
     changed = [not torch.equal(a, b) for a, b in zip(before, cascade.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
