@@ -85,7 +85,7 @@ class Axis:
 
 def _round_step(least: float) -> float:
     """The smallest of 1, 2, 5, 10, … times a power of ten that is at least this."""
-    power = 10 ** math.floor(math.log10(least))
+    power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -188,11 +189,10 @@ def _fingerprint(data: ImageData) -> str:
 
 def _ray() -> ModuleType:
     try:
-        import ray
-        import ray.data
+        import_module("ray.data")
+        return import_module("ray")
     except ImportError as error:
         raise InvalidArgument("Ray is not installed: pip install 'fastcascade[ray]'") from error
-    return ray
 
 
 def _require_pool(workers: int | None, cpus: int) -> None:
