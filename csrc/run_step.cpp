@@ -1,5 +1,6 @@
 #include "run_step.h"
 
+#include "int8_steps.h"
 #include "layout_steps.h"
 
 namespace fastcascade {
@@ -40,6 +41,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   const float* residual = step.residual < 0 ? nullptr : at(step.residual);
   float* y = at(step.output);
   const int64_t work = step.work_items * instances;
+  int32_t* invalid = net.invalid_offset < 0 ? nullptr : reinterpret_cast<int32_t*>(arena + net.invalid_offset) + first;
   const auto channel_op = [&] {
     ChannelOp c = step.channel_op;
     c.input = x;
@@ -48,6 +50,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   };
   switch (step.kind) {
     case StepKind::load:
+      if (invalid && share.rank == 0) std::fill_n(invalid, instances, 0);
       for (int64_t n = 0; n < instances; ++n)
         load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));
       return;
@@ -104,6 +107,14 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
     case StepKind::pad: return pad_f32(net, step, x, y, part(work, share));
     case StepKind::slice: return slice_f32(net, step, x, y, part(work, share));
     case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, share));
+    case StepKind::quantize:
+    case StepKind::dequantize:
+    case StepKind::int8_conv:
+    case StepKind::int8_depthwise:
+    case StepKind::int8_pool: {
+      const ConvPart mine = conv_part(step, work, kernels, share);
+      return run_int8_step(net, step, {x, residual, y, scratch, invalid}, mine.positions, mine.panels);
+    }
     case StepKind::concat: {
       const float* inputs[kMaxInputs];
       for (size_t i = 0; i < step.inputs.size(); ++i) inputs[i] = at(step.inputs[i]);

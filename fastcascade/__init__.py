@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastcascade.benchmarking.runner import benchmark
     from fastcascade.data.sources import load_data
-    from fastcascade.engine import compile
+    from fastcascade.engine import compile, quantize
     from fastcascade.errors import FastCascadeError
     from fastcascade.evaluation.calibration import calibrate
     from fastcascade.evaluation.evaluation import evaluate
@@ -51,6 +51,7 @@ __all__ = [
     "load_plan",
     "plan",
     "predict",
+    "quantize",
 ]
 
 _HOMES = {
@@ -78,6 +79,7 @@ _HOMES = {
     "load_plan": "fastcascade.lowering.plan_file:load_plan",
     "plan": "fastcascade.lowering.export:plan",
     "predict": "fastcascade.prediction.predictor:predict",
+    "quantize": "fastcascade.engine:quantize",
 }
 """Where each public name is defined. Modules are imported at first use, because torch takes seconds."""
 
