@@ -1,7 +1,6 @@
 #include "int8_steps.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "pack.h"
@@ -10,11 +9,12 @@ namespace fastcascade {
 namespace {
 
 // Weights [group][panel][depth / terms][panel's lanes][terms] of the kernels' term type, where `terms` are those of a
-// dot product. The order of depth is (ky, kx, channel); each tap is rounded up to whole dot products with zeros.
+// dot product and a group has `blocks` vectors of outputs. The order of depth is (ky, kx, channel); each tap is rounded
+// up to whole dot products with zeros.
 template <class Term>
-Buffer pack_int8(const MergedWeights& m, int64_t tap_terms, const Int8Kernels& kernels) {
+Buffer pack_int8(const MergedWeights& m, int64_t tap_terms, int64_t blocks, const Int8Kernels& kernels) {
   const int64_t lanes = kernels.lanes, terms = kernels.group, area = m.kh * m.kw, depth = area * tap_terms;
-  const int64_t per_group = m.out / m.groups, blocks = round_up(per_group, lanes) / lanes;
+  const int64_t per_group = m.out / m.groups;
   const int64_t bytes = m.groups * blocks * lanes * depth * static_cast<int64_t>(sizeof(Term));
   Buffer packed(round_up(bytes, 4) / 4);
   Term* panel = reinterpret_cast<Term*>(packed.data());
@@ -65,12 +65,11 @@ Int8Epilogue pack_epilogue(Step& step, const OpSpec& op, int64_t pitch) {
 
 void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t lanes) {
   const int64_t taps = g.kernel_h * g.kernel_w;
-  step.weights = pack_depthwise(op, lanes);
+  step.weights = Buffer(taps * g.pitch);
   auto* weights = reinterpret_cast<int32_t*>(step.weights.data());
-  for (int64_t i = 0; i < step.weights.size(); ++i) {
-    const auto weight = static_cast<int32_t>(step.weights.data()[i]);
-    std::memcpy(weights + i, &weight, sizeof weight);
-  }
+  for (int64_t c = 0; c < op.weight_shape[0]; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      weights[c / lanes * lanes * taps + tap * lanes + c % lanes] = static_cast<int32_t>(op.weight[c * taps + tap]);
   step.int8.padding.assign(static_cast<size_t>(g.in_pitch), static_cast<uint8_t>(op.int8.zero_point));
   step.int8.scratch_floats = taps * kDepthwisePixels * static_cast<int64_t>(sizeof(uint8_t*) / sizeof(float));
   Int8Depthwise& c = step.int8.depthwise;
@@ -80,16 +79,18 @@ void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, i
   c.epilogue = pack_epilogue(step, op, g.pitch);
 }
 
-void pack_product(Step& step, const OpSpec& op, const ConvGeometry& g, const Int8Kernels& kernels) {
-  const MergedWeights merged = merge_groups(op, kernels.lanes);
+// Groups are merged as far as the vectors that the pitch is a multiple of: then all channels of a pixel are written.
+void pack_product(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t pitch_lanes,
+                  const Int8Kernels& kernels) {
+  const MergedWeights merged = merge_groups(op, pitch_lanes);
   Int8Conv& c = step.int8.conv;
   c.geometry = g;
   c.group_channels = merged.in;
   c.tap_terms = round_up(merged.in, kernels.group);
-  step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(merged, c.tap_terms, kernels)
-                                         : pack_int8<int8_t>(merged, c.tap_terms, kernels);
-  c.weights = step.weights.data();
   c.blocks_per_group = g.pitch / kernels.lanes / merged.groups;
+  step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(merged, c.tap_terms, c.blocks_per_group, kernels)
+                                         : pack_int8<int8_t>(merged, c.tap_terms, c.blocks_per_group, kernels);
+  c.weights = step.weights.data();
   c.zero_point = static_cast<uint8_t>(op.int8.zero_point);
   c.epilogue = pack_epilogue(step, op, g.pitch);
   step.panels = merged.groups * int8_panels(c.blocks_per_group);
@@ -129,14 +130,15 @@ bool is_int8_depthwise(const OpSpec& op, const Shape& in) {
          op.weight_shape[1] == 1 && in.c == op.groups;
 }
 
-void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, const Int8Kernels& kernels) {
+void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, int64_t pitch_lanes,
+                     const Int8Kernels& kernels) {
   const ConvGeometry g{op.kernel[0],   op.kernel[1],  op.stride[0],  op.stride[1], op.dilation[0],
                        op.dilation[1], op.padding[0], op.padding[2], in.shape.h,   in.shape.w,
                        in.pitch,       out.shape.h,   out.shape.w,   out.pitch};
   if (is_int8_depthwise(op, in.shape))
     pack_depthwise_layer(step, op, g, kernels.lanes);
   else
-    pack_product(step, op, g, kernels);
+    pack_product(step, op, g, pitch_lanes, kernels);
 }
 
 Int8Pool int8_pool_arguments(const OpSpec& op, const Value& in, const Value& out) {

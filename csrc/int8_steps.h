@@ -9,8 +9,10 @@ namespace fastcascade {
 // True where the convolution's kernel is the depthwise one.
 bool is_int8_depthwise(const OpSpec& op, const Shape& in);
 
-// Packs the constants of an int8_conv2d or int8_linear into `step`, and fills in its arguments.
-void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, const Int8Kernels& kernels);
+// Packs the constants of an int8_conv2d or int8_linear into `step`, and fills in its arguments. Pitches are multiples
+// of `pitch_lanes`.
+void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, int64_t pitch_lanes,
+                     const Int8Kernels& kernels);
 
 // Arguments of a maximum over bytes.
 Int8Pool int8_pool_arguments(const OpSpec& op, const Value& in, const Value& out);

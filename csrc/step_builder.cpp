@@ -244,7 +244,7 @@ class StepBuilder {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
     const StepKind kind = is_int8_depthwise(op, in.shape) ? StepKind::int8_depthwise : StepKind::int8_conv;
     Step& step = add_step(kind, op, operation_text(op, in.shape), kInt8Prefix + std::string(net_.int8_kernels->isa));
-    pack_int8_layer(step, op, in, out, *net_.int8_kernels);
+    pack_int8_layer(step, op, in, out, kernels_.lanes, *net_.int8_kernels);
   }
 
   void add_grid(StepKind kind, const OpSpec& op, const char* kernel) {

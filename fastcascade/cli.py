@@ -375,16 +375,18 @@ def calibrate(
     rows: RowRange = None,
     resize: Resize = False,
 ) -> None:
-    """Choose stop thresholds on held-out images and store them in the saved cascade. Give one target."""
+    """Choose stop thresholds on held-out images, for one target, and store them in the saved model."""
     import fastcascade as fc
 
-    cascade = fc.load(model)
-    images = _load_images(data, cascade, split, rows, resize)
+    loaded = _load_model(model)
+    images = _load_images(data, loaded, split, rows, resize)
+    measured = loaded if isinstance(loaded, fc.Cascade) else fc.compile(loaded)
     point = fc.calibrate(
-        cascade, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
+        measured, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
     )
-    cascade.save(model, overwrite=True)
-    Console().print(operating_points_table({name: point}, cascade.dense_macs))
+    saved = measured if isinstance(measured, fc.Cascade) else measured.plan
+    saved.save(model, overwrite=True)
+    Console().print(operating_points_table({name: point}, loaded.dense_macs))
 
 
 def operating_points_table(points: Mapping[str, OperatingPoint], dense_macs: int) -> Table:
