@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastcascade.errors import FastCascadeError
     from fastcascade.evaluation.calibration import calibrate
     from fastcascade.evaluation.evaluation import evaluate
+    from fastcascade.evaluation.precision_choice import choose_precision
     from fastcascade.evaluation.stage_choice import choose_stages
     from fastcascade.lowering.export import plan
     from fastcascade.lowering.plan_file import load_plan
@@ -42,6 +43,7 @@ __all__ = [
     "ThresholdSelector",
     "benchmark",
     "calibrate",
+    "choose_precision",
     "choose_stages",
     "compile",
     "evaluate",
@@ -70,6 +72,7 @@ _HOMES = {
     "ThresholdSelector": "fastcascade.model.selector:ThresholdSelector",
     "benchmark": "fastcascade.benchmarking.runner:benchmark",
     "calibrate": "fastcascade.evaluation.calibration:calibrate",
+    "choose_precision": "fastcascade.evaluation.precision_choice:choose_precision",
     "choose_stages": "fastcascade.evaluation.stage_choice:choose_stages",
     "compile": "fastcascade.engine:compile",
     "evaluate": "fastcascade.evaluation.evaluation:evaluate",

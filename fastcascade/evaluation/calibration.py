@@ -23,7 +23,7 @@ from fastcascade.evaluation.risk import certify, risk_path
 from fastcascade.model.cascade import Cascade
 from fastcascade.types import OperatingPoint
 
-__all__ = ["calibrate", "find_thresholds"]
+__all__ = ["calibrate", "find_thresholds", "find_thresholds_by_time", "measure_point"]
 
 COMBINATIONS = 1024
 """Combinations of all thresholds but the last tried per round of the search."""
@@ -121,12 +121,12 @@ def calibrate(
         thresholds = certify(seen.disagrees, seen.exits, risk_path(described), *max_risk)
     elif exit_ms is not None:
         target["exit_ms"] = list(map(float, exit_ms))
-        thresholds = _find_by_time(seen, target["exit_ms"], budget_ms, min_accuracy)
+        thresholds = find_thresholds_by_time(seen, target["exit_ms"], budget_ms, min_accuracy)
     elif budget_ms is not None:
         raise InvalidArgument("budget_ms needs exit_ms, the measured milliseconds of stopping at each exit")
     else:
         thresholds = find_thresholds(seen, budget_macs=budget_macs, min_accuracy=min_accuracy)
-    point = _measure(seen, thresholds, name, target)
+    point = measure_point(seen, thresholds, name, target)
     if isinstance(cascade, Cascade):
         cascade.operating_points[name] = point
         return point
@@ -190,7 +190,7 @@ def _dearer_equal(seen: Trace, cheapest: tuple[float, ...], most: float) -> tupl
     return dearest if equal_by_luck or right[1].sum() > right[0].sum() else cheapest
 
 
-def _find_by_time(
+def find_thresholds_by_time(
     seen: Trace, exit_ms: Sequence[float], budget_ms: float | None, min_accuracy: float | None
 ) -> tuple[float, ...]:
     """:func:`find_thresholds` with milliseconds for MACs."""
@@ -248,7 +248,10 @@ def _check_overlap(cascade: Cascade, seen: Trace, refuse: bool) -> None:
     warnings.warn(f"{found}; the operating point will promise too much. Give held-out images", stacklevel=3)
 
 
-def _measure(seen: Trace, thresholds: tuple[float, ...], name: str, target: dict[str, Any]) -> OperatingPoint:
+def measure_point(
+    seen: Trace, thresholds: tuple[float, ...], name: str, target: dict[str, Any]
+) -> OperatingPoint:
+    """The operating point of some thresholds, with their figures on a trace."""
     exits = seen.exits(thresholds)
     return OperatingPoint(
         name=name,

@@ -16,7 +16,7 @@ from fastcascade.lowering.plan import Plan
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.cost import eval_mode
 
-__all__ = ["collect_logits", "compiling_pays", "plan_logits", "stage_logits"]
+__all__ = ["collect_logits", "compiling_pays", "plan_logits", "stage_logits", "stage_programs"]
 
 WORTH_COMPILING = 20e9
 """Multiplies, above which lowering the stages (a second or two each) costs less than it saves on a CPU."""
@@ -87,8 +87,13 @@ def plan_logits(whole: Plan) -> Callable[[Tensor], Tensor]:
     """A function from images (n, …) on the CPU to the logits (K, n, C) of all stages of a plan, divided by
     their temperatures, up to a constant per row; stages that read the image run once each, alone.
     """
-    fast = [compile(_chain(whole, k), output="log_probs") for k in range(len(whole.stages))]
+    fast = [compile(part, output="log_probs") for part in stage_programs(whole)]
     return lambda images: torch.stack([program(images) for program in fast])
+
+
+def stage_programs(whole: Plan) -> list[Plan]:
+    """Every stage, with the segments that it reads through, as a cascade of one exit."""
+    return [_chain(whole, k) for k in range(len(whole.stages))]
 
 
 def _chain(whole: Plan, k: int) -> Plan:
