@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
+#pragma GCC push_options
+#pragma GCC target("avx2")
+
 namespace emulated {
 
 template <class T, int N>
@@ -103,6 +106,8 @@ inline __m256i dpbusd_avx_epi32(__m256i sum, __m256i x, __m256i w) {
 }
 
 }  // namespace emulated
+
+#pragma GCC pop_options
 
 #define __m512 emulated::F16
 #define __m512i emulated::I16
