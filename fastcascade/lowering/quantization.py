@@ -280,7 +280,7 @@ def _quantize_layers(
         if op.output in layer_of:
             layer = _correct(layer_of[op.output], exact, shifted, grids)
             layers[op.output] = layer
-            shifted[op.output] = _rounded_output(layer, shifted, grids)
+            shifted[op.output] = _int8_output(layer, shifted, grids)
         else:
             shifted[op.output] = run_op(op, [shifted[v] for v in op.reads], shape)
         for value in dead:
@@ -307,21 +307,20 @@ def _correct(
     ours = run_op(layer.rounded, [grid.round(shifted[op.input])], ())
     axes = [0, *range(2, sums.ndim)]
     bias = op.bias.double() + (sums.double() - ours.double()).mean(axes)
-    error = _rounded_output(layer, exact, grids) - exact[op.output]
+    error = _int8_output(layer, exact, grids) - exact[op.output]
     size = exact[op.output].double().square().mean().sqrt()
     relative = float(error.double().square().mean().sqrt() / size.clamp(min=1e-30))
     return replace(layer, bias=bias, error=relative)
 
 
-def _rounded_output(layer: QuantizedLayer, values: Mapping[int, Tensor], grids: Mapping[int, Grid]) -> Tensor:
-    """What the layer in int8 makes of its inputs, in float32 arithmetic."""
+def _int8_output(layer: QuantizedLayer, values: Mapping[int, Tensor], grids: Mapping[int, Grid]) -> Tensor:
+    """What the layer in int8 makes of its inputs, in float32 arithmetic; who reads it as bytes rounds it."""
     op = layer.op
     y = run_op(layer.rounded, [grids[op.input].round(values[op.input])], ())
     residual = getattr(op, "residual", None)
     if residual is not None:
         y = y + grids[residual].round(values[residual])
-    y = activate(y, op.activation)
-    return grids[op.output].round(y) if op.activation in CLAMPS else y
+    return activate(y, op.activation)
 
 
 def _insensitive(
@@ -354,7 +353,7 @@ def _logits(
     values = {0: x}
     for op, dead in zip(stage.ops, stage.last_reads(), strict=True):
         if op.output in layers:
-            values[op.output] = _rounded_output(layers[op.output], values, grids)
+            values[op.output] = _int8_output(layers[op.output], values, grids)
         else:
             values[op.output] = run_op(op, [values[v] for v in op.reads], stage.shapes[op.output])
         for value in dead:

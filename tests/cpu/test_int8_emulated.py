@@ -33,7 +33,7 @@ def emulate(source: Path) -> None:
     dispatch.write_text(text)
 
 
-def test_emulated_kernels_return_the_portable_bits(engine_objects: Sequence[Path], tmp_path: Path) -> None:
+def test_emulated_kernels_return_the_exact_bits(engine_objects: Sequence[Path], tmp_path: Path) -> None:
     source = tmp_path / "csrc"
     shutil.copytree(driver.SOURCE, source)
     emulate(source)
