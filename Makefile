@@ -11,10 +11,11 @@ say := @printf '==> %s\n'
 outside := $(abspath build)/outside
 config := $(CURDIR)/pyproject.toml
 pytest := cd $(outside) && $(bin)/pytest -c $(config) --rootdir $(CURDIR)
-# One process per core; the tests of a file stay together, because they share what they compile.
-in_parallel := -n auto --dist loadfile
+# One process per core; the tests of a file stay together, because they share what they compile. By default the files
+# with the fewest tests come last, and those take longest.
+in_parallel := -n auto --dist loadfile --no-loadscope-reorder
 
-python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.cu' -o -name '*.cuh')
+python_sources := $(shell find fastcascade kernels -name '*.py' -o -name '*.pyi' -o -name '*.css' -o -name '*.cu' -o -name '*.cuh')
 compiled_sources := $(shell find csrc -type f 2>/dev/null)
 checked := fastcascade kernels tests tools $(wildcard bench examples) setup.py
 cpp_sources := $(shell find csrc kernels/cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' \

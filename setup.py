@@ -28,7 +28,10 @@ setup(
         *(f"fastcascade.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"fastcascade.kernels": "kernels"},
-    package_data={"fastcascade": ["py.typed", "*.pyi"], "fastcascade.kernels": ["cuda/*.cu", "cuda/*.cuh"]},
+    package_data={
+        "fastcascade": ["py.typed", "*.pyi", "benchmarking/*.css"],
+        "fastcascade.kernels": ["cuda/*.cu", "cuda/*.cuh"],
+    },
     include_package_data=False,
     ext_modules=[kernels] if sources else [],
     cmdclass={"build_ext": build_ext},

@@ -3,7 +3,7 @@
 - *arrays*: the whole pipeline on an npz file of 32 × 32 images, beside the engine alone on the same images.
 - *photos*: a folder of JPEG files, beside the same job written plainly: a DataLoader, Pillow, the largest
   network.
-- *memory*: resident memory over a million images, in an npy and in a Parquet file.
+- *memory*: resident memory over a million images, in an npz, an npy and a Parquet file (``--kinds``).
 
 Every contestant runs in turns, and labels are compared before times are printed.
 """
@@ -124,16 +124,14 @@ def photos(folder: Path, n: int, side: int) -> None:
     print(f"limited by {limits[-1]}")
 
 
-def memory(folder: Path, n: int) -> None:
+def memory(folder: Path, n: int, kinds: list[str]) -> None:
     """Resident memory while n tiny images are classified by a linear model."""
     torch.manual_seed(0)
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
     preprocess = fc.Normalize((0.5,) * 3, (0.25,) * 3)
     model = fc.compile(fc.Cascade([linear], None, 10, (3, 32, 32), preprocess=preprocess))
-    header = np.lib.format.open_memmap(folder / "x.npy", "w+", np.uint8, (n, 32, 32, 3))  # sparse: zeros
-    del header
-    _write_parquet(folder / "x.parquet", n)
-    for name in ("x.npy", "x.parquet"):
+    for name in (f"x.{kind}" for kind in kinds):
+        _WRITERS[name](folder / name, n)
         data = load_inputs(folder / name, (3, 32, 32))
         seen: list[int] = []
 
@@ -147,6 +145,15 @@ def memory(folder: Path, n: int) -> None:
         seconds, growth = time.perf_counter() - start, tenths[-1] / tenths[1] - 1
         print(f"{name}: {n:,} images in {seconds:.0f} s; MiB resident, highest in each tenth of the run:")
         print(f"  {' '.join(f'{mib:.0f}' for mib in tenths)}; the last over the second {growth:+.1%}")
+
+
+def _write_npy(path: Path, n: int) -> None:
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 32, 32, 3))  # sparse: zeros
+    del images
+
+
+def _write_npz(path: Path, n: int) -> None:
+    np.savez(path, images=np.broadcast_to(np.zeros((1, 32, 32, 3), np.uint8), (n, 32, 32, 3)))
 
 
 def _write_parquet(path: Path, n: int) -> None:
@@ -164,6 +171,9 @@ def _write_parquet(path: Path, n: int) -> None:
     with parquet.ParquetWriter(path, block.schema, use_dictionary=False) as writer:
         for _ in range(0, n, len(block)):
             writer.write_table(block)
+
+
+_WRITERS = {"x.npz": _write_npz, "x.npy": _write_npy, "x.parquet": _write_parquet}
 
 
 def _labels(out: Path) -> np.ndarray[Any, Any]:
@@ -211,6 +221,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--points", default="fast,default", help="operating points for arrays")
     parser.add_argument("--side", type=int, default=480, help="height of the photos")
+    parser.add_argument("--kinds", default="npz,npy,parquet", help="files for memory")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if chosen.what == "arrays":
@@ -218,7 +229,7 @@ def main() -> None:
         elif chosen.what == "photos":
             photos(Path(name), chosen.images or 1024, chosen.side)
         else:
-            memory(Path(name), chosen.images or 1_000_000)
+            memory(Path(name), chosen.images or 1_000_000, chosen.kinds.split(","))
 
 
 if __name__ == "__main__":

@@ -162,11 +162,22 @@ struct ChannelOp {
   bool is_max;    // of a reduction
 };
 
-// Upsampling; bilinear unless `nearest`.
+// A source line of an output line along one axis, and its weight in the sum.
+struct WeightedLine {
+  int64_t line;
+  float weight;
+};
+
+// Resampling: every output line is a weighted sum of `taps` source lines.
+struct ResizeAxis {
+  const WeightedLine* lines;  // [output line][tap]
+  int64_t taps;
+};
+
 struct Resize {
   const float* input;
   float* output;
-  bool nearest, align_corners;
+  ResizeAxis rows, columns;
   int64_t in_height, in_width, height, width, pitch;
 };
 
@@ -180,7 +191,7 @@ struct KernelTable {
   void (*conv3x3_winograd_f32)(const Winograd&, Range tiles, Range panels);  // of nr_blocks blocks of a group
   // `vectors` of 3×3 weights as pack_winograd leaves them, [vector][9][lanes], to u[36][plane].
   void (*transform_weights_f32)(const float* weights, int64_t vectors, float* u, int64_t plane);
-  void (*conv_depthwise_f32)(const DepthwiseConv&, Range rows);  // output rows over all instances
+  void (*conv_depthwise_f32)(const DepthwiseConv&, Range rows, Range blocks);
   void (*pool_f32)(const Pool&, Range pixels, Range blocks);
   void (*elementwise_f32)(const Elementwise&, Range pixels);
   void (*layer_norm_f32)(const ChannelOp&, Range pixels);

@@ -236,8 +236,9 @@ OpSpec read_op(const py::dict& d) {
     case OpKind::softmax: op.parts = get<int64_t>(d, "parts"); break;
     case OpKind::channel_reduce: op.is_max = read_choice(d, "kind", {"mean", "max"}) == 1; break;
     case OpKind::resize:
-      op.nearest = read_choice(d, "kind", {"bilinear", "nearest"}) == 1;
+      op.interpolation = static_cast<Interpolation>(read_choice(d, "kind", {"bilinear", "nearest", "bicubic"}));
       op.align_corners = get<bool>(d, "align_corners");
+      op.antialias = d.contains("antialias") && get<bool>(d, "antialias");  // plans from before it have none
       read_size(op, d);
       break;
     case OpKind::reorder: op.channels = get<std::vector<int64_t>>(d, "channels"); break;

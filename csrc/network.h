@@ -21,7 +21,8 @@ struct Value {
   int64_t floats = 0;  // per instance; four bytes to a float
   bool bytes = false;  // quantised
   bool holds_tile = false;
-  int64_t offset = 0;  // in the arena
+  bool is_private = false;  // only steps of a chain exchange it: each thread keeps rows of its own
+  int64_t offset = 0;       // in the arena
 
   void set_pitch(int64_t channels) {
     pitch = channels;
@@ -65,6 +66,12 @@ struct Int8Step {
   int64_t scratch_floats = 0;
 };
 
+// Which input rows a convolution reads.
+struct RowWindow {
+  int64_t kernel = 1, stride = 1, dilation = 1, pad = 0;
+  int64_t rows_per_line = 1;  // output rows that it computes together
+};
+
 struct Step {
   StepKind kind;
   std::vector<int64_t> inputs;
@@ -73,9 +80,12 @@ struct Step {
   int64_t macs = 0;               // per instance, as the plan counts them, whatever the kernel does
   std::vector<float> bias;
   std::vector<Tap> taps;
-  Buffer weights, untransformed_weights;  // the latter for Winograd in networks with large weights only
-  int64_t work_items = 0;                 // per instance: rows, pixels, Winograd tiles, or 1
-  int64_t panels = 1;                     // of output channels, that threads may divide among them
+  std::vector<WeightedLine> rows, columns;  // of a resize
+  Buffer weights, untransformed_weights;    // the latter for Winograd in networks with large weights only
+  int64_t work_items = 0;                   // per instance: rows, pixels, Winograd tiles, or 1
+  int64_t min_items = 1;                    // that keep a thread's register tiles full
+  int64_t panels = 1;                       // of output channels, that threads may divide among them
+  RowWindow row_window;                     // of a convolution
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};
@@ -93,10 +103,20 @@ struct Step {
   }
 };
 
-// Steps that run sub-tile by sub-tile, so that what they exchange stays in cache.
+// A step by itself, or a chain: convolutions that each read the one before, and run by stripes of rows, so that what
+// they exchange stays in cache.
+struct Unit {
+  size_t begin, end;        // steps
+  int64_t stripe_rows = 0;  // of the last output; 0 for a step by itself
+
+  bool is_chain() const { return stripe_rows > 0; }
+};
+
+// Units that run sub-tile by sub-tile, for the same reason.
 struct Segment {
   size_t begin, end;           // steps
   int64_t sub_tile_instances;  // at most
+  std::vector<Unit> units;
 };
 
 struct Network {

@@ -26,6 +26,15 @@ const char* function_name(Function function) {
   return "none";
 }
 
+std::string interpolation_name(Interpolation interpolation) {
+  switch (interpolation) {
+    case Interpolation::bilinear: return "bilinear";
+    case Interpolation::nearest: return "nearest";
+    case Interpolation::bicubic: return "bicubic";
+  }
+  return "";
+}
+
 std::string activation_text(const Activation& a) {
   if (a.is_function()) return function_name(a.function);
   return a.high == 6.f ? "relu6" : a.is_clamp() ? "relu" : "none";
@@ -64,7 +73,7 @@ std::string kind_text(const OpSpec& op, const Shape& in) {
     case OpKind::layer_norm: return "layer norm";
     case OpKind::softmax: return "softmax of " + std::to_string(op.parts) + " parts";
     case OpKind::channel_reduce: return op.is_max ? "maximum over channels" : "mean over channels";
-    case OpKind::resize: return (op.nearest ? "nearest resize " : "bilinear resize ") + in.text();
+    case OpKind::resize: return interpolation_name(op.interpolation) + (" resize " + in.text());
     case OpKind::reorder: return "reorder channels";
     case OpKind::reshape: return "reshape " + in.text();
     case OpKind::slice: return "slice";

@@ -4,10 +4,13 @@
 #include <limits>
 #include <numeric>
 
+#include "step_parts.h"
+
 namespace fastcascade {
 
 RunContext::RunContext(const Program& program)
     : buffers(program.threads),
+      team(max_parts(program.threads)),
       tiles(program.threads),
       queues(program.networks.size()),
       free_slots(program.networks.size()),

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "program.h"
+#include "team.h"
 
 namespace fastcascade {
 
@@ -32,7 +33,8 @@ struct InstanceQueue {
 };
 
 struct RunContext {
-  std::vector<ThreadBuffers> buffers;            // per thread
+  std::vector<ThreadBuffers> buffers;  // per thread
+  Team team;
   std::vector<InstanceQueue> tiles;              // per thread: the tile that it runs
   std::vector<InstanceQueue> queues;             // per stage
   std::vector<Buffer> features;                  // per stage that saves features: [slot][floats]

@@ -6,23 +6,6 @@
 namespace fastcascade {
 namespace {
 
-// The part of `count` items that falls to a thread.
-Range part(int64_t count, Share share) {
-  return {count * share.rank / share.size, count * (share.rank + 1) / share.size};
-}
-
-struct ConvPart {
-  Range positions, panels;  // positions: rows or Winograd tiles
-};
-
-// Splits a convolution over output positions, or over panels of output channels where positions are too few to fill the
-// register tiles of all threads.
-ConvPart conv_part(const Step& step, int64_t positions, const KernelTable& kernels, Share share) {
-  if (positions < share.size * kernels.mr && step.panels >= share.size)
-    return {{0, positions}, part(step.panels, share)};
-  return {part(positions, share), {0, step.panels}};
-}
-
 void set_residual(Epilogue& e, const float* residual) {
   const bool comes_last = e.residual_after_activation && e.activation.is_function();
   (comes_last ? e.residual_after_function : e.residual) = residual;
@@ -30,18 +13,18 @@ void set_residual(Epilogue& e, const float* residual) {
 
 }  // namespace
 
-void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
-              int64_t instances, Share share) {
+void run_step(const Network& net, const Step& step, const Source& source, Arenas arenas, float* scratch, int64_t first,
+              StepPart part) {
   const auto at = [&](int64_t v) {
     const Value& value = net.values[v];
-    return arena + value.offset + (value.holds_tile ? first * value.floats : 0);
+    return (value.is_private ? arenas.own : arenas.tile) + value.offset + (value.holds_tile ? first * value.floats : 0);
   };
   const KernelTable& kernels = *net.kernels;
   const float* x = step.inputs.empty() ? nullptr : at(step.inputs[0]);
   const float* residual = step.residual < 0 ? nullptr : at(step.residual);
   float* y = at(step.output);
-  const int64_t work = step.work_items * instances;
-  int32_t* invalid = net.invalid_offset < 0 ? nullptr : reinterpret_cast<int32_t*>(arena + net.invalid_offset) + first;
+  int32_t* invalid =
+      net.invalid_offset < 0 ? nullptr : reinterpret_cast<int32_t*>(arenas.tile + net.invalid_offset) + first;
   const auto channel_op = [&] {
     ChannelOp c = step.channel_op;
     c.input = x;
@@ -50,17 +33,20 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   };
   switch (step.kind) {
     case StepKind::load:
-      if (invalid && share.rank == 0) std::fill_n(invalid, instances, 0);
-      for (int64_t n = 0; n < instances; ++n)
-        load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));
+      for (int64_t n = part.positions.begin / step.work_items; n * step.work_items < part.positions.end; ++n) {
+        const int64_t above = n * step.work_items;  // lines of the instances before
+        if (invalid && part.positions.begin <= above) invalid[n] = 0;
+        load_lines(net, source, first + n, y + n * net.values[0].floats,
+                   {std::max<int64_t>(0, part.positions.begin - above),
+                    std::min(step.work_items, part.positions.end - above)});
+      }
       return;
     case StepKind::direct: {
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
       set_residual(c.epilogue, residual);
-      const ConvPart mine = conv_part(step, work, kernels, share);
-      return kernels.conv_direct_f32(c, mine.positions, mine.panels);
+      return kernels.conv_direct_f32(c, part.positions, part.panels);
     }
     case StepKind::winograd: {
       Winograd c = step.winograd;
@@ -68,22 +54,20 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       c.output = y;
       c.scratch = scratch;
       set_residual(c.epilogue, residual);
-      const ConvPart mine = conv_part(step, work, kernels, share);
-      return kernels.conv3x3_winograd_f32(c, mine.positions, mine.panels);
+      return kernels.conv3x3_winograd_f32(c, part.positions, part.panels);
     }
     case StepKind::depthwise: {
       DepthwiseConv c = step.depthwise;
       c.input = x;
       c.output = y;
       set_residual(c.epilogue, residual);
-      return kernels.conv_depthwise_f32(c, part(work, share));
+      return kernels.conv_depthwise_f32(c, part.positions, part.panels);
     }
     case StepKind::pool: {
       Pool c = step.pool;
       c.input = x;
       c.output = y;
-      const ConvPart mine = conv_part(step, work, kernels, share);
-      return kernels.pool_f32(c, mine.positions, mine.panels);
+      return kernels.pool_f32(c, part.positions, part.panels);
     }
     case StepKind::elementwise: {
       Elementwise c = step.elementwise;
@@ -91,34 +75,32 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
       // Constants are set; an operand that the kernel does not use points at what may be read.
       if (c.combine != Combine::scale_shift) c.shift = c.b.data = step.inputs.size() > 1 ? at(step.inputs[1]) : x;
       c.output = y;
-      return kernels.elementwise_f32(c, part(work, share));
+      return kernels.elementwise_f32(c, part.positions);
     }
-    case StepKind::layer_norm: return kernels.layer_norm_f32(channel_op(), part(work, share));
-    case StepKind::softmax: return kernels.softmax_f32(channel_op(), part(work, share));
-    case StepKind::channel_reduce: return kernels.channel_reduce_f32(channel_op(), part(work, share));
+    case StepKind::layer_norm: return kernels.layer_norm_f32(channel_op(), part.positions);
+    case StepKind::softmax: return kernels.softmax_f32(channel_op(), part.positions);
+    case StepKind::channel_reduce: return kernels.channel_reduce_f32(channel_op(), part.positions);
     case StepKind::resize: {
       Resize c = step.resize;
       c.input = x;
       c.output = y;
-      return kernels.resize_f32(c, part(work, share));
+      return kernels.resize_f32(c, part.positions);
     }
-    case StepKind::reorder: return reorder_f32(net, step, x, y, part(work, share));
-    case StepKind::reshape: return reshape_f32(net, step, x, y, part(work, share));
-    case StepKind::pad: return pad_f32(net, step, x, y, part(work, share));
-    case StepKind::slice: return slice_f32(net, step, x, y, part(work, share));
-    case StepKind::flatten: return flatten_f32(net, step, x, y, part(work, share));
+    case StepKind::reorder: return reorder_f32(net, step, x, y, part.positions);
+    case StepKind::reshape: return reshape_f32(net, step, x, y, part.positions);
+    case StepKind::pad: return pad_f32(net, step, x, y, part.positions);
+    case StepKind::slice: return slice_f32(net, step, x, y, part.positions);
+    case StepKind::flatten: return flatten_f32(net, step, x, y, part.positions);
     case StepKind::quantize:
     case StepKind::dequantize:
     case StepKind::int8_conv:
     case StepKind::int8_depthwise:
-    case StepKind::int8_pool: {
-      const ConvPart mine = conv_part(step, work, kernels, share);
-      return run_int8_step(net, step, {x, residual, y, scratch, invalid}, mine.positions, mine.panels);
-    }
+    case StepKind::int8_pool:
+      return run_int8_step(net, step, {x, residual, y, scratch, invalid}, part.positions, part.panels);
     case StepKind::concat: {
       const float* inputs[kMaxInputs];
       for (size_t i = 0; i < step.inputs.size(); ++i) inputs[i] = at(step.inputs[i]);
-      return concat_f32(net, step, inputs, y, part(work, share));
+      return concat_f32(net, step, inputs, y, part.positions);
     }
   }
 }

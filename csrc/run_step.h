@@ -3,33 +3,45 @@
 
 #include <algorithm>
 
-#include "network.h"
 #include "source.h"
+#include "step_parts.h"
+#include "stripes.h"
 
 namespace fastcascade {
 
-// One thread's share of a step that several threads run together.
-struct Share {
-  int64_t rank = 0, size = 1;
+// Where a thread finds values: private ones in its own arena, others in that of the thread that has the tile.
+struct Arenas {
+  float *tile, *own;
 };
 
-// Runs a step for instances [first, first + instances) of the tile.
-void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
-              int64_t instances, Share share);
+// Runs part of a step for the instances of a sub-tile, which begins at instance `first` of the tile.
+void run_step(const Network& net, const Step& step, const Source& source, Arenas arenas, float* scratch, int64_t first,
+              StepPart part);
 
-// Runs all steps on up to a tile of instances, sub-tile by sub-tile. Calls after(i) whenever step i is done on a
-// sub-tile.
-template <class After>
-void run_steps(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances, Share share,
-               After after) {
+// Visits all units for a tile of instances in the order in which they run: visit(unit, first, count) for the instances
+// [first, first + count) of a sub-tile.
+template <class Visit>
+void visit_units(const Network& net, int64_t instances, Visit visit) {
   for (const Segment& segment : net.segments)
     for (int64_t first = 0; first < instances; first += segment.sub_tile_instances) {
       const int64_t count = std::min(segment.sub_tile_instances, instances - first);
-      for (size_t i = segment.begin; i < segment.end; ++i) {
-        run_step(net, net.steps[i], source, arena, scratch, first, count, share);
-        after(i);
-      }
+      for (const Unit& unit : segment.units) visit(unit, first, count);
     }
+}
+
+// Runs all steps on up to a tile of instances, on this thread. Calls after(i) whenever step i is done on a stripe or a
+// sub-tile.
+template <class After>
+void run_steps(const Network& net, const Source& source, float* arena, float* scratch, int64_t instances, After after) {
+  visit_units(net, instances, [&](const Unit& unit, int64_t first, int64_t count) {
+    const auto run = [&](size_t i, StepPart part) {
+      run_step(net, net.steps[i], source, {arena, arena}, scratch, first, part);
+      after(i);
+    };
+    if (!unit.is_chain()) return run(unit.begin, whole_step(net.steps[unit.begin], count));
+    StripeRows none;
+    run_stripes(net, unit, {0, count * output_rows(net, unit)}, none, std::ref(run));
+  });
 }
 
 }  // namespace fastcascade

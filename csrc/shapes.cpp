@@ -156,6 +156,9 @@ Shape broadcast_shape(const std::string& where, const Shape& a, const Shape& b) 
 Shape resized_shape(const std::string& where, const OpSpec& op, const Shape& in) {
   check_range(where, "height", op.size.h, 1, kMaxSide);
   check_range(where, "width", op.size.w, 1, kMaxSide);
+  const bool antialiases = op.interpolation != Interpolation::nearest && !op.align_corners;
+  if (op.interpolation == Interpolation::bicubic ? !op.antialias : op.antialias && !antialiases)
+    fail(where, "resizes in a way that has no kernel");
   return {in.c, op.size.h, op.size.w};
 }
 

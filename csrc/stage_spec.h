@@ -55,6 +55,7 @@ enum class OpKind {
 };
 
 enum class PadMode { constant, reflect, replicate };
+enum class Interpolation { bilinear, nearest, bicubic };
 
 // What an operation on bytes has beside the fields of a convolution; int8.h defines it. Its weights are integers.
 struct Int8Spec {
@@ -87,9 +88,10 @@ struct OpSpec {
   float value = 0.f;                                      // of a pad; the eps of a layer norm
   PadMode pad_mode = PadMode::constant;
   Shape size;  // of the result of adaptive_pool, resize (both without channels) and reshape
-  bool nearest = false, align_corners = false;  // resize
-  int64_t parts = 1;                            // softmax
-  std::vector<int64_t> channels;                // reorder: of the input, one per channel of the output
+  Interpolation interpolation = Interpolation::bilinear;  // resize
+  bool align_corners = false, antialias = false;          // resize
+  int64_t parts = 1;                                      // softmax
+  std::vector<int64_t> channels;                          // reorder: of the input, one per channel of the output
   Int8Spec int8;
   // Set by fusion only: the convolution's 2×2 maxima are its output; the residual comes last.
   bool max_pooled = false, residual_after_activation = false;

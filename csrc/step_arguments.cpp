@@ -43,18 +43,6 @@ Pool pool_arguments(const OpSpec& op, const Value& in, const Value& out) {
   return c;
 }
 
-Resize resize_arguments(const OpSpec& op, const Value& in, const Value& out) {
-  Resize c{};
-  c.nearest = op.nearest;
-  c.align_corners = op.align_corners;
-  c.in_height = in.shape.h;
-  c.in_width = in.shape.w;
-  c.height = out.shape.h;
-  c.width = out.shape.w;
-  c.pitch = out.pitch;
-  return c;
-}
-
 ChannelOp channel_arguments(const OpSpec& op, const Value& in, const Value& out, Buffer& weights) {
   ChannelOp c{};
   c.channels = in.shape.c;

@@ -7,7 +7,6 @@
 namespace fastcascade {
 
 Pool pool_arguments(const OpSpec& op, const Value& in, const Value& out);
-Resize resize_arguments(const OpSpec& op, const Value& in, const Value& out);
 
 // These pack the operation's constants into `weights`, which the arguments point to.
 ChannelOp channel_arguments(const OpSpec& op, const Value& in, const Value& out, Buffer& weights);

@@ -7,10 +7,13 @@
 #include "kernel_choice.h"
 #include "operation_text.h"
 #include "pack.h"
+#include "resize_lines.h"
 #include "step_arguments.h"
 
 namespace fastcascade {
 namespace {
+
+constexpr int64_t kMinPixels = 32;  // of a thread's share of a convolution, unless it takes all pixels
 
 // The kernel's pixels, or its rows where columns are joined.
 std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) {
@@ -147,6 +150,10 @@ class StepBuilder {
     if (kind == StepKind::flatten) step.work_items = 1;
   }
 
+  static RowWindow rows_of(const OpSpec& op, int64_t rows_per_line) {
+    return {op.kernel[0], op.stride[0], op.dilation[0], op.padding[0], rows_per_line};
+  }
+
   // The bias is stored in the step.
   Epilogue epilogue(Step& step, const OpSpec& op) {
     step.bias = op.bias;
@@ -184,6 +191,8 @@ class StepBuilder {
     c.group_channels = merged.in;
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
+    step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
+    step.row_window = rows_of(op, 1);
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -199,6 +208,8 @@ class StepBuilder {
     c.height = in.shape.h + op.padding[0] + op.padding[1] - 2;
     c.width = in.shape.w + op.padding[2] + op.padding[3] - 2;
     step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);
+    step.min_items = kernels_.mr;
+    step.row_window = rows_of(op, 4);
     step.macs = c.height * c.width * out.shape.c * op.weight_shape[1] * 9;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
@@ -221,6 +232,9 @@ class StepBuilder {
     Step& step = add_step(StepKind::depthwise, op, operation_text(op, in.shape), "conv_depthwise_f32");
     step.weights = pack_depthwise(op, kernels_.lanes);
     step.work_items = out.shape.h;
+    step.min_items = std::max<int64_t>(1, kMinPixels / out.shape.w);
+    step.row_window = rows_of(op, 1);
+    step.panels = out.pitch / kernels_.lanes;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();
     c.geometry = geometry(op, in, out);
@@ -237,6 +251,7 @@ class StepBuilder {
     const char* kernel = op.is_max ? "pool_max_f32" : "pool_average_f32";
     Step& step = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel);
     step.pool = pool_arguments(op, in, out);
+    step.min_items = kMinPixels;
     step.panels = out.pitch / kernels_.lanes;
   }
 
@@ -245,6 +260,7 @@ class StepBuilder {
     const StepKind kind = is_int8_depthwise(op, in.shape) ? StepKind::int8_depthwise : StepKind::int8_conv;
     Step& step = add_step(kind, op, operation_text(op, in.shape), kInt8Prefix + std::string(net_.int8_kernels->isa));
     pack_int8_layer(step, op, in, out, kernels_.lanes, *net_.int8_kernels);
+    step.min_items = kMinPixels;
   }
 
   void add_grid(StepKind kind, const OpSpec& op, const char* kernel) {
@@ -268,7 +284,17 @@ class StepBuilder {
 
   void add_resize(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
-    add_step(StepKind::resize, op, operation_text(op, in.shape), "resize_f32").resize = resize_arguments(op, in, out);
+    Step& step = add_step(StepKind::resize, op, operation_text(op, in.shape), "resize_f32");
+    step.rows = resize_lines(op, in.shape.h, out.shape.h);
+    step.columns = resize_lines(op, in.shape.w, out.shape.w);
+    Resize& c = step.resize;
+    c.rows = {step.rows.data(), static_cast<int64_t>(step.rows.size()) / out.shape.h};
+    c.columns = {step.columns.data(), static_cast<int64_t>(step.columns.size()) / out.shape.w};
+    c.in_height = in.shape.h;
+    c.in_width = in.shape.w;
+    c.height = out.shape.h;
+    c.width = out.shape.w;
+    c.pitch = out.pitch;
   }
 };
 

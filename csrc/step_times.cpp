@@ -40,7 +40,7 @@ struct TimedThread {
 void run_pass(const Network& net, const Source& source, int64_t instances, TimedThread& thread) {
   for (auto& passes : thread.seconds) passes[thread.passes] = 0;
   Clock::time_point before = Clock::now();
-  run_steps(net, source, thread.arena.data(), thread.scratch.data(), instances, {}, [&](size_t i) {
+  run_steps(net, source, thread.arena.data(), thread.scratch.data(), instances, [&](size_t i) {
     const Clock::time_point after = Clock::now();
     thread.seconds[i][thread.passes] += seconds_between(before, after);
     before = after;

@@ -1,100 +1,89 @@
 #include "team_schedule.h"
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 
 #include "run_step.h"
+#include "team.h"
 #include "threads.h"
 
 namespace fastcascade {
 namespace {
 
-constexpr int64_t kJoinSpins = 8000;  // per eight images: some 200 µs
-
 class TeamSchedule {
  public:
-  explicit TeamSchedule(const CascadeRun& run) : run_(run), active_(run.images.count) {
-    for (int64_t i = 0; i < active_; ++i) queue(0).push(i, i);
+  TeamSchedule(const CascadeRun& run, int64_t threads) : run_(run), threads_(threads) {
+    for (int64_t i = 0; i < run.images.count; ++i) queue(0).push(i, i);
+    team().reset();
   }
 
   void run() {
     const auto work = [this](int rank, int helpers) {
-      const int64_t member = rank == 0 ? form_team(helpers) : join_team();
-      if (member >= 0) run_member(member);
+      Team::Member member{rank, helpers + 1};
+      run_member(member);
     };
-    run_on_helpers(static_cast<int>(run_.program.threads), std::ref(work));  // std::function would allocate for a copy
+    run_on_helpers(static_cast<int>(threads_), std::ref(work));  // std::function would allocate for a copy
   }
 
  private:
   const CascadeRun& run_;
-  std::atomic<int> joined_{0};        // helpers; -1 once the team is closed
-  std::atomic<bool> started_{false};  // team_size_ is final
-  int64_t team_size_ = 1;
-  int64_t active_;  // instances at the current stage
-  Barrier barrier_;
+  const int64_t threads_;
 
+  Team& team() const { return run_.context.team; }
   InstanceQueue& queue(size_t stage) const { return run_.context.queues[stage]; }
-  ThreadBuffers& buffers(int64_t member) const { return run_.context.buffers[static_cast<size_t>(member)]; }
+  ThreadBuffers& buffers(int64_t rank) const { return run_.context.buffers[static_cast<size_t>(rank)]; }
 
-  // Waits for helpers, longer if there is more to do, then closes the team. Returns member 0.
-  int64_t form_team(int helpers) {
-    const int64_t max_spins = kJoinSpins * std::max<int64_t>(1, run_.images.count / 8);
-    Backoff backoff;
-    while (joined_.load() < helpers && backoff.count() < max_spins) backoff.pause();
-    team_size_ = 1 + joined_.exchange(-1);
-    barrier_.set_size(static_cast<int>(team_size_));
-    started_.store(true);
-    return 0;
-  }
-
-  // Returns the helper's number in the team, or -1 if it is too late.
-  int64_t join_team() {
-    int joined = joined_.load();
-    do {
-      if (joined < 0) return -1;
-    } while (!joined_.compare_exchange_weak(joined, joined + 1));
-    Backoff backoff;
-    while (!started_.load()) backoff.pause();
-    return joined + 1;
-  }
-
-  void run_member(int64_t member) {
-    for (size_t stage = 0; stage < run_.stages() && active_ > 0; ++stage) {
-      const Network& net = run_.program.networks[stage];
-      int64_t per_thread = active_ / team_size_;
-      if (per_thread < net.min_rows_per_thread) per_thread = 0;
-      run_own_instances(stage, member, per_thread);
-      if (per_thread * team_size_ < active_) run_shared_instances(stage, member, per_thread * team_size_);
-      barrier_.wait();
-      if (member == 0) compact(stage);
-      barrier_.wait();
+  void run_member(Team::Member& member) {
+    for (size_t stage = 0; stage < run_.stages() && !member.has_left; ++stage) {
+      const int64_t active = queue(stage).size();
+      if (active == 0) return;
+      int64_t per_thread = active / member.size;
+      if (per_thread < run_.program.networks[stage].min_rows_per_thread) per_thread = 0;
+      if (per_thread > 0)
+        team().run_phase(member, member.size, [&](int64_t i) {
+          run_instances(stage, buffers(member.rank), {i * per_thread, (i + 1) * per_thread});
+        });
+      if (per_thread * member.size < active) run_shared_instances(stage, member, per_thread * member.size);
+      team().run_phase(member, 1, [&](int64_t) { queue_survivors(stage); });
     }
   }
 
-  // Runs this member's `count` instances in its own buffers.
-  void run_own_instances(size_t stage, int64_t member, int64_t count) {
+  // Runs instances of the queue on this thread.
+  void run_instances(size_t stage, ThreadBuffers& buffers, Range instances) const {
     const Network& net = run_.program.networks[stage];
-    const int64_t begin = member * count, end = begin + count;
-    for (int64_t first = begin; first < end; first += net.tile_instances) {
-      const int64_t tile = std::min(net.tile_instances, end - first);
-      run_steps(net, source(stage, first), buffers(member).arena.data(), buffers(member).scratch.data(), tile, {},
-                [](size_t) {});
-      run_exits(stage, buffers(member), first, tile);
+    for (int64_t first = instances.begin; first < instances.end; first += net.tile_instances) {
+      const int64_t tile = std::min(net.tile_instances, instances.end - first);
+      run_steps(net, source(stage, first), buffers.arena.data(), buffers.scratch.data(), tile, [](size_t) {});
+      run_exits(stage, buffers, first, tile);
     }
   }
 
-  // Runs the instances from `first` on with all members, in the arena of member 0.
-  void run_shared_instances(size_t stage, int64_t member, int64_t first) {
-    barrier_.wait();  // until member 0 has finished with its arena
+  // Runs the instances from `first` on with all members, step by step, in the arena of rank 0.
+  void run_shared_instances(size_t stage, Team::Member& member, int64_t first) const {
     const Network& net = run_.program.networks[stage];
-    for (; first < active_; first += net.tile_instances) {
-      const int64_t tile = std::min(net.tile_instances, active_ - first);
-      run_steps(net, source(stage, first), buffers(0).arena.data(), buffers(member).scratch.data(), tile,
-                {member, team_size_}, [this](size_t) { barrier_.wait(); });
-      if (member == 0) run_exits(stage, buffers(0), first, tile);
-      barrier_.wait();
+    const int64_t active = queue(stage).size();
+    for (; first < active; first += net.tile_instances) {
+      const int64_t tile = std::min(net.tile_instances, active - first);
+      const Source tile_source = source(stage, first);
+      visit_units(net, tile, [&](const Unit& unit, int64_t sub_tile, int64_t count) {
+        run_shared_unit(net, unit, tile_source, member, sub_tile, count);
+      });
+      team().run_phase(member, 1, [&](int64_t) { run_exits(stage, buffers(0), first, tile); });
     }
+  }
+
+  void run_shared_unit(const Network& net, const Unit& unit, const Source& source, Team::Member& member,
+                       int64_t sub_tile, int64_t count) const {
+    const Arenas arenas{buffers(0).arena.data(), buffers(member.rank).arena.data()};
+    const auto run = [&](size_t i, StepPart part) {
+      run_step(net, net.steps[i], source, arenas, buffers(member.rank).scratch.data(), sub_tile, part);
+    };
+    const UnitCut cut = cut_unit(net, unit, count, member.size);
+    StripeRows have;
+    team().run_phase(member, cut.parts, [&](int64_t i) {
+      if (unit.is_chain()) return run_stripes(net, unit, rows_of_part(net, unit, count, cut, i), have, std::ref(run));
+      run(unit.begin, part_of(net.steps[unit.begin], count, cut, i));
+    });
   }
 
   Source source(size_t stage, int64_t first) const {
@@ -113,19 +102,17 @@ class TeamSchedule {
   }
 
   // Queues the survivors for the next stage. Their features stay in the slots that run_exits has given them.
-  void compact(size_t stage) {
-    active_ = 0;
+  void queue_survivors(size_t stage) const {
     if (stage + 1 == run_.stages()) return;
     const InstanceQueue& from = queue(stage);
     InstanceQueue& to = queue(stage + 1);
     for (int64_t i = 0; i < from.size(); ++i)
       if (run_.context.survives[static_cast<size_t>(i)]) to.push(from.instances[static_cast<size_t>(i)], i);
-    active_ = to.size();
   }
 };
 
 }  // namespace
 
-void run_team_schedule(const CascadeRun& run) { TeamSchedule(run).run(); }
+void run_team_schedule(const CascadeRun& run, int64_t threads) { TeamSchedule(run, threads).run(); }
 
 }  // namespace fastcascade

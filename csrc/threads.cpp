@@ -164,28 +164,20 @@ void run_on_helpers(int threads, const TeamWork& work) {
   pool().run(threads, work);
 }
 
+void spin_once() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
 void Backoff::pause() {
   ++count_;
   if (count_ % 64 == 0)
     std::this_thread::yield();
   else
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-#endif
-}
-
-void Barrier::wait() {
-  if (size_ == 1) return;
-  const uint32_t round = round_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
-    return;
-  }
-  Backoff backoff;
-  while (round_.load(std::memory_order_acquire) == round) backoff.pause();
+    spin_once();
 }
 
 }  // namespace fastcascade

@@ -16,17 +16,8 @@ using TeamWork = std::function<void(int rank, int helpers)>;
 // threads at once, and in a child process after fork.
 void run_on_helpers(int threads, const TeamWork& work);
 
-// A barrier for a fixed number of threads that spin, for waits of microseconds.
-class Barrier {
- public:
-  void set_size(int size) { size_ = size; }
-  void wait();
-
- private:
-  int size_ = 1;
-  std::atomic<int> arrived_{0};
-  std::atomic<uint32_t> round_{0};
-};
+// Tells the processor that this thread spins.
+void spin_once();
 
 // One iteration of a spin loop; yields the processor every 64.
 class Backoff {

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from fastcascade.lowering.export import plan
     from fastcascade.lowering.plan_file import load_plan
     from fastcascade.model.cascade import Cascade, Stage
+    from fastcascade.model.image_transform import ImageTransform
     from fastcascade.model.selector import MLPSelector, ThresholdSelector
     from fastcascade.model.store import load_cascade as load
     from fastcascade.prediction.batcher import Batcher, BatcherStats
     from fastcascade.prediction.predictions import Predictions
     from fastcascade.prediction.predictor import predict
+    from fastcascade.scikit_learn import CascadeClassifier
     from fastcascade.training.trainer import Recipe, fit
     from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
@@ -31,9 +33,11 @@ __all__ = [
     "Batcher",
     "BatcherStats",
     "Cascade",
+    "CascadeClassifier",
     "CascadeOutput",
     "Evaluation",
     "FastCascadeError",
+    "ImageTransform",
     "MLPSelector",
     "Normalize",
     "OperatingPoint",
@@ -60,9 +64,11 @@ _HOMES = {
     "Batcher": "fastcascade.prediction.batcher:Batcher",
     "BatcherStats": "fastcascade.prediction.batcher:BatcherStats",
     "Cascade": "fastcascade.model.cascade:Cascade",
+    "CascadeClassifier": "fastcascade.scikit_learn:CascadeClassifier",
     "CascadeOutput": "fastcascade.types:CascadeOutput",
     "Evaluation": "fastcascade.types:Evaluation",
     "FastCascadeError": "fastcascade.errors:FastCascadeError",
+    "ImageTransform": "fastcascade.model.image_transform:ImageTransform",
     "MLPSelector": "fastcascade.model.selector:MLPSelector",
     "Normalize": "fastcascade.types:Normalize",
     "OperatingPoint": "fastcascade.types:OperatingPoint",

@@ -230,8 +230,8 @@ def predict(
             "--output",
             "-o",
             metavar="OUT",
-            help="a folder: repeat the command after a kill, and it continues. Or a .parquet, .jsonl or .csv "
-            "file, which appears when it is complete. Default: JSON lines on standard output",
+            help="a folder, or a .parquet, .jsonl or .csv file, which appears when it is complete. Repeat "
+            "the command after a kill, and it continues. Default: JSON lines on standard output",
         ),
     ] = None,
     operating_point: Point = None,
@@ -259,13 +259,13 @@ def predict(
     from fastcascade.data.sources import load_inputs
     from fastcascade.prediction.predictor import predict_batches
     from fastcascade.prediction.progress import RunProgress
-    from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
-    from fastcascade.prediction.writers import check_destination, save_predictions, write_json_lines
+    from fastcascade.prediction.runs import RunOptions, Tally, predict_to_file, predict_to_folder
+    from fastcascade.prediction.writers import check_destination, write_json_lines
 
     # Such an image is an error row; Pillow's own warning would interrupt the progress bar.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
-    to_folder = output is not None and output.suffix not in _FILES
-    if output is not None and not to_folder:
+    to_file = output is not None and output.suffix in _FILES
+    if output is not None and to_file:
         check_destination(output, overwrite)
     compiled = _compile(model, backend, precision, threads)
     compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
@@ -275,20 +275,16 @@ def predict(
     num_exits = len(compiled.plan.stages)
     # Left before an error is printed, or the progress bar would be drawn after it.
     with RunProgress(len(images), num_exits) as progress:
-        if output is not None and to_folder:
+        if output is not None:
+            run = predict_to_file if to_file else predict_to_folder
             options = RunOptions(top_k, file_format, rows_per_file, strict, overwrite)
-            predict_to_folder(
-                compiled, images, output, operating_point, options, progress.started, progress.watch
-            )
+            run(compiled, images, output, operating_point, options, progress.started, progress.watch)
         else:
             found = predict_batches(compiled, images, operating_point, top_k, resize, progress.waits)
             with contextlib.closing(found):
                 batches = _watched(found, strict, lambda batch: progress.watch(Tally.of(batch, num_exits)))
-                if output is None:
-                    write_json_lines(batches, sys.stdout.buffer)
-                    sys.stdout.flush()
-                else:
-                    save_predictions(batches, output, overwrite)
+                write_json_lines(batches, sys.stdout.buffer)
+                sys.stdout.flush()
     say("done:", progress.summary())
 
 
@@ -427,6 +423,9 @@ def bench(
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="images; default: noise")] = None,
     batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
+    split: Split = None,
+    rows: RowRange = None,
+    resize: Resize = False,
     backend: Backend = "auto",
     precision: Precision = None,
     threads: ThreadCounts = "",
@@ -440,7 +439,10 @@ def bench(
         _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
     )
     loaded = _load_model(model)
-    measured = _measure(loaded, None if data is None else _load_images(data, loaded), settings)
+    if data is None and (split is not None or rows is not None or resize):
+        raise InvalidArgument("--split, --rows and --resize choose images; name the data, too")
+    images = None if data is None else _load_images(data, loaded, split, rows, resize)
+    measured = _measure(loaded, images, settings)
     if as_json:
         print(json.dumps(measured.to_json(), indent=1))
     else:
@@ -451,9 +453,12 @@ def bench(
 def report(
     model: Model,
     data: Source,
-    out: Annotated[Path, typer.Option(help="directory for report.html and its pictures")],
+    out: Annotated[Path, typer.Option(help="directory for report.html")],
     batch: Sizes = "1,8,64,256",
     operating_point: Point = None,
+    split: Split = None,
+    rows: RowRange = None,
+    resize: Resize = False,
     backend: Backend = "auto",
     precision: Precision = None,
     threads: ThreadCounts = "",
@@ -464,6 +469,7 @@ def report(
     import fastcascade as fc
     from fastcascade.benchmarking.report import check_report, write_report
     from fastcascade.evaluation.curve import cost_accuracy_curves
+    from fastcascade.evaluation.diagnosis import diagnose
 
     check_report(out, overwrite)
     settings = MeasureSettings(
@@ -471,16 +477,19 @@ def report(
     )
     loaded = _load_model(model)
     loaded.thresholds(operating_point)
-    images = _load_images(data, loaded)
+    images = _load_images(data, loaded, split, rows, resize)
     if images.labels is None:
         raise DataError(f"{data} has no labels; a report needs them")
     measured = _measure(loaded, images, settings)
     compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
     evaluation = fc.evaluate(compiled, images, operating_point)
-    curves = cost_accuracy_curves(loaded, images) if isinstance(loaded, fc.Cascade) else None
-    if curves is None:
-        say("note:", f"{model} is a plan, so the report has no cost–accuracy curve")
-    page = write_report(out, measured, evaluation, curves, title=model.resolve().name, overwrite=overwrite)
+    cascade = loaded if isinstance(loaded, fc.Cascade) else None
+    curves = None if cascade is None else cost_accuracy_curves(cascade, images)
+    diagnosis = diagnose(compiled, images, operating_point, cascade)
+    if cascade is None:
+        say("note:", f"{model} is a plan, so the report has no cost–accuracy curve and no other temperatures")
+    title = model.resolve().name
+    page = write_report(out, measured, evaluation, curves, diagnosis, title=title, overwrite=overwrite)
     print(printable(str(page)))
 
 

@@ -20,8 +20,6 @@ from fastcascade.storage.bundle import PLAN_FORMAT, load_arrays
 
 __all__ = ["Output", "Runtime", "load"]
 
-_INFINITIES = {"inf": math.inf, "-inf": -math.inf}
-
 Array: TypeAlias = NDArray[Any]
 Fields: TypeAlias = Mapping[str, Any]
 
@@ -228,4 +226,4 @@ def _value(value: Any, arrays: Mapping[str, Array]) -> Any:
     """A field of an operation: the array that a name stands for, infinity from text, or the value itself."""
     if not isinstance(value, str):
         return value
-    return arrays.get(value, _INFINITIES.get(value, value))
+    return arrays.get(value, {"inf": math.inf, "-inf": -math.inf}.get(value, value))

@@ -521,7 +521,10 @@ def test_a_report_loads_the_model_once_and_takes_a_plan(
         done = run("report", directory, images, "--out", tmp_path / f"report{number}", "--batch", 8)
         assert done.status == 0, done.err
         assert len(loads) == number
-        assert (tmp_path / f"report{number}" / "curve.png").exists() == (directory == model)
+        page = (tmp_path / f"report{number}" / "report.html").read_text()
+        assert ("Accuracy against cost" in page) == (directory == model)
+        assert ("before temperature" in page) == (directory == model)
+        assert "Confusion matrix" in page
 
 
 @pytest.mark.slow
@@ -538,3 +541,11 @@ def test_bench_and_report(run: Run, model: Path, images: Path, tmp_path: Path) -
     done = run("report", model, images, "--out", tmp_path / "report", "--batch", 8)
     assert done.status == 0, done.err
     assert Path(done.out.strip()).read_text().startswith("<!")
+    done = run("report", model, images, "--out", tmp_path / "few", "--batch", 8, "--rows", "0:16")
+    assert "accuracy on 16 images" in Path(done.out.strip()).read_text()
+
+
+def test_bench_without_data_takes_no_choice_of_images(run: Run, model: Path) -> None:
+    done = run("bench", model, "--rows", "0:8")
+    assert done.status == 1
+    assert "name the data, too" in done.err

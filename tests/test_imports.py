@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"errors", "types", "storage", "kernels", "model", "data", "evaluation"},
     "lowering": {"errors", "types", "storage", "kernels", "model"},
     "interchange": {"errors", "types", "storage", "kernels", "lowering"},
+    "scikit_learn": {"errors", "types", "model", "evaluation", "training", "engine"},
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "runtime": {"errors", "storage", "_C"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},

@@ -219,7 +219,8 @@ class RandomStage {
       out = {shape_.c, shape_.h + o.before[1], shape_.w + o.after[2]};
     } else {
       out = {shape_.c, random_.between(1, 9), random_.between(1, 9)};
-      o.is_max = o.nearest = true;
+      o.is_max = true;
+      o.interpolation = Interpolation::nearest;
     }
     o.size = out;
     push(std::move(o), out);
@@ -329,6 +330,8 @@ Selector random_selector(Random& random, int64_t classes) {
   return s;
 }
 
+constexpr int64_t kSmallSide = 13;  // of images; larger ones, whose layers run by stripes, are few
+
 // A cascade and a batch of images, with gaps between their elements and axes in either order.
 struct Case {
   CascadeSpec spec;
@@ -340,7 +343,8 @@ struct Case {
 };
 
 void add_images(Random& random, Case& c, Shape shape) {
-  const int64_t count = random.chance(50) ? random.between(0, 8) : random.between(9, 120), gap = random.between(1, 2);
+  const int64_t few = shape.h * shape.w > kSmallSide * kSmallSide ? 3 : 8, gap = random.between(1, 2);
+  const int64_t count = few < 8 || random.chance(50) ? random.between(0, few) : random.between(9, 120);
   Images& images = c.images;
   images = {nullptr, random.chance(30), nullptr, count, {shape.c * shape.h * shape.w * gap, 0, 0, 0}};
   if (random.chance(50)) {
@@ -374,7 +378,8 @@ void add_nans(Random& random, Case& c) {
 Case make_case(uint64_t seed, bool with_nans) {
   Random random(seed);
   Case c;
-  const Shape shape = {random.between(1, 20), random.between(1, 13), random.between(1, 13)};
+  const int64_t side = random.chance(5) ? 64 : kSmallSide;
+  const Shape shape = {random.between(1, 20), random.between(1, side), random.between(1, side)};
   const Bound image_bound{3, 1, false, false};
   c.spec.classes = random.between(2, 6);
   const int64_t stages = random.between(1, 3);

@@ -44,6 +44,7 @@ struct DepthwisePlace {
   int64_t x;           // of the input pixel under the first tap; may be left of the image
   int64_t output;      // offset of the first output pixel
   int64_t columns;     // outputs that are inside the map
+  Range blocks;
 };
 
 template <size_t... C>
@@ -62,7 +63,7 @@ FC_INLINE void store_some_sums(const DepthwiseTile& tile, const Epilogue& e, flo
     store(output + offset, finish(load(sums + x * kLanes), e, offset, bias));
 }
 
-// All channels of a tile. Edge where it reaches over a side of the image.
+// The blocks of a tile. Edge where it reaches over a side of the image.
 template <int KW, int S, bool Edge>
 FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& place) {
   const ConvGeometry& g = c.geometry;
@@ -74,9 +75,10 @@ FC_KERNEL void depthwise_tile(const DepthwiseConv& c, const DepthwisePlace& plac
   float* const output = c.output;
   const int64_t pitch = g.pitch, row_step = g.in_width * pitch, block_weights = g.kernel_h * KW * kLanes;
   const Range inside{-at.x, g.in_width - at.x};
-  const float* pixels = at.input + at.x * pitch;
-  const float* weights = c.weights + at.ky.begin * KW * kLanes;
-  for (int64_t channel = 0; channel < pitch; channel += kLanes, pixels += kLanes, weights += block_weights) {
+  const float* pixels = at.input + at.x * pitch + at.blocks.begin * kLanes;
+  const float* weights = c.weights + at.blocks.begin * block_weights + at.ky.begin * KW * kLanes;
+  for (int64_t channel = at.blocks.begin * kLanes; channel < at.blocks.end * kLanes;
+       channel += kLanes, pixels += kLanes, weights += block_weights) {
     DepthwiseTile tile{};
     const float *row = pixels, *row_weights = weights;
     for (int64_t ky = at.ky.begin; ky < at.ky.end; ++ky, row += row_step, row_weights += KW * kLanes) {
@@ -100,7 +102,8 @@ static void depthwise_row(const DepthwiseConv& c, DepthwisePlace at) {
     at.columns = std::min<int64_t>(kDepthwiseColumns, g.width - x);
     const bool inside = at.x >= 0 && at.x + last <= g.in_width;
     (inside ? depthwise_tile<KW, S, false> : depthwise_tile<KW, S, true>)(c, at);
-    finish_stored(c.epilogue, c.output, at.output, g.pitch, at.columns, g.pitch / kLanes);
+    finish_stored(c.epilogue, c.output, at.output + at.blocks.begin * kLanes, g.pitch, at.columns,
+                  at.blocks.end - at.blocks.begin);
     at.x += kDepthwiseColumns * S;
     at.output += kDepthwiseColumns * g.pitch;
   }
@@ -112,7 +115,7 @@ static void depthwise_row_of_any(const DepthwiseConv& c, DepthwisePlace at) {
   const int64_t row_step = g.dilation_h * g.in_width * g.pitch, weights_step = g.kernel_w * kLanes;
   for (int64_t x = 0; x < g.width; ++x, at.x += g.stride_w, at.output += g.pitch) {
     const Range kx = inside_taps(at.x, g.kernel_w, g.dilation_w, g.in_width);
-    for (int64_t channel = 0; channel < g.pitch; channel += kLanes) {
+    for (int64_t channel = at.blocks.begin * kLanes; channel < at.blocks.end * kLanes; channel += kLanes) {
       V sum = zero();
       const float* row = at.input + at.x * g.pitch + channel;
       const float* weights = c.weights + (channel * g.kernel_h + at.ky.begin * kLanes) * g.kernel_w;
@@ -122,7 +125,8 @@ static void depthwise_row_of_any(const DepthwiseConv& c, DepthwisePlace at) {
       store(c.output + at.output + channel,
             finish(sum, c.epilogue, at.output + channel, load(c.epilogue.bias + channel)));
     }
-    finish_stored(c.epilogue, c.output, at.output, g.pitch, 1, g.pitch / kLanes);
+    finish_stored(c.epilogue, c.output, at.output + at.blocks.begin * kLanes, g.pitch, 1,
+                  at.blocks.end - at.blocks.begin);
   }
 }
 
@@ -138,13 +142,13 @@ static DepthwiseRow depthwise_row_of(const ConvGeometry& g) {
 }
 
 // `rows` counts output rows over all instances.
-static void conv_depthwise_f32(const DepthwiseConv& c, Range rows) {
+static void conv_depthwise_f32(const DepthwiseConv& c, Range rows, Range blocks) {
   const ConvGeometry& g = c.geometry;
   const DepthwiseRow run = depthwise_row_of(c.geometry);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t image = row / g.height, y = row % g.height * g.stride_h - g.pad_top;
     const Range ky = inside_taps(y, g.kernel_h, g.dilation_h, g.in_height);
     const int64_t first = image * g.in_height + y + ky.begin * g.dilation_h;
-    run(c, {c.input + first * g.in_width * g.pitch, ky, -g.pad_left, row * g.width * g.pitch, 0});
+    run(c, {c.input + first * g.in_width * g.pitch, ky, -g.pad_left, row * g.width * g.pitch, 0, blocks});
   }
 }

@@ -22,6 +22,9 @@ __all__ = ["PATTERNS", "PacedTurns", "Pattern", "loop_of", "paced_calls"]
 _CALLS_PER_SECOND = 200
 """Calls of one turn, per second that the turn is meant to take."""
 
+_MOST_CALLS = 400
+"""Calls of one turn, however long it is meant to take: the pauses between them would add up to minutes."""
+
 
 class Pattern(NamedTuple):
     """When calls come, and of how many images.
@@ -112,12 +115,12 @@ class PacedTurns:
         self.rounds: list[list[float]] = []
 
     def take(self, seconds: float) -> list[float]:
-        """One turn, of so many calls that a loop of slow ones takes about this long."""
+        """One turn, of so many calls that a loop of slow ones takes about this long; 400 at most."""
 
         def call(images: int) -> None:
             seconds_of(lambda: self.call(self.rows[:images], *self.arguments), self.rows.device)
 
-        count = max(1, round(_CALLS_PER_SECOND * seconds))
+        count = max(1, min(_MOST_CALLS, round(_CALLS_PER_SECOND * seconds)))
         return paced_calls(call, self.pattern, count, seed=len(self.rounds))
 
     @property

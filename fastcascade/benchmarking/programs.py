@@ -87,14 +87,15 @@ class Programs:
     def plain_torch(self, cascade: Cascade) -> dict[str, dict[int, Turns]]:
         """The cascade's own forward, and its last exit on every image, by batch size."""
         never = torch.full((len(self.plan.stages) - 1,), math.inf)
-        last = cascade.stage(len(cascade.stages) - 1)
+        number = len(cascade.stages) - 1
+        last = cascade.stage(number)
 
         @torch.inference_mode()
         def dense(x: Tensor) -> object:
             if last.input == "previous":
                 return cascade(x, never)
             with eval_mode(last):
-                return last(cascade.images(x))[1].softmax(1)
+                return last(cascade.stage_images(number, cascade.images(x)))[1].softmax(1)
 
         return {
             "PyTorch, the cascade": {s: Turns(cascade, self.images, s, self.thresholds) for s in self.sizes},

@@ -1,71 +1,50 @@
-"""One self-contained HTML page, and its pictures as PNGs: a cascade's accuracy and where its time goes.
+"""One self-contained HTML page: what a cascade gets right, what it costs, and where its time goes.
 
-The page holds no script and loads nothing: a content-security policy forbids both. Pictures are SVG in
-``data:`` URLs, where they can neither run scripts nor fetch anything. Untrusted text (class and stage names,
-file names) is escaped.
+The page holds no script and loads nothing: a content-security policy forbids both. Charts are inline SVG and
+HTML in colours that follow the reader's light or dark scheme. Untrusted text (class and stage names, file
+names) is escaped.
 """
 
 from __future__ import annotations
 
-import base64
 import math
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from importlib.util import find_spec
-from io import BytesIO
-from itertools import cycle
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from fastcascade.benchmarking.results import Benchmark, StageTiming, StepTiming
+import numpy as np
+
+from fastcascade.benchmarking.charts import (
+    Axis,
+    Plot,
+    Segment,
+    bars,
+    legend,
+    stacked_bar,
+    table,
+    text,
+    thumbnail,
+)
+from fastcascade.benchmarking.results import Benchmark, StepTiming
 from fastcascade.benchmarking.tables import KERNEL_COLUMNS, PACED_COLUMNS, kernel_cells, paced_cells
 from fastcascade.errors import InvalidArgument
-from fastcascade.evaluation.curve import Curves, plot_curves
+from fastcascade.evaluation.curve import Curves
+from fastcascade.evaluation.diagnosis import Diagnosis, Disagreement, Reliability
 from fastcascade.storage.files import write_atomically
-from fastcascade.text import plot_label, printable
 from fastcascade.types import Evaluation
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 __all__ = ["check_report", "write_report"]
 
-# Okabe and Ito's colours, distinguishable with the common kinds of colour blindness.
-_BLUE, _GREEN, _RED, _GREY = "#0072B2", "#009E73", "#D55E00", "#999999"
-_COLOURS = (_BLUE, "#E69F00", _GREEN, "#CC79A7", _RED, "#56B4E9", "#000000", _GREY)
-_SOFT = "#57606a"
-_MARKERS = "os^Dv<>P"
-_NAMED = 5
-"""Kinds of steps."""
-
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --rule: #d8dee4; --soft: #57606a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --paper: #0d1117; --rule: #30363d; --soft: #9198a1; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--rule); text-align: right; }
-.text { text-align: left; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; background: #fff; border-radius: 8px; }
-@media (prefers-color-scheme: dark) { figure img { filter: invert(.92) hue-rotate(180deg) brightness(1.2); } }
-figcaption, .soft { color: var(--soft); } .wide { overflow-x: auto; }
-"""
 
-
-@dataclass(frozen=True)
-class _Picture:
-    """A picture of the page; ``render("png" | "svg")`` draws it."""
-
-    name: str
-    caption: str
-    render: Callable[[str], bytes]
+_COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
+_RIGHT, _WRONG, _ON = "c2", "c4", "none"
+_NAMED_STEPS = 3
+_MATRIX_CLASSES = 24
+"""Classes up to which the whole matrix of confusions is readable."""
+_CONFUSED_PAIRS = 12
+_BUDGETS = 9
 
 
 def write_report(
@@ -73,34 +52,35 @@ def write_report(
     measured: Benchmark,
     evaluation: Evaluation | None = None,
     curves: Curves | None = None,
+    diagnosis: Diagnosis | None = None,
     peers: Mapping[str, Mapping[int, float]] | None = None,
     title: str = "Cascade",
     overwrite: bool = False,
 ) -> Path:
-    """Write ``report.html`` and one PNG per picture.
+    """Write ``report.html``.
 
     Args:
         directory: made if missing.
         measured: what :func:`fastcascade.benchmarking.runner.benchmark` returned.
-        evaluation: accuracy at the same operating point; without it the flow of instances has no colours.
-        curves: the cost–accuracy curve; left out without it.
+        evaluation: accuracy at the same operating point.
+        curves: accuracy against cost.
+        diagnosis: what the cascade gets wrong, at the same operating point.
         peers: images/s of other runtimes by name and batch size, shown beside those that were measured.
         title: of the page.
+
+    What is not given is left out.
 
     Returns:
         the page's path.
 
     Raises:
-        InvalidArgument: matplotlib is missing, or the page is there already and ``overwrite`` is False.
+        InvalidArgument: the page is there already and ``overwrite`` is False.
         SaveError: the operating system refused.
     """
     check_report(directory, overwrite)
-    folder = Path(directory)
-    page = folder / "report.html"
-    pictures = _pictures(measured, evaluation, curves, peers or {})
-    for picture in pictures:
-        write_atomically(folder / f"{picture.name}.png", picture.render("png"))
-    write_atomically(page, _page(title, measured, evaluation, pictures).encode())
+    page = Path(directory, "report.html")
+    sections = _sections(measured, evaluation, curves, diagnosis, peers or {})
+    write_atomically(page, _page(title, measured, evaluation, sections).encode())
     return page
 
 
@@ -108,393 +88,474 @@ def check_report(directory: str | Path, overwrite: bool) -> None:
     """Refuse what :func:`write_report` would, before anything is measured.
 
     Raises:
-        InvalidArgument: matplotlib is missing, or the page is there already and ``overwrite`` is False.
+        InvalidArgument: the page is there already and ``overwrite`` is False.
     """
     page = Path(directory, "report.html")
     if page.exists() and not overwrite:
         raise InvalidArgument(f"{page} exists; pass overwrite=True (--overwrite) to replace it")
-    if find_spec("matplotlib") is None:
-        raise InvalidArgument("drawing needs matplotlib: pip install 'fastcascade[plot]'")
 
 
 ##### The page
 
 
-def _page(
-    title: str, measured: Benchmark, evaluation: Evaluation | None, pictures: Sequence[_Picture]
-) -> str:
-    kernels = kernel_cells(measured)
-    body = [
-        f"<h1>{escape(printable(title))}</h1>",
-        f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in measured.machine.items()))}</p>',
-        _summary(measured, evaluation),
-        *map(_figure, pictures),
-        "<h2>Stages</h2>",
-        _stage_table(measured),
-        *(["<h2>Kernels</h2>", _table(KERNEL_COLUMNS, kernels, text_columns=2)] if kernels else []),
-        "<h2>Batch sizes</h2>",
-        _batch_table(measured),
-        "<h2>Calls when they come</h2>",
-        _table(PACED_COLUMNS, paced_cells(measured)),
-        *(["<h2>What if</h2>", _what_if_table(measured)] if measured.what_if else []),
-        f'<p class="soft">{escape(measured.energy_note)}</p>',
+def _page(title: str, measured: Benchmark, evaluation: Evaluation | None, sections: Iterable[str]) -> str:
+    style = files("fastcascade.benchmarking").joinpath("report.css").read_text()
+    machine = ", ".join(f"{k} {v}" for k, v in measured.machine.items())
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{text(title)}</title><style>{style}</style></head><body><main>",
+        f"<header><h1>{text(title)}</h1>",
+        f'<p class="soft">{text(f"{measured.backend} {measured.precision}; {machine}")}</p></header>',
+        _tiles(measured, evaluation),
+        *sections,
+        f'<p class="soft" style="margin-top:1.5rem">{text(measured.energy_note)}</p>',
+        "</main></body></html>\n",
     ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(printable(title))}</title><style>{_STYLE}</style></head><body>",
-            *body,
-            "</body></html>\n",
-        ]
-    )
+    return "\n".join(lines)
 
 
-def _figure(picture: _Picture) -> str:
-    data = base64.b64encode(picture.render("svg")).decode()
-    caption = escape(picture.caption)
-    source = f"data:image/svg+xml;base64,{data}"
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _summary(measured: Benchmark, evaluation: Evaluation | None) -> str:
-    best = measured.batches[-1]
-    facts = [
-        f"{best.images_per_s.median:,.0f} images/s at batch {best.batch}",
-        f"{best.images_per_s.median / best.dense_images_per_s.median:.1f} times the last exit on everything",
-        f"{measured.mac_share:.0%} of its MACs",
-        f"schedule efficiency {best.schedule_efficiency.median:.2f}",
-    ]
-    if evaluation is not None:
-        facts.insert(0, f"accuracy {evaluation.accuracy:.2%} on {evaluation.n:,} images")
-    return f"<p>{escape('; '.join(facts))}.</p>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        opening = [f'<{tag} class="text">' if i < text_columns else f"<{tag}>" for i in range(len(cells))]
-        parts = (
-            f"{start}{escape(printable(cell))}</{tag}>" for start, cell in zip(opening, cells, strict=True)
-        )
-        return f"<tr>{''.join(parts)}</tr>"
-
-    lines = [row(head, "th"), *(row(cells, "td") for cells in rows)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _stage_table(measured: Benchmark) -> str:
-    head = "stage|images in|out|ms|images/s|GFLOP/s|of peak|of bandwidth|exit µs/image"
-    return _table(
-        head.split("|"),
-        (
-            (
-                stage.name,
-                f"{stage.images_in:,}",
-                f"{stage.images_out:,}",
-                f"{stage.ms:.1f}",
-                f"{stage.images_per_s:,.0f}",
-                f"{stage.gflops:,.0f}",
-                f"{stage.gflops_share:.0%}",
-                f"{stage.bandwidth_share:.0%}",
-                f"{1e3 * stage.exit_ms_per_image.median:.2f}",
-            )
-            for stage in measured.stages
-        ),
-    )
-
-
-def _batch_table(measured: Benchmark) -> str:
-    head = "batch|images/s|p50 ms|p95 ms|p99 ms|schedule efficiency|realised saving|dense images/s"
-    return _table(
-        head.split("|"),
-        (
-            (
-                str(batch.batch),
-                f"{batch.images_per_s.median:,.0f}",
-                *(f"{batch.latency_ms[p]:.3g}" for p in ("p50", "p95", "p99")),
-                f"{batch.schedule_efficiency.median:.3f}",
-                "–" if batch.saving is None else f"{batch.saving:.2f}",
-                f"{batch.dense_images_per_s.median:,.0f}",
-            )
-            for batch in measured.batches
-        ),
-    )
-
-
-def _what_if_table(measured: Benchmark) -> str:
-    return _table(
-        ("change", "predicted images/s", "MACs per image", "exit shares"),
-        (
-            (
-                row.change,
-                f"{row.images_per_s:,.0f}",
-                f"{row.mean_macs:,.0f}",
-                " / ".join(f"{share:.0%}" for share in row.exit_shares),
-            )
-            for row in measured.what_if
-        ),
-    )
-
-
-##### The pictures
-
-
-def _pictures(
+def _sections(
     measured: Benchmark,
     evaluation: Evaluation | None,
     curves: Curves | None,
+    diagnosis: Diagnosis | None,
     peers: Mapping[str, Mapping[int, float]],
-) -> list[_Picture]:
-    drawn = [
-        _Picture(
-            "flow",
-            "How many images stop after each stage, and how many of those are right.",
-            _renderer(lambda figure: _draw_flow(figure.subplots(), measured, evaluation)),
-        ),
-        _Picture(
-            "time",
-            "Where the time of an image goes at the largest batch, averaged over all images.",
-            _renderer(lambda figure: _draw_time(figure.subplots(), measured)),
-        ),
-        _Picture(
-            "roofline",
-            "Each stage, and each of its steps where the engine times them, under the peaks measured in the "
-            "same run. Area is the share of the cascade's time; the slowest kinds of steps are named. "
-            "Winograd convolutions can exceed the arithmetic peak, because they multiply less than the plain "
-            "definition; steps whose data is in cache can exceed the bandwidth.",
-            _renderer(lambda figure: _draw_roofline(figure, measured)),
-        ),
-        _Picture(
-            "throughput",
-            "Throughput by batch size.",
-            _renderer(lambda figure: _draw_throughput(figure.subplots(), measured, peers)),
-        ),
+) -> Iterator[str]:
+    yield _flow(measured, evaluation)
+    if curves is not None:
+        yield _curve(curves)
+        yield _other_budgets(measured, curves)
+    if diagnosis is not None:
+        yield _confusion(diagnosis)
+        yield _reliability(measured, diagnosis)
+        if len(measured.stages) > 1:
+            yield _disagreements(measured, diagnosis)
+    yield _time(measured)
+    yield _throughput(measured, peers)
+    yield _roofline(measured)
+    yield _paced(measured)
+    if measured.what_if:
+        yield _what_if(measured)
+
+
+def _section(title: str, lead: str, *content: str) -> str:
+    return f'<section><h2>{text(title)}</h2><p class="lead">{text(lead)}</p>{"".join(content)}</section>'
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{text(summary)}</summary>{content}</details>"
+
+
+def _tiles(measured: Benchmark, evaluation: Evaluation | None) -> str:
+    best = measured.batches[-1]
+    speed_up = best.images_per_s.median / best.dense_images_per_s.median
+    tiles = [
+        (f"{best.images_per_s.median:,.0f}", f"images per second at batch {best.batch}"),
+        (f"{speed_up:.1f}×", "as fast as the last exit on every image, on the same engine"),
+        (f"{measured.mac_share:.0%}", "of the multiplications of the last exit on every image"),
+        (f"{best.schedule_efficiency.median:.0%}", "schedule efficiency, explained under throughput"),
     ]
-    if curves is None:
-        return drawn
-    caption = "Accuracy against cost; dots are operating points."
-    return [_Picture("curve", caption, lambda kind: _render_curves(curves, kind)), *drawn]
-
-
-def _render_curves(curves: Curves, kind: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"curve.{kind}")
-        plot_curves(curves, path)
-        return path.read_bytes()
-
-
-def _renderer(draw: Callable[[Figure], None]) -> Callable[[str], bytes]:
-    """A function that draws to PNG or SVG bytes; the same numbers give the same bytes."""
-
-    def render(kind: str) -> bytes:
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        with matplotlib.rc_context({"svg.hashsalt": "fastcascade"}):
-            figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-            draw(figure)
-            for axes in figure.axes:
-                axes.spines[["top", "right"]].set_visible(False)
-            buffer = BytesIO()
-            metadata = {"Date": None} if kind == "svg" else {"Software": None}
-            figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata=metadata)
-        return buffer.getvalue()
-
-    return render
-
-
-def _draw_flow(axes: Axes, measured: Benchmark, evaluation: Evaluation | None) -> None:
-    names = [plot_label(stage.name) for stage in measured.stages]
-    stopped = [stage.images_in - stage.images_out for stage in measured.stages]
-    going_on = [stage.images_out for stage in measured.stages]
-    right = [0.0] * len(names)
     if evaluation is not None:
-        right = [
-            n * (0.0 if math.isnan(share) else share)
-            for n, share in zip(stopped, evaluation.exit_accuracy, strict=True)
+        tiles.insert(0, (f"{evaluation.accuracy:.2%}", f"accuracy on {evaluation.n:,} images"))
+    cells = (
+        f'<div class="tile"><b>{text(figure)}</b><span>{text(words)}</span></div>' for figure, words in tiles
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+##### Accuracy and cost
+
+
+def _flow(measured: Benchmark, evaluation: Evaluation | None) -> str:
+    everything = measured.stages[0].images_in
+    rows = []
+    for k, stage in enumerate(measured.stages):
+        stopped, going_on = stage.images_in - stage.images_out, stage.images_out
+        right_share = None if evaluation is None else evaluation.exit_accuracy[k]
+        if right_share is None or math.isnan(right_share):
+            parts = [(stopped, "c0", f"{stopped:,} stop here")]
+            note = f"{stopped / everything:.1%} stop here"
+        else:
+            right = round(stopped * right_share)
+            parts = [(right, _RIGHT, f"{right:,} stop here, right")]
+            parts.append((stopped - right, _WRONG, f"{stopped - right:,} stop here, wrong"))
+            note = f"{stopped / everything:.1%} stop here, {right_share:.1%} right"
+        parts.append((going_on, _ON, f"{going_on:,} go on"))
+        segments = [Segment(n / everything, style, title) for n, style, title in parts]
+        rows.append((f"{stage.name}, {stage.macs / 1e6:,.1f} M MACs", segments, note))
+    colours = [(_RIGHT, "stop, right"), (_WRONG, "stop, wrong")] if evaluation else [("c0", "stop")]
+    return _section(
+        "Where images stop",
+        "Each bar is a stage; its length is the share of images that reach it.",
+        legend([*colours, (_ON, "go on to the next stage")]),
+        bars(rows),
+    )
+
+
+def _curve(curves: Curves) -> str:
+    everything = [(e.mean_macs / 1e6, e.accuracy) for found in curves.cascades.values() for e in found]
+    everything += [(macs / 1e6, accuracy) for macs, accuracy in curves.single_stages]
+    everything += [(e.mean_macs / 1e6, e.accuracy) for e in curves.points.values()]
+    costs, accuracies = zip(*everything, strict=True)
+    low, high = 100 * min(accuracies), 100 * max(accuracies)
+    room = max(0.5, 0.08 * (high - low))
+    plot = Plot(
+        Axis("million multiplications per image", 0.9 * min(costs), 1.1 * max(costs), log=True),
+        Axis("accuracy", max(0.0, low - room), min(100.0, high + room), unit=" %"),
+        "accuracy against cost",
+        360,
+    )
+    entries = []
+    # The cascade's own curve comes first, and is drawn last, above the others.
+    for style, (name, found) in reversed(list(zip(_COLOURS, curves.cascades.items(), strict=False))):
+        thin = "" if style == "c0" else " thin"
+        plot.line([(e.mean_macs / 1e6, 100 * e.accuracy) for e in found], style + thin)
+        entries.insert(0, (style + thin, name))
+    for number, (macs, accuracy) in enumerate(curves.single_stages):
+        title = f"stage {number} alone: {accuracy:.2%}, {macs / 1e6:,.2f} M MACs"
+        plot.dot(macs / 1e6, 100 * accuracy, "ring c5", title)
+    for name, point in curves.points.items():
+        title = f"{name}: {point.accuracy:.2%}, {point.mean_macs / 1e6:,.2f} M MACs"
+        plot.dot(point.mean_macs / 1e6, 100 * point.accuracy, "c0", title, 6)
+        # Above on the left, where a curve that rises leaves room.
+        plot.label(point.mean_macs / 1e6, 100 * point.accuracy, name, left=True, right_px=3, down_px=-9)
+    entries.append(("ring c5", "a single stage on every image"))
+    return _section(
+        "Accuracy against cost",
+        "Filled dots are the operating points that the cascade stores. The lines are other thresholds, found "
+        "on these same images, which flatters all lines alike.",
+        legend(entries),
+        plot.svg(),
+    )
+
+
+def _other_budgets(measured: Benchmark, curves: Curves) -> str:
+    """Rows of the cascade's own curve, with the speed that the measured times predict."""
+    found = next(iter(curves.cascades.values()))
+    chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, _BUDGETS)})]
+    efficiency = measured.batches[-1].schedule_efficiency.median
+    names = [stage.name for stage in measured.stages]
+    lines = ['<tr><th>M MACs</th><th>accuracy</th><th>images/s</th><th class="text">stop at</th></tr>']
+    for e in chosen:
+        ms = sum(share * ms for share, ms in zip(e.exit_shares, measured.exit_ms, strict=True))
+        segments = [
+            Segment(share, style, f"{name}: {share:.0%}")
+            for share, style, name in zip(e.exit_shares, _styles(names), names, strict=True)
         ]
-    wrong = [n - r for n, r in zip(stopped, right, strict=True)]
-    axes.bar(names, right, color=_GREEN, label="stop here, right")
-    label = "stop here" if evaluation is None else "stop here, wrong"
-    axes.bar(names, wrong, bottom=right, color=_RED if evaluation is not None else _BLUE, label=label)
-    axes.bar(names, going_on, bottom=stopped, color=_GREY, label="go on")
-    axes.set(ylabel="images")
-    axes.legend(frameon=False, loc="upper right")  # "best" warns on a slow machine
+        numbers = (f"{e.mean_macs / 1e6:,.2f}", f"{e.accuracy:.2%}", f"{1e3 * efficiency / ms:,.0f}")
+        cells = [f"<td>{text(number)}</td>" for number in numbers]
+        lines.append(f"<tr>{''.join(cells)}<td>{stacked_bar(segments)}</td></tr>")
+    return _section(
+        "What another budget would give",
+        "Thresholds for other mean costs, found on these images. The speed is predicted from the stages' "
+        "times at the schedule efficiency of the largest batch. fc.calibrate on held-out images turns such a "
+        "budget into an operating point.",
+        legend(zip(_styles(names), names, strict=True)),
+        f'<div class="wide"><table>{"".join(lines)}</table></div>',
+    )
 
 
-def _draw_time(axes: Axes, measured: Benchmark) -> None:
-    batch = measured.batches[-1]
-    parts = [(plot_label(f"{stage.name}: stage"), _stage_us(stage, measured)) for stage in measured.stages]
-    parts += [
-        (plot_label(f"{stage.name}: exit"), _exit_us(stage, measured)) for stage in measured.stages[:-1]
+def _styles(names: Sequence[str]) -> list[str]:
+    """A colour for each; they repeat after six."""
+    return [_COLOURS[i % len(_COLOURS)] for i in range(len(names))]
+
+
+##### What it gets wrong
+
+
+def _confusion(diagnosis: Diagnosis) -> str:
+    counts, classes = diagnosis.confusion, len(diagnosis.confusion)
+    names = diagnosis.classes or tuple(map(str, range(classes)))
+    off = counts.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:_CONFUSED_PAIRS]
+    pairs = [(int(i) // classes, int(i) % classes) for i in order if off.flat[i]]
+    rows = [
+        (names[true], names[said], f"{off[true, said]:,}", f"{off[true, said] / counts[true].sum():.1%}")
+        for true, said in pairs
     ]
-    parts.append(("compaction, call", 1e3 * batch.compaction_ms_per_image.median))
-    parts.append(("idle", 1e3 * batch.idle_ms_per_image.median))
-    names, microseconds = zip(*reversed(parts), strict=True)
-    axes.barh(names, microseconds, color=_BLUE)
-    for name, value in zip(names, microseconds, strict=True):
-        # To the right of negative bars too, where no name of a part is in the way.
-        end = (max(value, 0), name)
-        axes.annotate(f"{value:.2f}", end, xytext=(4, 0), textcoords="offset points", va="center")
-    axes.margins(x=0.12)
-    axes.set(xlabel=f"µs per image at batch {batch.batch}")
+    most = table(("true class", "answer", "images", "of the class"), rows, text_columns=2)
+    if classes > _MATRIX_CLASSES:
+        return _section(
+            "Most confused classes", f"The most frequent confusions of {classes:,} classes.", most
+        )
+    return _section(
+        "Confusion matrix",
+        "Rows are true classes, columns are answers, in percent of the row. Hover for the number of images.",
+        _matrix(diagnosis, names),
+        _details("The most frequent confusions", most) if rows else "",
+    )
 
 
-def _stage_us(stage: StageTiming, measured: Benchmark) -> float:
-    return 1e3 * stage.ms_per_image.median * stage.images_in / measured.images
+def _matrix(diagnosis: Diagnosis, names: Sequence[str]) -> str:
+    head = "".join(f"<th><span>{text(name)}</span></th>" for name in names)
+    lines = [f"<thead><tr><th></th>{head}</tr></thead>"]
+    for true, counts in enumerate(diagnosis.confusion):
+        whole = max(1, int(counts.sum()))
+        cells = []
+        for said, count in enumerate(counts.tolist()):
+            share = count / whole
+            # Errors are few, so their colour is stretched: a tenth of a class is full red.
+            colour, depth = ("c0", share) if true == said else ("c4", min(1.0, 10 * share))
+            strong = " strong" if depth > 0.55 else ""
+            title = text(f"{count:,} of {whole:,} {names[true]} called {names[said]}")
+            shown = f"{100 * share:.0f}" if 100 * share >= 0.5 else ""
+            style = f'class="{colour}{strong}" style="--share:{depth:.3f}"'
+            cells.append(f'<td {style} title="{title}">{shown}</td>')
+        lines.append(f'<tr><th class="text">{text(names[true])}</th>{"".join(cells)}</tr>')
+    return f'<div class="wide"><table class="matrix">{"".join(lines)}</table></div>'
 
 
-def _exit_us(stage: StageTiming, measured: Benchmark) -> float:
-    return 1e3 * stage.exit_ms_per_image.median * stage.images_in / measured.images
+def _reliability(measured: Benchmark, diagnosis: Diagnosis) -> str:
+    squares = []
+    for k, after in enumerate(diagnosis.after):
+        before = diagnosis.before[k] if diagnosis.before else None
+        axes = (Axis("confidence", 0, 1, ticks=(0, 0.5, 1)), Axis("accuracy", 0, 1, ticks=(0, 0.5, 1)))
+        plot = Plot(*axes, f"accuracy by confidence at exit {k}", None)
+        plot.line([(0, 0), (1, 1)], "ideal")
+        if before is not None:
+            _bins(plot, before, "ring c1", "before")
+        _bins(plot, after, "c0", "after" if diagnosis.before else "bin")
+        error = (
+            f"{after.error:.1%}" if before is None else f"{before.error:.1%} before, {after.error:.1%} after"
+        )
+        squares.append(
+            f"<div><h3>{text(measured.stages[k].name)}</h3>"
+            f'<p class="soft">{text(f"calibration error {error}")}</p>{plot.svg()}</div>'
+        )
+    compared = "before and after its temperature, which fc.fit finds on held-out images"
+    return _section(
+        "How far confidence can be trusted",
+        f"Each exit on all images{', ' + compared if diagnosis.before else ''}. A dot is a bin of images "
+        "with similar confidence; on the diagonal, of the images with 80 % confidence 80 % are right. Larger "
+        "dots hold more images. The calibration error is the mean distance from the diagonal.",
+        legend([("ring c1", "before temperature"), ("c0", "after")]) if diagnosis.before else "",
+        f'<div class="squares">{"".join(squares)}</div>',
+    )
 
 
-class _Point(NamedTuple):
-    """A step on the roofline; ``share`` is of the time that all steps take for the images that reach them."""
+def _bins(plot: Plot, found: Reliability, style: str, when: str) -> None:
+    for sure, right, share in zip(found.confidence, found.accuracy, found.share, strict=True):
+        if share:
+            title = f"{when}: confidence {sure:.1%}, accuracy {right:.1%}, {share:.1%} of the images"
+            plot.dot(sure, right, style, title, 3 + 7 * math.sqrt(share))
 
-    stage: int
-    step: StepTiming
-    share: float
+
+def _disagreements(measured: Benchmark, diagnosis: Diagnosis) -> str:
+    names = [stage.name for stage in measured.stages]
+    parts = []
+    for helped, head in ((True, "Stopping early was right, the last exit wrong"), (False, "And the reverse")):
+        chosen = [seen for seen in diagnosis.examples if seen.helped == helped]
+        if chosen:
+            pictures = "".join(_thumb(seen, names, diagnosis.classes) for seen in chosen)
+            parts.append(f'<h3>{head}</h3><div class="thumbs">{pictures}</div>')
+    return _section(
+        "Images on which exits disagree",
+        f"{diagnosis.helped:,} images stop early with the right label where the last exit is wrong; "
+        f"{diagnosis.hurt:,} stop early with a wrong one where it is right. Hover for what every exit says.",
+        *parts,
+    )
 
 
-def _points(measured: Benchmark) -> list[_Point]:
+def _thumb(seen: Disagreement, stages: Sequence[str], classes: Sequence[str] | None) -> str:
+    def name(label: int) -> str:
+        return "invalid" if label < 0 else classes[label] if classes else f"class {label}"
+
+    everything = "; ".join(
+        f"{stage}: {name(label)}" for stage, label in zip(stages, seen.labels, strict=True)
+    )
+    early, last = name(seen.labels[seen.exit_stage]), name(seen.labels[-1])
+    first, second = ("right", "wrong") if seen.helped else ("wrong", "right")
+    title = text(f"{seen.id}; true class {name(seen.truth)}; {everything}")
+    return (
+        f'<div class="thumb" title="{title}">{thumbnail(seen.image, name(seen.truth))}'
+        f'<span class="{first}">exit {seen.exit_stage}: {text(early)}</span><br>'
+        f'<span class="{second}">last: {text(last)}</span></div>'
+    )
+
+
+##### Time
+
+
+def _time(measured: Benchmark) -> str:
+    batch = measured.batches[-1]
+    parts = []
+    for k, stage in enumerate(measured.stages):
+        share = stage.images_in / measured.images
+        parts.append((stage.name, "c0", 1e3 * stage.ms_per_image.median * share))
+        if k < len(measured.stages) - 1:
+            parts.append((f"exit of {stage.name}", "c1", 1e3 * stage.exit_ms_per_image.median * share))
+    parts.append(("compaction, call", "c3", 1e3 * batch.compaction_ms_per_image.median))
+    parts.append(("idle", "c5", 1e3 * batch.idle_ms_per_image.median))
+    longest = max(us for _, _, us in parts)
+    rows = [
+        (name, [Segment(us / longest, style, f"{us:.3f} µs")], f"{us:.2f} µs") for name, style, us in parts
+    ]
+    head = "stage|images in|out|ms|images/s|GFLOP/s|of peak|of bandwidth|exit µs/image"
+    stages = (
+        (
+            stage.name,
+            f"{stage.images_in:,}",
+            f"{stage.images_out:,}",
+            f"{stage.ms:.1f}",
+            f"{stage.images_per_s:,.0f}",
+            f"{stage.gflops:,.0f}",
+            f"{stage.gflops_share:.0%}",
+            f"{stage.bandwidth_share:.0%}",
+            f"{1e3 * stage.exit_ms_per_image.median:.2f}",
+        )
+        for stage in measured.stages
+    )
+    return _section(
+        "Where the time of an image goes",
+        f"Microseconds per image at batch {batch.batch}, averaged over all images: a deep stage counts "
+        "little if few images reach it. A negative rest means that stages run faster inside the cascade than "
+        "alone.",
+        legend([("c0", "stages"), ("c1", "exits"), ("c3", "rest of the call"), ("c5", "idle threads")]),
+        bars(rows),
+        _details("Each stage alone", table(head.split("|"), stages)),
+    )
+
+
+def _throughput(measured: Benchmark, peers: Mapping[str, Mapping[int, float]]) -> str:
+    lines = {
+        "fastcascade": {b.batch: b.images_per_s.median for b in measured.batches},
+        "last exit on every image": {b.batch: b.dense_images_per_s.median for b in measured.batches},
+        **{name: {size: r.median for size, r in rates.items()} for name, rates in measured.peers.items()},
+        **peers,
+    }
+    sizes = sorted({size for rates in lines.values() for size in rates})
+    highest = max(rate for rates in lines.values() for rate in rates.values())
+    low, high = (sizes[0], sizes[-1]) if len(sizes) > 1 else (sizes[0] / 2, sizes[0] * 2)
+    plot = Plot(
+        Axis("images in a call", low, high, log=True, ticks=tuple(map(float, sizes))),
+        Axis("images per second", 0, 1.06 * highest),
+        "images per second by batch size",
+    )
+    entries = list(zip(_styles(list(lines)), lines.items(), strict=True))
+    for style, (name, rates) in reversed(entries):
+        points = [(size, rates[size]) for size in sorted(rates)]
+        plot.line(points, style)
+        for size, rate in points:
+            plot.dot(size, rate, style, f"{name}, batch {size}: {rate:,.0f} images/s")
+    head = "batch|images/s|p50 ms|p95 ms|p99 ms|schedule efficiency|realised saving|dense images/s"
+    rows = (
+        (
+            str(batch.batch),
+            f"{batch.images_per_s.median:,.0f}",
+            *(f"{batch.latency_ms[p]:.3g}" for p in ("p50", "p95", "p99")),
+            f"{batch.schedule_efficiency.median:.3f}",
+            "–" if batch.saving is None else f"{batch.saving:.2f}",
+            f"{batch.dense_images_per_s.median:,.0f}",
+        )
+        for batch in measured.batches
+    )
+    return _section(
+        "Throughput by batch size",
+        "Images per second of calls one after another. Schedule efficiency is the part of a call's time that "
+        "its stages would take if each ran alone on the images that reach it; the rest goes to exits, moving "
+        "images and waiting. Realised saving is the share of time saved over that of multiplications saved.",
+        legend((style, name) for style, (name, _) in entries),
+        plot.svg(),
+        _details("Latency and efficiency by batch size", table(head.split("|"), rows)),
+    )
+
+
+def _roofline(measured: Benchmark) -> str:
+    peaks, names = measured.peaks, [stage.name for stage in measured.stages]
     steps = [
         (k, step, step.ms_per_image.median * stage.images_in)
         for k, stage in enumerate(measured.stages)
         for step in stage.steps
     ]
     whole = sum(ms for _, _, ms in steps)
-    return [_Point(k, step, ms / whole) for k, step, ms in steps]
-
-
-def _draw_roofline(figure: Figure, measured: Benchmark) -> None:
-    """Steps that multiply under both roofs; those that do not, in a strip of their own by bandwidth alone."""
-    from matplotlib.patches import Patch
-
-    points = _points(measured)
-    multiplying = [point for point in points if point.step.macs]
-    moving = [point for point in points if not point.step.macs]
-    kernels = dict.fromkeys(point.step.kernel for point in (*multiplying, *moving))
-    colours = dict(zip(kernels, cycle(_COLOURS), strict=False))
-    if moving:
-        roof, strip = figure.subplots(1, 2, width_ratios=(5, 1))
-        _draw_strip(strip, measured, moving, colours)
-    else:
-        roof = figure.subplots()
-    _draw_roofs(roof, measured, [2 * p.step.macs / p.step.bytes_per_image for p in multiplying])
-    for point in multiplying:
-        step = point.step
-        intensity = 2 * step.macs / step.bytes_per_image
-        _draw_point(roof, intensity, step.gflops, point, colours[step.kernel])
-    _name_longest(roof, multiplying)
-    for k, stage in enumerate(measured.stages):
-        style = {"color": "black", "fillstyle": "none", "linestyle": "none"}
-        intensity = 2 * stage.macs / stage.bytes_per_image
-        roof.plot(intensity, stage.gflops, _marker(k), label=plot_label(f"{stage.name}, whole"), **style)
-    roof.legend(frameon=False, loc="lower right", fontsize="small")
-    patches = [Patch(color=colour, label=plot_label(kernel)) for kernel, colour in colours.items()]
-    if patches:
-        figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4, fontsize="small")
-
-
-def _marker(stage: int) -> str:
-    return _MARKERS[stage % len(_MARKERS)]
-
-
-def _draw_roofs(axes: Axes, measured: Benchmark, intensities: Sequence[float]) -> None:
-    peaks = measured.peaks
+    multiplying = [(k, step, ms / whole) for k, step, ms in steps if step.macs]
+    stages = [(2 * stage.macs / stage.bytes_per_image, stage.gflops) for stage in measured.stages]
+    dots = [(2 * step.macs / step.bytes_per_image, step.gflops) for _, step, _ in multiplying] or stages
     ridge = peaks.gflops / peaks.copy_gbs
-    stages = (2 * stage.macs / stage.bytes_per_image for stage in measured.stages)
-    everything = (ridge, *intensities, *stages)
-    left, right = min(everything) / 3, max(everything) * 3
-    axes.plot([left, ridge], [left * peaks.copy_gbs, peaks.gflops], color=_GREY)
-    axes.plot([ridge, right], [peaks.gflops] * 2, color=_GREY)
-    axes.annotate(
-        f"copy, {peaks.copy_gbs:.0f} GB/s",
-        (math.sqrt(left * ridge), math.sqrt(left * ridge) * peaks.copy_gbs),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="top",
-        color=_SOFT,
-        fontsize="small",
+    left, right = 0.5 * min(ridge, *(x for x, _ in dots)), 2 * max(ridge, *(x for x, _ in dots))
+    bottom = 0.5 * min(*(y for _, y in dots), peaks.gflops)
+    top = 1.6 * max(*(y for _, y in dots), peaks.gflops)
+    height = 380
+    plot = Plot(
+        Axis("operations per byte", left, right, log=True),
+        Axis("GFLOP/s", bottom, top, log=True),
+        "roofline",
+        height,
     )
-    axes.annotate(
-        f"matrix product, {peaks.gflops:,.0f} GFLOP/s",
-        (right, peaks.gflops),
-        xytext=(0, -12),
-        textcoords="offset points",
-        ha="right",
-        color=_SOFT,
-        fontsize="small",
+    start = max(left, bottom / peaks.copy_gbs)
+    plot.line([(start, start * peaks.copy_gbs), (ridge, peaks.gflops), (right, peaks.gflops)], "roof")
+    plot.label(right, peaks.gflops, f"{peaks.gflops:,.0f} GFLOP/s, matrix product", left=True, down_px=-9)
+    if multiplying:
+        for k, step, share in sorted(multiplying, key=lambda point: -point[2]):
+            title = (
+                f"{names[k]}: {step.operation}; {step.kernel}; {share:.1%} of the time, "
+                f"{step.gflops:,.0f} GFLOP/s, {step.gbs:,.1f} GB/s"
+            )
+            at = (2 * step.macs / step.bytes_per_image, step.gflops)
+            plot.dot(*at, f"pale {_styles(names)[k]}", title, _radius(share))
+        plot.labels(_longest_kinds([(step, share) for _, step, share in multiplying]), height)
+    else:
+        for style, name, (x, y) in zip(_styles(names), names, stages, strict=True):
+            plot.dot(x, y, style, f"{name}: {y:,.0f} GFLOP/s", 7)
+    still = sum(ms for _, step, ms in steps if not step.macs) / whole if steps else 0.0
+    kernels = kernel_cells(measured)
+    return _section(
+        "Roofline",
+        "Each dot is a step of a stage under the peaks measured in the same run: the slope is the speed of "
+        f"copying ({peaks.copy_gbs:.0f} GB/s), the flat part the fastest matrix product. Area is the share "
+        "of the cascade's time; hover for the step. Winograd convolutions can exceed the peak, because they "
+        "multiply less than the plain definition, and steps whose data are in cache can exceed the slope."
+        + (f" Steps without multiplications, {still:.0%} of the time, are not shown." if still else ""),
+        legend(zip(_styles(names), names, strict=True)),
+        plot.svg(),
+        _details("Kernels of every stage", table(KERNEL_COLUMNS, kernels, text_columns=2)) if kernels else "",
     )
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
-    axes.margins(y=0.15)
-    _plain_decades(axes.xaxis)
-    _plain_decades(axes.yaxis)
 
 
-def _plain_decades(axis: Axis) -> None:
-    from matplotlib.ticker import LogLocator
-
-    axis.set_major_locator(LogLocator())
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
+def _radius(share: float) -> float:
+    """Pixels, so that the area of a dot is the share of the time."""
+    return 3 + 28 * math.sqrt(share)
 
 
-def _draw_strip(
-    axes: Axes, measured: Benchmark, moving: Sequence[_Point], colours: Mapping[str, str]
-) -> None:
-    kernels = list(dict.fromkeys(point.step.kernel for point in moving))
-    axes.axhline(measured.peaks.copy_gbs, color=_GREY)
-    for point in moving:
-        _draw_point(axes, kernels.index(point.step.kernel), point.step.gbs, point, colours[point.step.kernel])
-    axes.set(yscale="log", xlabel="no multiplies", ylabel="GB/s", xlim=(-0.7, len(kernels) - 0.3))
-    axes.set_xticks([])
-    _plain_decades(axes.yaxis)
+def _longest_kinds(steps: Sequence[tuple[StepTiming, float]]) -> list[tuple[float, float, float, str]]:
+    """The kinds of steps that take the most time, each at its longest step."""
+    kinds: dict[str, list[tuple[StepTiming, float]]] = {}
+    for step, share in steps:
+        kinds.setdefault(step.operation.partition(" + ")[0].partition(" -> ")[0], []).append((step, share))
+    longest = sorted(kinds, key=lambda name: -sum(share for _, share in kinds[name]))[:_NAMED_STEPS]
+    found = []
+    for name in longest:
+        step, own = max(kinds[name], key=lambda pair: pair[1])
+        words = f"{name}, {sum(share for _, share in kinds[name]):.0%}"
+        found.append((2 * step.macs / step.bytes_per_image, step.gflops, _radius(own), words))
+    return found
 
 
-def _draw_point(axes: Axes, x: float, y: float, point: _Point, colour: str) -> None:
-    size = 12 + 600 * point.share
-    axes.scatter(x, y, size, colour, marker=_marker(point.stage), alpha=0.7, linewidths=0)
+def _paced(measured: Benchmark) -> str:
+    return _section(
+        "Calls when they come",
+        "A server's calls come after pauses, when caches are cold and threads asleep. The last column is the "
+        "median over that of calls in a loop.",
+        table(PACED_COLUMNS, paced_cells(measured)),
+    )
 
 
-def _name_longest(axes: Axes, points: Sequence[_Point]) -> None:
-    """Names of the kinds of steps that take the most time, in the corner that the roofs leave empty."""
-    kinds: dict[str, list[_Point]] = {}
-    for point in points:
-        name = point.step.operation.partition(" + ")[0].partition(" -> ")[0]
-        kinds.setdefault(name, []).append(point)
-    longest = sorted(kinds, key=lambda name: -sum(point.share for point in kinds[name]))[:_NAMED]
-    slowest_last = sorted(longest, key=lambda name: -max(point.step.gflops for point in kinds[name]))
-    for line, name in enumerate(slowest_last):
-        top = max((point.step for point in kinds[name]), key=lambda step: step.gflops)
-        axes.annotate(
-            plot_label(f"{name}, {sum(point.share for point in kinds[name]):.0%}"),
-            (2 * top.macs / top.bytes_per_image, top.gflops),
-            xytext=(0.02, 0.98 - 0.07 * line),
-            textcoords="axes fraction",
-            va="top",
-            fontsize="small",
-            arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.5, "relpos": (1, 0.5)},
+def _what_if(measured: Benchmark) -> str:
+    rows = (
+        (
+            row.change,
+            f"{row.images_per_s:,.0f}",
+            f"{row.mean_macs:,.0f}",
+            " / ".join(f"{share:.0%}" for share in row.exit_shares),
         )
-
-
-def _draw_throughput(axes: Axes, measured: Benchmark, peers: Mapping[str, Mapping[int, float]]) -> None:
-    lines = {
-        "fastcascade": {b.batch: b.images_per_s.median for b in measured.batches},
-        "fastcascade, last exit on everything": {
-            b.batch: b.dense_images_per_s.median for b in measured.batches
-        },
-        **{name: {size: r.median for size, r in rates.items()} for name, rates in measured.peers.items()},
-        **peers,
-    }
-    for (name, rates), colour, marker in zip(lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
-        sizes = sorted(rates)
-        axes.plot(sizes, [rates[size] for size in sizes], f"{marker}-", color=colour, label=plot_label(name))
-    axes.set(xscale="log", xlabel="batch size", ylabel="images/s")
-    axes.set_ylim(bottom=0)
-    sizes = [b.batch for b in measured.batches]
-    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-    axes.minorticks_off()
-    axes.legend(frameon=False, loc="upper left")
+        for row in measured.what_if
+    )
+    return _section(
+        "What if",
+        "Other operating points, stages left out and other precisions, predicted from the stages' times.",
+        table(("change", "images/s", "MACs per image", "exit shares"), rows),
+    )

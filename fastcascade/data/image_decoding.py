@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ import numpy as np
 
 from fastcascade.data.image_data import Array
 from fastcascade.errors import DataError, FastCascadeError
-from fastcascade.storage.files import open_regular
+from fastcascade.storage.files import read_regular
 
 __all__ = ["FORMATS", "MAX_PIXELS", "decode", "decode_all", "pixels"]
 
@@ -48,7 +47,10 @@ def decode(
         DataError: unreadable, too large, of another size, or with more than 8 bits per channel.
     """
     pillow = _pillow()
-    data = _content(source) if isinstance(source, Path) else source
+    try:
+        data = read_regular(source, MAX_FILE_BYTES) if isinstance(source, Path) else source
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
     try:
         with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
             return pixels(image, channels, size, resize, data)
@@ -147,17 +149,6 @@ def _header_size(simplejpeg: ModuleType, data: bytes) -> tuple[int, int]:
     except ValueError:
         return 0, 0
     return height, width
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise DataError(f"has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
-            return file.read(MAX_FILE_BYTES)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
 def _pillow() -> ModuleType:

@@ -258,7 +258,9 @@ def _add_resize(graph: GraphBuilder, op: Resize, x: str) -> str:
         how: dict[str, Any] = {"mode": "nearest", "nearest_mode": "floor"}
         centres = "asymmetric"
     else:
-        how = {"mode": "linear"}
+        how = {"mode": "cubic" if op.kind == "bicubic" else "linear", "antialias": int(op.antialias)}
+        if op.kind == "bicubic":
+            how |= {"cubic_coeff_a": -0.5, "exclude_outside": 1}
         centres = "align_corners" if op.align_corners else "half_pixel"
     return graph.add("Resize", x, "", "", sizes, axes=(2, 3), coordinate_transformation_mode=centres, **how)
 

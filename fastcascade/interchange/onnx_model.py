@@ -113,7 +113,9 @@ def _stage_model(plan: Plan, k: int) -> onnx.ModelProto:
             shape = stage.shapes[stage.features]
             results["features"] = (features, FLOAT, ("N", *shape))
     outputs = [_named(graph, name, *what) for name, what in results.items()]
-    return _model(plan, graph, f"stage {stage.name}", inputs, outputs)
+    model = _model(plan, graph, f"stage {stage.name}", inputs, outputs)
+    model.metadata_props.add(key="fastcascade.logits", value=logits)  # for Stage.from_onnx
+    return model
 
 
 def _cascade_model(plan: Plan) -> onnx.ModelProto:

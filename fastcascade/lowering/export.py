@@ -53,6 +53,8 @@ def plan(cascade: Cascade) -> Plan:
     for k in range(len(cascade.stages)):
         # A copy, because eval mode and folding must not change the cascade.
         stage: nn.Module = copy.deepcopy(cascade.stage(k)).cpu().eval().requires_grad_(False)
+        if cascade.stage(k).transform is not None:
+            stage = _Transformed(copy.deepcopy(cascade.transforms[k]).cpu(), stage)
         reads = cascade.stage(k).input
         feeds = k + 1 < len(cascade.stages) and cascade.stage(k + 1).input == "previous"
         temperature = float(cascade.temperatures[k])
@@ -82,6 +84,18 @@ def plan(cascade: Cascade) -> Plan:
         classes=cascade.classes,
         operating_points=dict(cascade.operating_points),
     )
+
+
+class _Transformed(nn.Module):
+    """A stage that reads the cascade's images: its transform becomes operations like any other."""
+
+    def __init__(self, transform: nn.Module, stage: nn.Module) -> None:
+        super().__init__()
+        self.transform = transform
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.stage(self.transform(x))  # type: ignore[no-any-return]
 
 
 class _Tempered(nn.Module):

@@ -148,7 +148,9 @@ def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         case Resize():
             if op.kind == "nearest":
                 return F.interpolate(x, op.size, mode="nearest")
-            return F.interpolate(x, op.size, mode="bilinear", align_corners=op.align_corners)
+            return F.interpolate(
+                x, op.size, mode=op.kind, align_corners=op.align_corners, antialias=op.antialias
+            )
         case AdaptivePool():
             pooled = F.adaptive_max_pool2d if op.kind == "max" else F.adaptive_avg_pool2d
             return pooled(x, op.size)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastcascade.errors import InvalidArgument
+from fastcascade.storage.codec import ADDED
 
 __all__ = [
     "PARAMETRIC",
@@ -486,16 +487,25 @@ class Flip(Op):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Resize(Op):
-    """Upsampling to ``size`` (height, width); bilinear with half-pixel centres or aligned corners."""
+    """Resampling to ``size`` (height, width), with half-pixel centres or aligned corners.
+
+    ``antialias`` widens the filter where the map shrinks, as Pillow does; "bicubic" is always antialiased.
+    """
 
     input: int
-    kind: Literal["nearest", "bilinear"]
+    kind: Literal["nearest", "bilinear", "bicubic"]
     size: tuple[int, int]
     align_corners: bool = False
+    antialias: bool = field(default=False, metadata=ADDED)
 
     def output_shape(self, *inputs: Shape) -> Shape:
         channels, _, _ = _require_map(inputs[0], "resize")
         require(not (self.align_corners and self.kind == "nearest"), "nearest resize with aligned corners")
+        require(
+            self.antialias if self.kind == "bicubic" else not self.antialias or self.kind == "bilinear",
+            f"{self.kind} resize {'with' if self.antialias else 'without'} antialiasing",
+        )
+        require(not (self.align_corners and self.antialias), "antialiased resize with aligned corners")
         return (channels, *self.size)
 
     def __str__(self) -> str:

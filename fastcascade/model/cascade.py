@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from fastcascade.errors import InvalidArgument
 from fastcascade.kernels.reference import compact_index, exit_step, exit_tables
 from fastcascade.model.cost import count_macs, eval_mode, place_of_failure
+from fastcascade.model.image_transform import ImageTransform, transform_images
+from fastcascade.model.onnx_network import onnx_network
+from fastcascade.model.pretrained import huggingface_network, timm_network
 from fastcascade.model.selector import MLPSelector, Selector
 from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.types import (
@@ -61,6 +64,8 @@ class Stage(nn.Module):
         input: "image", or "previous" to read the features of the stage before.
         name: appears in reports and in the keys of saved weights; ``stage<k>`` by default.
         macs: multiplies per instance, including the exit; counted by default.
+        transform: resizing, crop and normalisation of the images for a network that was trained on others
+            than the cascade's; None sees them as they are.
 
     Raises:
         InvalidArgument: ``module`` or ``exit`` is not an nn.Module, or another argument is invalid.
@@ -78,6 +83,7 @@ class Stage(nn.Module):
         input: Literal["image", "previous"] = "image",
         name: str | None = None,
         macs: int | None = None,
+        transform: ImageTransform | None = None,
     ) -> None:
         super().__init__()
         _require_module(module, "Stage module")
@@ -89,14 +95,99 @@ class Stage(nn.Module):
             raise InvalidArgument(f"Stage name is {name!r}; expected a string")
         if macs is not None and (not isinstance(macs, int) or macs < 0):
             raise InvalidArgument(f"Stage macs is {macs!r}; expected an integer of at least 0")
+        if transform is not None and not isinstance(transform, ImageTransform):
+            raise InvalidArgument(
+                f"Stage transform is {transform!r}; expected None or fc.ImageTransform(size)"
+            )
+        if transform is not None and input == "previous":
+            raise InvalidArgument(
+                "a stage with input='previous' reads features; a transform is of images only"
+            )
         self.module = module
         self.exit = exit
         self.input = input
         self.name = name
         self.macs = macs
+        self.transform = transform
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: str,
+        num_classes: int | None = None,
+        pretrained: bool = True,
+        name: str | None = None,
+        transform: ImageTransform | None = None,
+        **options: Any,
+    ) -> Stage:
+        """A network of timm, with the size, crop, interpolation and normalisation that timm has for it.
+
+        Needs ``pip install 'fastcascade[timm]'``.
+
+        Args:
+            model: timm's name, such as "efficientnet_b0" or "resnet18.a1_in1k".
+            num_classes: of a new, untrained last layer; None keeps the classes of the weights.
+            pretrained: download trained weights; False needs no network.
+            name: of the stage; ``model`` by default.
+            transform: instead of timm's.
+            options: passed to ``timm.create_model``, such as ``checkpoint_path`` or ``in_chans``.
+
+        Raises:
+            InvalidArgument: timm is missing, does not know the model, or cannot download its weights.
+        """
+        network = timm_network(model, num_classes, pretrained, transform, options)
+        return cls(network.module, name=name or model, transform=network.transform)
+
+    @classmethod
+    def from_huggingface(
+        cls, path: str | Path, name: str | None = None, transform: ImageTransform | None = None
+    ) -> Stage:
+        """An image classifier of Hugging Face, with the size and normalisation of its image processor.
+
+        Needs ``pip install 'fastcascade[transformers]'``.
+
+        Args:
+            path: a folder with ``config.json``, weights and ``preprocessor_config.json``, or the name of a
+                checkpoint to download.
+            name: of the stage; the folder's name by default.
+            transform: instead of the image processor's; then ``preprocessor_config.json`` may be missing.
+
+        Raises:
+            InvalidArgument: transformers is missing or cannot load the classifier, or its image processor
+                does what an :class:`ImageTransform` cannot.
+        """
+        network = huggingface_network(path, transform)
+        return cls(network.module, name=name or Path(path).name, transform=network.transform)
+
+    @classmethod
+    def from_onnx(
+        cls,
+        path: str | Path,
+        output: str | None = None,
+        name: str | None = None,
+        transform: ImageTransform | None = None,
+    ) -> Stage:
+        """A network from an ONNX file of opset 7 or later, which trains and lowers like any other.
+
+        Needs ``pip install 'fastcascade[onnx]'``. A softmax at the end is left out: stages return logits. A
+        model that this library exported for a stage gives the logits of that stage, without its exit.
+
+        Args:
+            output: name of the value with the logits; needed only if the model has several outputs.
+            name: of the stage; the file's name by default.
+            transform: by default a resize to the size that the file declares, in the normalisation of the
+                cascade; bytes for a model of uint8 images. Pass the one that the network was trained with.
+
+        Raises:
+            FileFormatError: missing, damaged, or no ONNX model.
+            LoweringError: an operator, or a form of it, that is not supported; names operator and node.
+            InvalidArgument: the package onnx is missing, or the model is not a classifier of single images.
+        """
+        module, own = onnx_network(path, output, transform)
+        return cls(module, name=name or Path(path).stem, transform=own)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, …) → features (n, …) and logits (n, C); the same tensor without an exit."""
+        """What the stage sees → features (n, …) and logits (n, C); the same tensor without an exit."""
         features = self.module(x)
         return features, features if self.exit is None else self.exit(features)
 
@@ -127,7 +218,8 @@ class Cascade(nn.Module):
         input_shape: (C, H, W) of one image.
         combine: "last" returns the probabilities of the stage where an instance stops, "mean" their mean
             over the stages visited, K numbers their mean with one weight per stage.
-        preprocess: applied to uint8 images only.
+        preprocess: normalisation of uint8 images; float images count as normalised. By default that of the
+            first stage whose transform has one.
         classes: names, in label order.
 
     Attributes:
@@ -182,7 +274,8 @@ class Cascade(nn.Module):
         self.selector = _checked_selector(selector)
         self.num_classes = num_classes
         shape = tuple(input_shape) if isinstance(input_shape, Sequence) else input_shape
-        self.input = InputSpec(cast(tuple[int, int, int], shape), preprocess)
+        self.input = InputSpec(cast(tuple[int, int, int], shape), preprocess or self._first_normalization())
+        self.transforms = nn.ModuleList(self._transform(k) for k in range(len(self.stages)))
         self.combine = checked_combine(combine, len(self.stages))
         self.classes = _checked_classes(classes)
         self.scale_check = ScaleCheck(self.input)
@@ -195,6 +288,16 @@ class Cascade(nn.Module):
         if isinstance(self.selector, Selector):
             self.selector.build(len(self.stages), num_classes)
         self._count_costs()
+
+    def _first_normalization(self) -> Normalize | None:
+        transforms = [self.stage(k).transform for k in range(len(self.stages))]
+        return next((t.normalize for t in transforms if t is not None and t.normalize is not None), None)
+
+    def _transform(self, k: int) -> nn.Module:
+        try:
+            return transform_images(self.stage(k).transform, self.input)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"stage {k} cannot see the cascade's images: {error}") from error
 
     def _check_arguments(self) -> None:
         if not self.stages:
@@ -218,7 +321,9 @@ class Cascade(nn.Module):
         for k in range(len(self.stages)):
             stage = self.stage(k)
             source, origin = (
-                (x, "an image") if stage.input == "image" else (features, f"the features of stage {k - 1}")
+                (self.stage_images(k, x), "an image")
+                if stage.input == "image"
+                else (features, f"the features of stage {k - 1}")
             )
             features, macs = self._probe(k, stage.module, source, origin)
             # The cost of a stage alone: its exit and the chain of segments that it reads from.
@@ -367,7 +472,7 @@ class Cascade(nn.Module):
         logits = []
         for k in range(len(self.stages)):
             stage = self.stage(k)
-            features, z = stage(image if stage.input == "image" else features)
+            features, z = stage(self.stage_images(k, image) if stage.input == "image" else features)
             logits.append(z)
         return torch.stack(logits)
 
@@ -430,7 +535,9 @@ class Cascade(nn.Module):
                 if len(active) == 0:
                     break
                 stage = self.stage(k)
-                features, logits = stage(images[active] if stage.input == "image" else features)
+                if stage.input == "image":
+                    features = self.stage_images(k, images[active])
+                features, logits = stage(features)
                 last = k == len(self.stages) - 1
                 score = None if last else partial(self.score, k)
                 keep = exit_step(
@@ -445,6 +552,10 @@ class Cascade(nn.Module):
                 active, features = compact_index(active, keep), features[keep]
         cost = self.exit_macs.to(images.device)[tables.exit_stage]
         return CascadeOutput(tables.log_probs.exp().float(), tables.label, tables.exit_stage, cost)
+
+    def stage_images(self, k: int, images: Tensor) -> Tensor:
+        """What stage k sees of images (n, C, H, W): resized, cropped and normalised as its transform says."""
+        return cast(Tensor, self.transforms[k](images))
 
     def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """The input of the stages: (N, C, H, W) of the cascade's dtype; uint8 images are normalised."""

@@ -26,7 +26,7 @@ _FREE = frozenset(
     min native_batch_norm native_channel_shuffle native_dropout native_group_norm native_layer_norm
     new_empty new_zeros ones ones_like rand randn reflection_pad2d repeat replication_pad2d roll
     scalar_tensor scatter slice_scatter sort stack sum topk tril triu upsample_bilinear2d
-    upsample_nearest2d zeros zeros_like
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_nearest2d zeros zeros_like
     """.split()
 )
 

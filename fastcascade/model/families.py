@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, Protocol, TypeVar
 
-__all__ = ["FAMILIES", "Network", "family"]
+from fastcascade.errors import InvalidArgument
+
+__all__ = ["FAMILIES", "Network", "checked_channels", "family"]
 
 
 class Network(Protocol):
@@ -38,3 +40,14 @@ def family(build: Callable[_P, _N]) -> Callable[_P, _N]:
 
     FAMILIES[build.__name__] = named
     return named
+
+
+def checked_channels(in_channels: int) -> int:
+    """Channels of a network's images.
+
+    Raises:
+        InvalidArgument: below 1, or no integer.
+    """
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise InvalidArgument(f"in_channels is {in_channels!r}; expected an integer of at least 1")
+    return in_channels

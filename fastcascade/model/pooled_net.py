@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcascade.errors import InvalidArgument
-from fastcascade.model.families import family
+from fastcascade.model.families import checked_channels, family
 
 __all__ = ["Mirrored", "PooledNet", "mirrored_pooled_net", "pooled_net"]
 
@@ -126,25 +126,34 @@ class Mirrored(nn.Module):
 
 @family
 def pooled_net(
-    width: int, num_classes: int = 10, deep: int | None = None, activation: str = "relu"
+    width: int,
+    num_classes: int = 10,
+    deep: int | None = None,
+    activation: str = "relu",
+    in_channels: int = 3,
 ) -> PooledNet:
     """:class:`PooledNet` of widths (width, deep, deep).
 
     Args:
         deep: channels of the second and third block; 4·width if None.
         activation: "relu" or "gelu".
+        in_channels: of the images; 1 for gray.
 
     Example:
         >>> pooled_net(32).architecture
         'pooled_net:32'
     """
     deep = 4 * width if deep is None else deep
-    return PooledNet(num_classes, (width, deep, deep), activation=activation)
+    return PooledNet(num_classes, (width, deep, deep), checked_channels(in_channels), activation)
 
 
 @family
 def mirrored_pooled_net(
-    width: int, num_classes: int = 10, deep: int | None = None, activation: str = "relu"
+    width: int,
+    num_classes: int = 10,
+    deep: int | None = None,
+    activation: str = "relu",
+    in_channels: int = 3,
 ) -> Mirrored:
     """:func:`pooled_net` on the mirrored image.
 
@@ -152,4 +161,4 @@ def mirrored_pooled_net(
         >>> mirrored_pooled_net(32).architecture
         'mirrored_pooled_net:32'
     """
-    return Mirrored(pooled_net(width, num_classes, deep, activation))
+    return Mirrored(pooled_net(width, num_classes, deep, activation, in_channels))

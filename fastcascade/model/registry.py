@@ -19,11 +19,12 @@ MODULES = (pooled_net, resnet)
 """The modules whose families the registry knows."""
 
 
-def build_network(name: str, num_classes: int) -> nn.Module:
+def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """Build a network from its registry name, with random weights.
 
     Args:
         name: ``family:size`` with optional ``,key=value`` options.
+        in_channels: of the images, unless the name has this option.
 
     Raises:
         InvalidArgument: the family, an option or the size is unknown.
@@ -31,6 +32,8 @@ def build_network(name: str, num_classes: int) -> nn.Module:
     Example:
         >>> build_network("resnet_cifar:20,shortcut=B", num_classes=100).architecture
         'resnet_cifar:20,shortcut=B'
+        >>> build_network("resnet9:16", num_classes=10, in_channels=1).architecture
+        'resnet9:16,in_channels=1'
     """
     family, _, rest = name.partition(":")
     if family not in FAMILIES:
@@ -38,7 +41,7 @@ def build_network(name: str, num_classes: int) -> nn.Module:
     size, *options = rest.split(",")
     function = FAMILIES[family]
     known = [p for p in list(inspect.signature(function).parameters)[1:] if p != "num_classes"]
-    keywords: dict[str, int | str] = {}
+    keywords: dict[str, int | str] = {"in_channels": in_channels}
     for option in options:
         key, _, value = option.partition("=")
         if key not in known or not value:

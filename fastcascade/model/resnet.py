@@ -7,9 +7,9 @@ There are three families. A name describes a network, so that a saved cascade ca
 - ``resnet9:W``: eight 3×3 convolutions of widths W … 8W with max pooling; trains fast (Page 2019).
 - ``resnet_imagenet:D``: ResNet-18/34 of basic blocks, -50/101/152 of bottlenecks (He et al. 2016, table 1).
 
-Options follow the size: ``resnet_cifar:20,width=32,shortcut=B``. ``[begin:end]`` after a name is the segment
-    of these
-blocks, with the stem if it begins at 0. ``head:C`` is an exit head for C channels.
+Options follow the size: ``resnet_cifar:20,width=32,shortcut=B``; ``in_channels=1`` reads gray images.
+``[begin:end]`` after a name is the segment of these blocks, with the stem if it begins at 0. ``head:C`` is an
+exit head for C channels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcascade.errors import InvalidArgument
-from fastcascade.model.families import family
+from fastcascade.model.families import checked_channels, family
 
 __all__ = [
     "BasicBlock",
@@ -188,16 +188,19 @@ def _groups(
 
 
 @family
-def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16, shortcut: str = "A") -> ResNet:
+def resnet_cifar(
+    depth: int, num_classes: int = 10, width: int = 16, shortcut: str = "A", in_channels: int = 3
+) -> ResNet:
     """ResNet for 32×32 images with 6n+2 layers (He et al. 2016, section 4.2).
 
     Args:
         depth: 8, 14, 20, … (6n+2), at most 1202, the deepest published.
         width: channels of the first group; the second and third have twice and four times as many.
         shortcut: "A" (strided, zero-padded; no weights) or "B" (1×1 convolution).
+        in_channels: of the images; 1 for gray.
 
     Raises:
-        InvalidArgument: the depth is not one of these, or the shortcut is unknown.
+        InvalidArgument: another depth or shortcut, or ``in_channels`` is below 1.
 
     Example:
         >>> import torch
@@ -211,11 +214,11 @@ def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16, shortcut: s
     if shortcut not in ("A", "B"):
         raise InvalidArgument(f"unknown shortcut {shortcut!r}; expected 'A' or 'B'")
     blocks, channels = _groups(BasicBlock, width, [(depth - 2) // 6] * 3, width, shortcut)
-    return ResNet(_conv_bn_relu(3, width), blocks, Head(channels, num_classes))
+    return ResNet(_conv_bn_relu(checked_channels(in_channels), width), blocks, Head(channels, num_classes))
 
 
 @family
-def resnet9(width: int, num_classes: int = 10, stem: int | None = None) -> ResNet:
+def resnet9(width: int, num_classes: int = 10, stem: int | None = None, in_channels: int = 3) -> ResNet:
     """ResNet-9 for 32×32 images: eight 3×3 convolutions, three max-pooling layers, two residual pairs.
 
     Trains in a quarter of the time of a 6n+2 ResNet of equal cost (Page 2019, "How to train your ResNet",
@@ -224,6 +227,10 @@ def resnet9(width: int, num_classes: int = 10, stem: int | None = None) -> ResNe
     Args:
         width: the base width; the convolutions after the first have 2·width to 8·width channels.
         stem: channels of the first convolution; ``width`` by default.
+        in_channels: of the images; 1 for gray.
+
+    Raises:
+        InvalidArgument: ``in_channels`` is below 1.
 
     Example:
         >>> import torch
@@ -247,7 +254,7 @@ def resnet9(width: int, num_classes: int = 10, stem: int | None = None) -> ResNe
         narrowing(4 * width, 8 * width),
         residual_pair(8 * width),
     ]
-    network = ResNet(_conv_bn_relu(3, stem), blocks, Head(8 * width, num_classes))
+    network = ResNet(_conv_bn_relu(checked_channels(in_channels), stem), blocks, Head(8 * width, num_classes))
     # Zero logits at the start allow the high learning rate of a ten-epoch schedule.
     nn.init.zeros_(cast(nn.Linear, network.head[-1]).weight)
     return network
@@ -263,11 +270,14 @@ _IMAGENET_ROWS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, 
 
 
 @family
-def resnet_imagenet(depth: int, num_classes: int = 1000) -> ResNet:
+def resnet_imagenet(depth: int, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
     """ResNet-18, -34, -50, -101 or -152 for 224×224 images (He et al. 2016, table 1).
 
+    Args:
+        in_channels: of the images; 1 for gray.
+
     Raises:
-        InvalidArgument: the depth is not one of these.
+        InvalidArgument: the depth is not one of these, or ``in_channels`` is below 1.
 
     Example:
         >>> import torch
@@ -279,7 +289,8 @@ def resnet_imagenet(depth: int, num_classes: int = 1000) -> ResNet:
             f"resnet_imagenet depth {depth} is unknown; use one of {sorted(_IMAGENET_ROWS)}"
         )
     block, depths = _IMAGENET_ROWS[depth]
-    stem = nn.Sequential(_conv_bn_relu(3, 64, kernel=7, stride=2), nn.MaxPool2d(3, stride=2, padding=1))
+    first = _conv_bn_relu(checked_channels(in_channels), 64, kernel=7, stride=2)
+    stem = nn.Sequential(first, nn.MaxPool2d(3, stride=2, padding=1))
     blocks, channels = _groups(block, 64, depths, 64, "B")
     return ResNet(stem, blocks, Head(channels, num_classes))
 

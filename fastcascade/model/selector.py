@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Literal, get_args
 
@@ -127,9 +128,11 @@ class MLPSelector(Selector):
     def start_at(self, rule: ScoreKind, seed: int) -> None:
         """Make the score a threshold rule, exactly for "max_prob" and "entropy", closely for "margin".
 
-        Two hidden units carry the rule, as x = relu(x) − relu(−x); for the margin relu(−l₂) − relu(−l₁),
-        where l₁ and l₂ are the log-odds of the top two classes, which is within log 2 of it. The other units
-        start at random and count for nothing. Call :meth:`standardise` first.
+        Two hidden units carry an exact rule, as x = relu(x) − relu(−x). The margin of the top two
+        log-probabilities is softplus(−l₂) − softplus(−l₁) of their log-odds l, and softplus(x) is the mean of
+        relu(x − t) over a logistic t: half of the units take that mean at evenly spaced quantiles t. With 16
+        units the score is within 0.14 of the margin, with 2 within log 2. The other units start at random and
+        count for nothing. Call :meth:`standardise` first.
 
         Raises:
             InvalidArgument: the features or the width do not allow this rule.
@@ -141,16 +144,21 @@ class MLPSelector(Selector):
             )
         self.reset(seed)
         self.w2.zero_()
-        # (hidden unit, feature, sign, output weight)
+        knots = _logistic_quantiles(max(1, self.hidden // 4))
+        # (feature, its sign, knot, output weight) of each hidden unit
         units = {
-            "max_prob": ((0, 0, 1.0, 1.0), (1, 0, -1.0, -1.0)),
-            "margin": ((0, 0, -1.0, -1.0), (1, 1, -1.0, 1.0)),
-            "entropy": ((0, 2, 1.0, -1.0), (1, 2, -1.0, 1.0)),
+            "max_prob": [(0, 1.0, 0.0, 1.0), (0, -1.0, 0.0, -1.0)],
+            "margin": [
+                (feature, -1.0, knot, weight / len(knots))
+                for feature, weight in ((0, -1.0), (1, 1.0))
+                for knot in knots
+            ],
+            "entropy": [(2, 1.0, 0.0, -1.0), (2, -1.0, 0.0, 1.0)],
         }[rule]
-        for unit, feature, sign, weight in units:
+        for unit, (feature, sign, knot, weight) in enumerate(units):
             self.w1[:, unit] = 0
             self.w1[:, unit, feature] = sign * self.std[:, feature]
-            self.b1[:, unit] = sign * self.mean[:, feature]
+            self.b1[:, unit] = sign * self.mean[:, feature] - knot
             self.w2[:, unit] = weight
 
     @torch.no_grad()
@@ -188,6 +196,12 @@ class MLPSelector(Selector):
 
     def extra_repr(self) -> str:
         return f"features={self.features!r}, hidden={self.hidden}"
+
+
+def _logistic_quantiles(count: int) -> list[float]:
+    """The middles of ``count`` equally probable parts of the logistic distribution."""
+    shares = [(i + 0.5) / count for i in range(count)]
+    return [math.log(share / (1 - share)) for share in shares]
 
 
 class ThresholdSelector(Selector):

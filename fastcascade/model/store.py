@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument, LoweringError
 from fastcascade.model.cascade import Cascade, Stage
+from fastcascade.model.image_transform import ImageTransform
 from fastcascade.model.registry import build_module
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, ThresholdSelector
 from fastcascade.storage.bundle import BundleFormat, bundle_exists, load_bundle, save_bundle
@@ -47,6 +48,7 @@ class _Stage:
     exit: _Module | None
     input: Literal["image", "previous"]
     macs: int | None
+    transform: ImageTransform | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,8 @@ def _halved(name: str, weight: Tensor) -> Tensor:
 def _describe_stage(cascade: Cascade, k: int) -> _Stage:
     stage = cascade.stage(k)
     exit_module = None if stage.exit is None else _describe_module(stage.exit, cascade.num_classes)
-    return _Stage(
-        stage.name, _describe_module(stage.module, cascade.num_classes), exit_module, stage.input, stage.macs
-    )
+    module = _describe_module(stage.module, cascade.num_classes)
+    return _Stage(stage.name, module, exit_module, stage.input, stage.macs, stage.transform)
 
 
 def _describe_module(module: nn.Module, num_classes: int) -> _Module:
@@ -371,6 +372,10 @@ def _check_saved(saved: _Cascade) -> None:
         (seen.dtype == torch.uint64 and seen.ndim == 1, "seen_images is not a row of uint64"),
         (not isinstance(saved.selector, _Mlp) or saved.selector.hidden <= 2**16, "its selector is too wide"),
     ]
+    for stage in saved.stages:
+        if stage.transform is not None:
+            values = saved.input.shape[0] * math.prod(stage.transform.resized)
+            checks.append((values <= MAX_INPUT_VALUES, f"{stage.transform} makes images too large"))
     for name, point in saved.operating_points.items():
         fits = len(point.thresholds) == exits - 1 and len(point.exit_shares) == exits and point.name == name
         checks.append((fits, f"operating point {name!r} does not fit {exits} stages"))
@@ -425,7 +430,7 @@ class _Loader:
         exit_module = (
             None if saved.exit is None else self.module(saved.exit, f"{name}.exit", f"{prefix}.exit.")
         )
-        return Stage(module, exit_module, saved.input, saved.name, saved.macs)
+        return Stage(module, exit_module, saved.input, saved.name, saved.macs, saved.transform)
 
     def module(self, saved: _Module, name: str, prefix: str) -> nn.Module:
         if saved.architecture is None:

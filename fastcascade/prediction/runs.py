@@ -15,10 +15,11 @@ import json
 import os
 import queue
 import re
+import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from fastcascade.lowering.plan_file import plan_fingerprint
 from fastcascade.prediction.inputs import image_batches, rows_per_batch
 from fastcascade.prediction.pipeline import Waits, classified
 from fastcascade.prediction.predictions import Predictions
-from fastcascade.prediction.writers import WRITERS, Format, require_format
+from fastcascade.prediction.writers import WRITERS, Format, check_destination, join_files, require_format
 from fastcascade.storage.files import (
     exclusive,
     open_regular,
@@ -42,7 +43,7 @@ from fastcascade.storage.files import (
 )
 from fastcascade.types import OperatingPointLike
 
-__all__ = ["ROWS_PER_FILE", "RunOptions", "Tally", "predict_to_folder"]
+__all__ = ["ROWS_PER_FILE", "RunOptions", "Tally", "predict_to_file", "predict_to_folder"]
 
 ROWS_PER_FILE = 16_384
 
@@ -150,6 +151,55 @@ def predict_to_folder(
         SaveError: the operating system reported an error. Complete parts stay; the same call continues.
     """
     options = RunOptions() if options is None else options
+    with _opened_run(model, data, folder, operating_point, options) as run:
+        return _complete(run, model, data, operating_point, started, watch)
+
+
+def predict_to_file(
+    model: CompiledCascade,
+    data: ImageData,
+    path: str | Path,
+    operating_point: OperatingPointLike = None,
+    options: RunOptions | None = None,
+    started: Callable[[Tally, Waits], None] | None = None,
+    watch: Callable[[Tally], None] | None = None,
+) -> Tally:
+    """The same into one file, which appears when it is complete.
+
+    Meanwhile the run is in the folder ``NAME.parts`` beside the file. Called again after a kill, it continues
+    there. The folder is removed when its parts have been copied into the file.
+
+    Args:
+        path: the suffix selects the format: ``.parquet``, ``.jsonl`` or ``.csv``.
+        options: ``format`` is that of the suffix; ``overwrite`` also replaces an existing file.
+        started, watch: as for :func:`predict_to_folder`.
+
+    Raises:
+        InvalidArgument: as for :func:`predict_to_folder`, an unknown suffix, or the file exists.
+        DataError, SaveError: as for :func:`predict_to_folder`.
+    """
+    path, options = Path(path), RunOptions() if options is None else options
+    options = replace(options, format=check_destination(path, options.overwrite))
+    parts = path.with_name(f"{path.name}.parts")
+    with _opened_run(model, data, parts, operating_point, options) as run:
+        tally = _complete(run, model, data, operating_point, started, watch)
+        files = [run.path(number) for number in sorted(run.parts)]
+        write_atomically(
+            path, lambda file: join_files(files, options.format, file), overwrite=options.overwrite
+        )
+        shutil.rmtree(parts, ignore_errors=True)
+    return tally
+
+
+@contextlib.contextmanager
+def _opened_run(
+    model: CompiledCascade,
+    data: ImageData,
+    folder: str | Path,
+    operating_point: OperatingPointLike,
+    options: RunOptions,
+) -> Iterator[_Run]:
+    """The run in a folder, which is locked meanwhile."""
     thresholds = model.plan.thresholds(operating_point)
     if options.rows_per_file < 1:
         raise InvalidArgument(f"rows_per_file is {options.rows_per_file}; expected at least 1")
@@ -161,22 +211,33 @@ def predict_to_folder(
     with exclusive(folder / _LOCK, wait=False):
         run = _Run(folder, settings, options, len(model.plan.stages))
         run.open()
-        tally = run.done_tally()
-        if options.strict and tally.errors:
-            raise DataError(f"{tally.errors} inputs in {folder} have an error, and the run is strict")
-        waits = Waits()
-        if started is not None:
-            started(tally, waits)
-        if run.is_complete(len(data)):
-            return tally
-        run.begin()
-        with contextlib.closing(run.classify(model, data, thresholds, waits)) as batches:
-            for predictions in batches:
-                counted = Tally.of(predictions, run.num_exits)
-                tally += counted
-                if watch is not None:
-                    watch(counted)
-        run.finish(len(data))
+        yield run
+
+
+def _complete(
+    run: _Run,
+    model: CompiledCascade,
+    data: ImageData,
+    operating_point: OperatingPointLike,
+    started: Callable[[Tally, Waits], None] | None,
+    watch: Callable[[Tally], None] | None,
+) -> Tally:
+    """Do what is left of a run."""
+    tally, waits = run.done_tally(), Waits()
+    if run.options.strict and tally.errors:
+        raise DataError(f"{tally.errors} inputs in {run.folder} have an error, and the run is strict")
+    if started is not None:
+        started(tally, waits)
+    if run.is_complete(len(data)):
+        return tally
+    run.begin()
+    with contextlib.closing(run.classify(model, data, operating_point, waits)) as batches:
+        for predictions in batches:
+            counted = Tally.of(predictions, run.num_exits)
+            tally += counted
+            if watch is not None:
+                watch(counted)
+    run.finish(len(data))
     return tally
 
 

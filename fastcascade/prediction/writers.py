@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast
 
@@ -16,7 +17,15 @@ from fastcascade.errors import InvalidArgument
 from fastcascade.prediction.predictions import Prediction, Predictions
 from fastcascade.storage.files import write_atomically
 
-__all__ = ["WRITERS", "Format", "check_destination", "require_format", "save_predictions", "write_json_lines"]
+__all__ = [
+    "WRITERS",
+    "Format",
+    "check_destination",
+    "join_files",
+    "require_format",
+    "save_predictions",
+    "write_json_lines",
+]
 
 Format: TypeAlias = Literal["parquet", "jsonl", "csv"]
 
@@ -106,6 +115,27 @@ def _write_parquet(batches: Iterable[Predictions], file: IO[bytes]) -> None:
         writer = writer or parquet.ParquetWriter(file, table.schema)
         writer.write_table(table)
     (writer or parquet.ParquetWriter(file, _NONE.to_arrow().schema)).close()
+
+
+def join_files(parts: Sequence[Path], name: Format, file: IO[bytes]) -> None:
+    """Copy files of one format, one after another, into one; a part at a time is in memory."""
+    if not parts:
+        WRITERS[name]([], file)
+    elif name == "parquet":
+        _join_parquet(parts, file)
+    else:
+        for number, path in enumerate(parts):
+            with open(path, "rb") as part:
+                if name == "csv" and number:
+                    part.readline()  # the head, which holds no line break
+                shutil.copyfileobj(part, file)
+
+
+def _join_parquet(parts: Sequence[Path], file: IO[bytes]) -> None:
+    parquet = _pyarrow()
+    with parquet.ParquetWriter(file, parquet.read_schema(parts[0])) as writer:
+        for path in parts:
+            writer.write_table(parquet.read_table(path))
 
 
 def _pyarrow() -> Any:

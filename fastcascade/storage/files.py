@@ -29,6 +29,7 @@ __all__ = [
     "parse_json",
     "read_bytes",
     "read_json",
+    "read_regular",
     "remove_leftover",
     "remove_leftovers",
     "write_atomically",
@@ -250,20 +251,29 @@ def open_regular(path: str | Path) -> BufferedReader:
     raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
 
 
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """The content of a regular file of at most ``max_bytes``.
+
+    Raises:
+        OSError: as for :func:`open_regular`, or it is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes; expected at most {max_bytes:,}", str(path))
+        return file.read(max_bytes)
+
+
 def read_bytes(
     path: str | Path, max_bytes: int, error_type: type[FastCascadeError] = FileFormatError
 ) -> bytes:
-    """The content of a regular file of at most ``max_bytes``.
+    """The same, with an error of the library.
 
     Raises:
         error_type: missing, unreadable, not a regular file, or larger.
     """
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise error_type(f"{path} has {size} bytes; expected at most {max_bytes}")
-            return file.read(max_bytes)
+        return read_regular(path, max_bytes)
     except OSError as error:
         raise error_type(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -74,7 +74,8 @@ class CascadeTable(BaseModel):
     Attributes:
         stages: registry names of the networks, from small to large, for example ``"resnet9:16"``.
         num_classes: number of classes in the data.
-        input_shape: ``[channels, height, width]`` of an image.
+        input_shape: ``[channels, height, width]`` of an image. The networks read as many channels, unless
+            their names say otherwise: ``"resnet9:16,in_channels=1"``.
         mean: mean of each channel, for pixels scaled to 0–1.
         std: standard deviation of each channel, for pixels scaled to 0–1.
         combine: ``"last"`` uses the probabilities of the stage where an instance stops, ``"mean"`` their mean
@@ -218,7 +219,7 @@ class TrainingConfig(BaseModel):
         """The untrained cascade; the recipe's seed determines its weights."""
         torch.manual_seed(self.recipe.seed)
         table = self.cascade
-        stages = [build_network(name, table.num_classes) for name in table.stages]
+        stages = [build_network(name, table.num_classes, table.input_shape[0]) for name in table.stages]
         selector: Selector | Literal["auto"] = table.selector or MLPSelector(table.features)
         if table.score is not None:
             selector = ThresholdSelector(table.score)

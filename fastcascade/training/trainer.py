@@ -298,7 +298,7 @@ class _Trainer:
             if any(self.cascade.stage(k).input == "previous" for k in phase.stages):
                 logits = self.cascade.all_logits(images)
             else:
-                logits = torch.stack([self.cascade.stage(k)(images)[1] for k in phase.stages])
+                logits = torch.stack([self._stage_logits(k, images) for k in phase.stages])
             teacher = self._teacher_logits(phase, images, logits)
         loss = auxiliary_loss(logits, labels, self.recipe.label_smoothing)
         if teacher is None:
@@ -312,7 +312,11 @@ class _Trainer:
             shared = self.recipe.distillation > 0 and self.cascade.stage(phase.stages[-1]).input == "previous"
             return logits[-1] if shared else None
         with torch.no_grad():
-            return cast(Tensor, self.cascade.stage(phase.teacher)(images)[1])
+            return self._stage_logits(phase.teacher, images)
+
+    def _stage_logits(self, k: int, images: Tensor) -> Tensor:
+        """Logits (N, C) of a stage that reads images."""
+        return cast(Tensor, self.cascade.stage(k)(self.cascade.stage_images(k, images))[1])
 
     def _joint_loss(self, index: np.ndarray[Any, Any], epoch: int, images: Tensor, labels: Tensor) -> Tensor:
         recipe = self.recipe

@@ -9,23 +9,23 @@ extern __shared__ __align__(128) unsigned char shared_memory[];
 struct ResidentDevice : DeviceContext {
   int own;
   __device__ ResidentDevice() : own(threadIdx.x) {}
-  __device__ void forget() { asm volatile("" : "+r"(own)); }
+  __device__ void obscure_thread() { asm volatile("" : "+r"(own)); }
   __device__ void converge() const { __syncwarp(); }
   __device__ int thread() const { return own; }
   __device__ int lane() const { return own % kWarp; }
   __device__ int warp() const { return own / kWarp; }
 
   template <class T>
-  static __device__ T& at(int place) {
-    return *reinterpret_cast<T*>(shared_memory + place);
+  static __device__ T& at(int offset) {
+    return *reinterpret_cast<T*>(shared_memory + offset);
   }
-  __device__ unsigned int load32(int place) const { return at<unsigned int>(place); }
-  __device__ void store32(int place, unsigned int value) const { at<unsigned int>(place) = value; }
-  __device__ Quad load128(int place) const { return at<Quad>(place); }
-  __device__ void store128(int place, const Quad& value) const { at<Quad>(place) = value; }
-  __device__ float load_float(int place) const { return at<float>(place); }
-  __device__ void store_float(int place, float value) const { at<float>(place) = value; }
-  __device__ const float* floats(int place) const { return &at<float>(place); }
+  __device__ unsigned int load32(int offset) const { return at<unsigned int>(offset); }
+  __device__ void store32(int offset, unsigned int value) const { at<unsigned int>(offset) = value; }
+  __device__ Quad load128(int offset) const { return at<Quad>(offset); }
+  __device__ void store128(int offset, const Quad& value) const { at<Quad>(offset) = value; }
+  __device__ float load_float(int offset) const { return at<float>(offset); }
+  __device__ void store_float(int offset, float value) const { at<float>(offset) = value; }
+  __device__ const float* floats(int offset) const { return &at<float>(offset); }
   __device__ int atomic_add(int* address, int value) const { return atomicAdd(address, value); }
 
   __device__ Quad load_global(const Quad* from) const {
@@ -36,10 +36,10 @@ struct ResidentDevice : DeviceContext {
     return v;
   }
   // Volatile, so that it stays between its barriers; between two barriers no thread writes what another reads.
-  __device__ void load_matrix(unsigned int (&a)[4], int place) const {
+  __device__ void load_matrix(unsigned int (&a)[4], int offset) const {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(shared_memory)) + place));
+                 : "r"(static_cast<unsigned int>(__cvta_generic_to_shared(shared_memory)) + offset));
   }
   __device__ void mma(float (&d)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) const {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -15,8 +15,8 @@
 // Beyond context.cuh, a context has loads and stores of shared memory by byte offset, load_matrix, mma, pack, unpack,
 // max2, and
 //   converge(): __syncwarp;
-//   forget(): hides from the compiler that thread() is constant. Otherwise it would compute everything that depends on
-//   the thread once, ahead of all layer types, and spill.
+//   obscure_thread(): hides from the compiler that thread() is constant. Otherwise it would compute everything that
+//   depends on the thread once, ahead of all layer types, and spill.
 #pragma once
 
 #include "resident_layers.cuh"
@@ -78,11 +78,11 @@ FC_FUNCTION unsigned int run_stage(Context& context, const ResidentCascade& net,
   Position at{stage.first, 0};
 #pragma unroll 1
   while (at.layer < stage.head) {
-    context.forget();
+    context.obscure_thread();
     const ResidentLayer& layer = net.layers[at.layer];
     const Position next = next_position(stage, at, present);
     const bool together = at.layer >= stage.deep && present == stage.images;
-    const Work work{net, layer, Places(layer, at.slot), first_weights(next.layer), image_of(context, at.slot)};
+    const Work work{net, layer, Offsets(layer, at.slot), first_weights(next.layer), image_of(context, at.slot)};
     run_layer(context, together ? layer.group_type : layer.type, work, w);
     if (next.layer != at.layer) context.sync();  // images that take turns at a layer share no map
     at = next;
@@ -90,9 +90,9 @@ FC_FUNCTION unsigned int run_stage(Context& context, const ResidentCascade& net,
   unsigned int stops = 0;
 #pragma unroll 1
   for (int slot = 0; slot < present; slot++) {
-    context.forget();
+    context.obscure_thread();
     const ResidentLayer& head = net.layers[stage.head];
-    const Work work{net, head, Places(head, slot), nullptr, image_of(context, slot)};
+    const Work work{net, head, Offsets(head, slot), nullptr, image_of(context, slot)};
     if (run_head(context, head.type, work, number)) stops |= 1u << slot;
   }
   return stops;

@@ -11,23 +11,23 @@
 
 namespace fastcascade {
 
-// Places of a layer's maps for the image that it runs on, or for the first of a group.
-struct Places {
+// Offsets in shared memory of a layer's maps, for the image that it runs on, or for the first of a group.
+struct Offsets {
   int source, output, residual;
-  FC_FUNCTION Places(const ResidentLayer& layer, int slot)
+  FC_FUNCTION Offsets(const ResidentLayer& layer, int slot)
       : source(layer.source + slot * layer.source_step),
         output(layer.output + slot * layer.output_step),
         residual(layer.residual + slot * layer.residual_step) {}
 };
 
-// What a layer's body is given beside the context.
+// What a layer's body is given besides the context.
 //   weights: this layer's first fragments; after the body, those of the next layer, read from `next`.
 //   image: of the batch; used by the first layer of a network.
 constexpr int kFirst = 3;
 struct Work {
   const ResidentCascade& net;
   const ResidentLayer& layer;
-  Places places;
+  Offsets offsets;
   const Quad* next;
   int image;
 };
@@ -71,7 +71,7 @@ struct Strided {
 };
 
 template <class M, class View, class T, class Context>
-FC_FUNCTION void add_residual(Context& context, const T& tiling, int place, int tile, int n, int half,
+FC_FUNCTION void add_residual(Context& context, const T& tiling, int offset, int tile, int n, int half,
                               float (&sum)[4]) {
   const int lane = context.lane();
   if (!tiling.inside(lane, tile, half)) return;
@@ -86,7 +86,7 @@ FC_FUNCTION void add_residual(Context& context, const T& tiling, int place, int 
     at = (tiling.group + n) * M::kPlane + M::at(y, x) + (lane & 3) * 4;
   }
   float low, high;
-  context.unpack(context.load32(place + at), low, high);
+  context.unpack(context.load32(offset + at), low, high);
   sum[half * 2] += low;
   sum[half * 2 + 1] += high;
 }
@@ -118,7 +118,7 @@ template <class M, Activation kActivation, class T, class Context>
 FC_FUNCTION void store_tiles(Context& context, const T& tiling, int flags, int output, int residual,
                              float (&sum)[T::kTiles][2 * T::kGroups][4]) {
   const int lane = context.lane();
-  const int place = output + tiling.group * M::kPlane + (lane & 3) * 4;
+  const int offset = output + tiling.group * M::kPlane + (lane & 3) * 4;
 #pragma unroll
   for (int t = 0; t < T::kTiles; t++)
 #pragma unroll
@@ -135,7 +135,7 @@ FC_FUNCTION void store_tiles(Context& context, const T& tiling, int flags, int o
           value = pack_activated<kActivation>(context, sum[t][n][half * 2], sum[t][n][half * 2 + 1]);
         }
         if (tiling.inside(lane, t, half))
-          context.store32(place + n * M::kPlane + M::at(tiling.result_row(lane, t, half), tiling.result_column(lane)),
+          context.store32(offset + n * M::kPlane + M::at(tiling.result_row(lane, t, half), tiling.result_column(lane)),
                           value);
       }
 }
@@ -148,7 +148,7 @@ FC_FUNCTION void store_pooled(Context& context, const T& tiling, int output,
   static_assert(T::kTiles % 2 == 0, "both rows of a window are in one thread");
   const int lane = context.lane(), odd = lane >> 2 & 1;
   const int x = tiling.result_column(lane) / 2;
-  const int place = output + (tiling.group + odd) * M::kPlane + (lane & 3) * 4;
+  const int offset = output + (tiling.group + odd) * M::kPlane + (lane & 3) * 4;
 #pragma unroll
   for (int t = 0; t < T::kTiles; t += 2)
 #pragma unroll
@@ -171,7 +171,7 @@ FC_FUNCTION void store_pooled(Context& context, const T& tiling, int output,
           value = pack_activated<kActivation>(context, low, high);
         }
         const int y = tiling.result_row(lane, t, half) / 2;
-        if (y < M::kHeight && x < M::kWidth) context.store32(place + g * 2 * M::kPlane + M::at(y, x), value);
+        if (y < M::kHeight && x < M::kWidth) context.store32(offset + g * 2 * M::kPlane + M::at(y, x), value);
       }
 }
 
@@ -229,7 +229,7 @@ struct Conv {
   static FC_FUNCTION void run(Context& context, const Work& work, Quad (&w)[kFirst]) {
     const int lane = context.lane(), warp = context.warp();
     const Quad* const weights = work.net.weights + work.layer.weights[0] + lane;
-    if (work.layer.flags & kClearBorder) clear_border<Out, kImages>(context, work.places.output);
+    if (work.layer.flags & kClearBorder) clear_border<Out, kImages>(context, work.offsets.output);
 
     // If every unit reads the same few fragments, they stay in registers.
     constexpr bool kKeep = kSteps <= 3 && Out::kChannels == 16 * kGroups && kBatch == kFirst && T::kUnits > kBlockWarps;
@@ -251,8 +251,8 @@ struct Conv {
       float sum[kImages][kTiles][2 * kGroups][4];
 #pragma unroll
       for (int image = 0; image < kImages; image++)
-        begin_tiles<Whole, View>(context, tiling, work, work.places.residual + image * residual_bytes(), sum[image]);
-      int source = work.places.source + (lane >> 4) * In::kPlane +
+        begin_tiles<Whole, View>(context, tiling, work, work.offsets.residual + image * residual_bytes(), sum[image]);
+      int source = work.offsets.source + (lane >> 4) * In::kPlane +
                    In::at(tiling.source_row(lane) * kStride - kTop, tiling.source_column(lane) * kStride - kLeft);
       if constexpr (kKeep) {
         add_column<In, kKernel, kStride, kImages, T>(context, sum, source, batch);
@@ -282,12 +282,12 @@ struct Conv {
       }
 #pragma unroll
       for (int image = 0; image < kImages; image++) {
-        const int output = work.places.output + image * Out::kBytes;
+        const int output = work.offsets.output + image * Out::kBytes;
         if constexpr (kPooled)
           store_pooled<Out, kActivation>(context, tiling, output, sum[image]);
         else
           store_tiles<Out, kActivation>(context, tiling, work.layer.flags, output,
-                                        work.places.residual + image * Out::kBytes, sum[image]);
+                                        work.offsets.residual + image * Out::kBytes, sum[image]);
       }
     }
     if (kKeep || kBatch < kFirst || warp >= T::kUnits) {
@@ -314,7 +314,7 @@ struct Stem {
   static FC_FUNCTION void run(Context& context, const Work& work, Quad (&w)[kFirst]) {
     const int lane = context.lane(), warp = context.warp();
     const Quad* const weights = work.net.weights + work.layer.weights[0] + lane;
-    if (work.layer.flags & kClearBorder) clear_border<Out, 1>(context, work.places.output);
+    if (work.layer.flags & kClearBorder) clear_border<Out, 1>(context, work.offsets.output);
     int tap[kSteps];  // from a tile's first pixel to what this lane reads
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
@@ -331,7 +331,7 @@ struct Stem {
         batch[i] = context.load_global(weights + (tiling.group / 2 * kSteps + i) * kWarp);
       float sum[kTiles][2][4];
       begin_tiles<Out, Straight>(context, tiling, work, 0, sum);
-      const int source = work.places.source +
+      const int source = work.offsets.source +
                          In::at(tiling.source_row(lane) * kStride - kTop, tiling.source_column(lane) * kStride - kLeft);
 #pragma unroll
       for (int t = 0; t < kTiles; t++)
@@ -342,9 +342,9 @@ struct Stem {
           multiply(context, sum[t][0], sum[t][1], a, batch[step]);
         }
       if constexpr (kPooled)
-        store_pooled<Out, kActivation>(context, tiling, work.places.output, sum);
+        store_pooled<Out, kActivation>(context, tiling, work.offsets.output, sum);
       else
-        store_tiles<Out, kActivation>(context, tiling, 0, work.places.output, 0, sum);
+        store_tiles<Out, kActivation>(context, tiling, 0, work.offsets.output, 0, sum);
     }
     load_first(context, w, work.next);
   }

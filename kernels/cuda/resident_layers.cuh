@@ -11,7 +11,7 @@ struct Image {
   template <class Context>
   static FC_FUNCTION void run(Context& context, const Work& work, Quad (&w)[kFirst]) {
     const ResidentCascade& net = work.net;
-    if (work.layer.flags & kClearBorder) clear_border<Out, 1>(context, work.places.output);
+    if (work.layer.flags & kClearBorder) clear_border<Out, 1>(context, work.offsets.output);
     const bool mirror = work.layer.flags & kMirror;
 #pragma unroll 2
     for (int i = context.thread(); i < Out::kHeight * Out::kWidth; i += kBlockThreads) {
@@ -30,7 +30,7 @@ struct Image {
       }
       const Quad value{
           {half[0] | half[1] << 16, half[2] | half[3] << 16, half[4] | half[5] << 16, half[6] | half[7] << 16}};
-      context.store128(work.places.output + Out::at(y, mirror ? Out::kWidth - 1 - x : x), value);
+      context.store128(work.offsets.output + Out::at(y, mirror ? Out::kWidth - 1 - x : x), value);
     }
     load_first(context, w, work.next);
   }
@@ -43,7 +43,7 @@ struct Pool {
   template <class Context>
   static FC_FUNCTION void run(Context& context, const Work& work, Quad (&w)[kFirst]) {
     const ResidentLayer& layer = work.layer;
-    if (layer.flags & kClearBorder) clear_border<Out, 1>(context, work.places.output);
+    if (layer.flags & kClearBorder) clear_border<Out, 1>(context, work.offsets.output);
     const int height = layer.window[0] & 255, width = layer.window[0] >> 8 & 255;
     const int stride_y = layer.window[0] >> 16 & 255, stride_x = layer.window[0] >> 24 & 255;
     const int top = layer.window[1] & 255, bottom = layer.window[1] >> 8 & 255;
@@ -61,7 +61,7 @@ struct Pool {
         const bool real = from_y >= 0 && from_y < In::kHeight && from_x >= 0 && from_x < In::kWidth;
         cells += real || (count_padding && from_y < In::kHeight + bottom && from_x < In::kWidth + right);
         if (!real) continue;
-        const Quad value = context.load128(work.places.source + group * In::kPlane + In::at(from_y, from_x));
+        const Quad value = context.load128(work.offsets.source + group * In::kPlane + In::at(from_y, from_x));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           float low, high;
@@ -76,7 +76,7 @@ struct Pool {
         for (int j = 0; j < 4; j++)
           best.word[j] = context.template pack<false>(total[j * 2] / cells, total[j * 2 + 1] / cells);
       }
-      context.store128(work.places.output + group * Out::kPlane + Out::at(y, x), best);
+      context.store128(work.offsets.output + group * Out::kPlane + Out::at(y, x), best);
     }
     context.converge();
     load_first(context, w, work.next);
@@ -113,7 +113,7 @@ struct Head {
   static constexpr int kAtOnce = kBlockThreads / kShare;
 
   template <class Context>
-  static FC_FUNCTION void pool(Context& context, const Places& places) {
+  static FC_FUNCTION void pool(Context& context, const Offsets& offsets) {
     const int rank = context.thread() % kShare;
 #pragma unroll 1
     for (int first = 0; first < kParts; first += kAtOnce) {
@@ -124,13 +124,13 @@ struct Head {
       for (int k = 0; k < 8; k++) total[k] = kMaximum ? -infinity() : 0.0f;
 #pragma unroll 2
       for (int i = rank; i < In::kHeight * In::kWidth; i += kShare) {
-        const Quad value = context.load128(places.source + part * In::kPlane + In::at(i / In::kWidth, i % In::kWidth));
+        const Quad value = context.load128(offsets.source + part * In::kPlane + In::at(i / In::kWidth, i % In::kWidth));
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           float low, high;
           context.unpack(value.word[k], low, high);
-          total[k * 2] = joined(total[k * 2], low);
-          total[k * 2 + 1] = joined(total[k * 2 + 1], high);
+          total[k * 2] = combined(total[k * 2], low);
+          total[k * 2 + 1] = combined(total[k * 2 + 1], high);
         }
       }
       context.converge();
@@ -138,15 +138,15 @@ struct Head {
       for (int k = 0; k < 8; k++) {
 #pragma unroll
         for (int mask = kShare / 2; mask > 0; mask /= 2)
-          total[k] = joined(total[k], context.shuffle_xor(total[k], mask));
+          total[k] = combined(total[k], context.shuffle_xor(total[k], mask));
         if (rank == 0 && wanted < kParts)
-          context.store_float(places.output + (part * 8 + k) * 4,
+          context.store_float(offsets.output + (part * 8 + k) * 4,
                               kMaximum ? total[k] : total[k] / (In::kHeight * In::kWidth));
       }
     }
   }
 
-  static FC_FUNCTION float joined(float a, float b) {
+  static FC_FUNCTION float combined(float a, float b) {
     if (!kMaximum) return a + b;
     return a > b || a != a ? a : b;  // NaN wins
   }
@@ -155,8 +155,8 @@ struct Head {
   template <class Context>
   static FC_FUNCTION bool run(Context& context, const Work& work, int stage) {
     const ResidentCascade& net = work.net;
-    const int partial = work.places.output + In::kChannels * 4, logits = partial + kBlockWarps * net.classes * 4;
-    pool(context, work.places);
+    const int partial = work.offsets.output + In::kChannels * 4, logits = partial + kBlockWarps * net.classes * 4;
+    pool(context, work.offsets);
     context.sync();
     const float* const bias = net.vectors + work.layer.vector;
     constexpr int kSlice = In::kChannels / kBlockWarps;
@@ -165,7 +165,7 @@ struct Head {
       float sum = 0;
 #pragma unroll 4
       for (int channel = begin; channel < begin + kSlice; channel++)
-        sum += context.load_float(work.places.output + channel * 4) * bias[net.classes * (channel + 1) + c];
+        sum += context.load_float(work.offsets.output + channel * 4) * bias[net.classes * (channel + 1) + c];
       context.store_float(partial + (context.warp() * net.classes + c) * 4, sum);
     }
     context.sync();

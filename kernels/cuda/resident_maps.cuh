@@ -22,7 +22,7 @@ struct Map {
 
 // The border of kImages maps.
 template <class M, int kImages, class Context>
-FC_FUNCTION void clear_border(Context& context, int place) {
+FC_FUNCTION void clear_border(Context& context, int offset) {
   constexpr int kAcross = M::kWidth + 1, kBorder = 2 * kAcross + 1 + M::kHeight;
 #pragma unroll 1
   for (int i = context.thread(); i < kBorder * (M::kChannels / 8) * kImages; i += kBlockThreads) {
@@ -30,7 +30,7 @@ FC_FUNCTION void clear_border(Context& context, int place) {
     const int pixel = k < kAcross           ? k                                         // row −1
                       : k < 2 * kAcross + 1 ? (M::kHeight + 1) * kAcross + k - kAcross  // row kHeight, and one more
                                             : (k - 2 * kAcross) * kAcross;              // left of each row
-    context.store128(place + i / kBorder * M::kPlane + pixel * 16, Quad{{0, 0, 0, 0}});
+    context.store128(offset + i / kBorder * M::kPlane + pixel * 16, Quad{{0, 0, 0, 0}});
   }
   context.converge();  // lanes leave the loop at different times; ldmatrix and mma need all of them
 }

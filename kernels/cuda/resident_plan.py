@@ -1,4 +1,4 @@
-"""The planner of the resident kernel: places in shared memory, warps, blocks, and groups of images.
+"""The planner of the resident kernel: offsets in shared memory, warps, blocks, and groups of images.
 
 A stage that reads its weights for few pixels runs its last steps on a group of images at once
 (:class:`Group`). Candidates are compared by :mod:`fastcascade.kernels.cuda.resident_estimate`.
@@ -358,7 +358,7 @@ class _Layout:
                 flags |= COUNT_PADDING * step.window.include_padding
             source = None if step.kind == "image" else self.owner[self._key(k, step.source)]
             flags |= MIRROR * step.mirror
-            places = {
+            offsets = {
                 "source": 0 if source is None else source.place,
                 "output": held.place,
                 "residual": 0 if residual is None else residual.place,
@@ -366,7 +366,7 @@ class _Layout:
                 "output_step": _image_step(held),
                 "residual_step": _image_step(residual),
             }
-            entries.append(Entry(step, k, **places, flags=flags))
+            entries.append(Entry(step, k, **offsets, flags=flags))
         return entries
 
 

@@ -20,8 +20,8 @@ enum LayerFlags {
   kMirror = 32,        // image: columns from right to left
 };
 
-// An entry of the table. Places are byte offsets into shared memory. A step leads from the map of one image of a
-// group to the map of the next; 0 if the images take turns in one map.
+// An entry of the table. Source, output and residual are byte offsets into shared memory. A step leads from the map of
+// one image of a group to the map of the next; 0 if the images take turns in one map.
 struct ResidentLayer {
   int type;        // index into FC_LAYERS; of the last entry of a stage, into FC_HEADS
   int group_type;  // the same layer for a whole group of images

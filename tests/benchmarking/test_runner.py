@@ -7,7 +7,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from fastcascade.backends.cpu import CpuProgram
 from fastcascade.backends.interface import StepTime
 from fastcascade.backends.registry import load_backend
 from fastcascade.benchmarking.machine import measure_energy
-from fastcascade.benchmarking.pacing import PATTERNS, Pattern, paced_calls
+from fastcascade.benchmarking.pacing import PATTERNS, PacedTurns, Pattern, paced_calls
 from fastcascade.benchmarking.parts import stage_alone, stage_with_exit, without_stage
 from fastcascade.benchmarking.results import Benchmark, Spread
 from fastcascade.benchmarking.runner import _check, benchmark
@@ -79,6 +79,15 @@ def measure(cascade: fc.Cascade, images: torch.Tensor, **settings: object) -> Be
     return benchmark(cascade, (images, None), **(arguments | settings))  # type: ignore[arg-type]
 
 
+def invent_clocks(
+    monkeypatch: pytest.MonkeyPatch,
+    clocks: Callable[[partial[fc.CascadeOutput], torch.device], tuple[float, float]],
+) -> None:
+    """Let calls take invented times. Paced calls would take real time, so there are none."""
+    monkeypatch.setattr("fastcascade.benchmarking.turns.clocks_of", clocks)
+    monkeypatch.setattr("fastcascade.benchmarking.runner.PATTERNS", ())
+
+
 def test_counts_how_many_images_reach_each_stage(cascade: fc.Cascade, images: torch.Tensor) -> None:
     measured = measure(cascade, images)
     exits = cascade(images).exit_stage
@@ -118,6 +127,11 @@ def test_patterns_decide_the_pauses_and_the_number_of_images(monkeypatch: pytest
         assert ("sleep" in events) == bool(pattern.pause_s or pattern.per_second)
         if pattern.per_second:
             assert (now[0] - start) / 200 == pytest.approx(1 / 30, rel=0.2)
+
+
+def test_a_long_turn_has_a_bounded_number_of_paced_calls() -> None:
+    turns = PacedTurns(lambda rows: None, torch.zeros(8), Pattern("loop"))
+    assert len(turns.take(seconds=1e9)) == 400
 
 
 def test_a_call_that_is_late_counts_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +182,7 @@ def test_schedule_efficiency_finds_a_schedule_that_wastes_a_fifth(
         needed = 1e-3 * float((call().exit_stage + 1).sum())
         return 1.25 * needed, needed
 
-    monkeypatch.setattr("fastcascade.benchmarking.turns.clocks_of", invented)
+    invent_clocks(monkeypatch, invented)
     batch = measure(cascade, images, batches=[16], seconds=1e9).batches[0]
     visits = float((cascade(images).exit_stage + 1).sum()) / len(images)
     assert visits > 1.2
@@ -199,7 +213,7 @@ def test_every_part_of_the_time_is_found_where_it_was_planted(
         busy = 1e-3 * (sum(m * ms for m, ms in zip(reached, costs, strict=True)) + n * compaction_ms)
         return busy + 1e-3 * n * idle_ms, busy
 
-    monkeypatch.setattr("fastcascade.benchmarking.turns.clocks_of", invented)
+    invent_clocks(monkeypatch, invented)
     batch = measure(cascade, images, batches=[48], seconds=1e9, rounds=1).batches[0]
     shares = [float((cascade(images).exit_stage >= k).double().mean()) for k in range(3)]
     assert shares[0] > shares[1] > shares[2] > 0
@@ -262,7 +276,7 @@ def test_a_prediction_is_what_the_changed_cascade_then_does(
         seconds = 1e-9 * float(macs[call().exit_stage].sum())
         return seconds, seconds
 
-    monkeypatch.setattr("fastcascade.benchmarking.turns.clocks_of", invented)
+    invent_clocks(monkeypatch, invented)
     settings: dict[str, object] = {"batches": [16], "seconds": 1e9, "rounds": 1}
     row = next(r for r in measure(cascade, images, **settings).what_if if r.change == change)
     plan, thresholds = lower_plan(cascade), cascade.thresholds()
@@ -374,7 +388,7 @@ def test_multiplies_and_bytes_of_every_step_are_those_counted_by_hand() -> None:
     ]
     # Channels that fill vectors, so that what is stored does not depend on their width.
     strided, linear = (s for s in steps if s.macs in (32 * 4 * 4 * 16 * 3 * 3, 32 * 16))
-    assert strided.bytes_moved == 4 * (16 * 10 * 10 + 32 * 4 * 4 + 32 * (16 * 3 * 3 + 1))
+    assert strided.bytes_moved == 4 * (16 * 8 * 8 + 32 * 4 * 4 + 32 * (16 * 3 * 3 + 1))
     assert linear.bytes_moved == 4 * (32 + 16 + 16 * (32 + 1))
     pool = next(step for step in steps if step.kernel == "pool_average_f32")
     assert (pool.macs, pool.bytes_moved) == (0, 4 * (32 * 4 * 4 + 32))

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 
 import driver
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,23 +34,40 @@ def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def _build(
+    x: Tensor, ops: Sequence[Op], isa: str, kernel: str = "", threads: int = 1
+) -> tuple[StagePlan, _C.Cascade]:
+    """A stage of these operations, whose logits are the last value, flattened."""
+    shapes = [tuple(x.shape[1:])]
+    ops = [*ops, Flatten(output=len(ops) + 1, input=len(ops))]
+    for op in ops:
+        shapes.append(op.output_shape(*(shapes[value] for value in op.reads)))
+    stage = StagePlan("s", "image", 0, 0, None, tuple(shapes), tuple(ops), 0, len(ops))
+    spec = stage_spec(stage, False) | {"input": "features"}  # which have no limit on pixels
+    return stage, _C.Cascade([spec], [None], prod(shapes[-1]), threads=threads, isa=isa, kernel=kernel)
+
+
 @pytest.fixture
 def run_ops() -> RunOps:
     """Run operations on a batch: (x, ops, isa, kernel, threads) → the last value twice, flattened: the
-    engine's float32 and the reference's float64."""
+    engine's float32 and the reference's float64. Threads run different instances."""
 
-    def run(
-        x: Tensor, ops: Sequence[Op], isa: str, kernel: str = "", threads: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        shapes = [tuple(x.shape[1:])]
-        ops = [*ops, Flatten(output=len(ops) + 1, input=len(ops))]
-        for op in ops:
-            shapes.append(op.output_shape(*(shapes[value] for value in op.reads)))
-        stage = StagePlan("s", "image", 0, 0, None, tuple(shapes), tuple(ops), 0, len(ops))
-        spec = stage_spec(stage, False) | {"input": "features"}  # which have no limit on pixels
-        engine = _C.Cascade([spec], [None], prod(shapes[-1]), threads=threads, isa=isa, kernel=kernel)
+    def run(x: Tensor, ops: Sequence[Op], *options: str | int, **named: str | int) -> tuple[Tensor, Tensor]:
+        stage, engine = _build(x, ops, *options, **named)
         got = torch.from_numpy(engine.run_stage(0, x.numpy())[0])
         return got, run_stage(move_stage(stage, x.device, torch.float64), x.double())[1]
+
+    return run
+
+
+@pytest.fixture
+def share_ops() -> Callable[..., Tensor]:
+    """Run operations on one instance, which threads share: (x, ops, isa, kernel, threads) → the
+    log-probabilities of the last value."""
+
+    def run(x: Tensor, ops: Sequence[Op], *options: str | int, **named: str | int) -> Tensor:
+        _, engine = _build(x, ops, *options, **named)
+        return torch.from_numpy(engine.run(x.numpy(), None, np.empty(0, np.float32))[0])
 
     return run
 

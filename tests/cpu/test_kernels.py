@@ -273,8 +273,8 @@ def test_panels_of_one_to_three_blocks(run_ops: RunOps, isa: str, out: int) -> N
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_threads_give_the_same_bits(run_ops: RunOps, isa: str, threads: int) -> None:
-    """One image, so that threads share every layer: by rows, or by panels where rows are few."""
+def test_threads_give_the_same_bits(share_ops: Callable[..., Tensor], isa: str, threads: int) -> None:
+    """One image, so that threads share every layer: by rows, or by channels where rows are few."""
     ops = [
         random_conv(3, 24, stride=(2, 2), padding=(1, 1, 1, 1), activation="relu6"),
         _moved(random_conv(24, 72, (1, 1), activation="relu6"), 2),
@@ -285,10 +285,45 @@ def test_threads_give_the_same_bits(run_ops: RunOps, isa: str, threads: int) -> 
     ]
     ops = [Conv2d(**{**vars(op), "input": i}) for i, op in enumerate(ops)]
     x = torch.randn(1, 3, 53, 45)
-    one, expected = run_ops(x, ops, isa)
-    many, _ = run_ops(x, ops, isa, "", threads)
-    assert_near(one, expected, TOLERANCE[WINOGRAD])
-    assert torch.equal(one, many)
+    one = share_ops(x, ops, isa)
+    for _ in range(20):
+        assert torch.equal(one, share_ops(x, ops, isa, "", threads))
+
+
+def _chain(stride: int, kernel: int, width: int) -> list[Conv2d]:
+    """Expand, convolve within groups, project."""
+    middle = {"stride": (stride, stride), "padding": (kernel // 2,) * 4}
+    ops = [
+        random_conv(24, 96, (1, 1), activation="relu6"),
+        random_conv(96, 96, (kernel, kernel), groups=96 // width, **middle),
+        random_conv(96, 40, (1, 1)),
+    ]
+    return [Conv2d(**{**vars(op), "input": i, "output": i + 1}) for i, op in enumerate(ops)]
+
+
+@pytest.mark.parametrize(("stride", "kernel", "width"), [(1, 3, 1), (2, 5, 1), (1, 3, 16), (2, 3, 16)])
+@pytest.mark.parametrize("image", [(31, 33), (45, 29)])
+def test_stripes_give_the_bits_of_whole_images(
+    run_ops: RunOps,
+    share_ops: Callable[..., Tensor],
+    isa: str,
+    stride: int,
+    kernel: int,
+    width: int,
+    image: tuple[int, int],
+) -> None:
+    """Convolutions whose values do not fit the cache run by stripes of rows; alone they run on whole maps."""
+    x, ops = torch.randn(3, 24, *image), _chain(stride, kernel, width)
+    whole = x
+    for op in ops:
+        rows, _ = run_ops(whole, [Conv2d(**{**vars(op), "input": 0, "output": 1})], isa)
+        whole = rows.reshape(len(x), *op.output_shape(tuple(whole.shape[1:])))
+    stripes, expected = run_ops(x, ops, isa)
+    assert torch.equal(stripes, whole.flatten(1))
+    assert_near(stripes, expected, TOLERANCE[WINOGRAD])
+    one = share_ops(x[:1], ops, isa)
+    for threads in (2, 3, 4):
+        assert torch.equal(one, share_ops(x[:1], ops, isa, threads=threads))
 
 
 def _layers(channels: int) -> dict[str, list[Op]]:
@@ -328,6 +363,8 @@ def _layers(channels: int) -> dict[str, list[Op]]:
         "nearest resize": [Resize(1, 0, "nearest", (15, 4))],
         "bilinear resize": [Resize(1, 0, "bilinear", (15, 4))],
         "bilinear resize, aligned corners": [Resize(1, 0, "bilinear", (13, 1), align_corners=True)],
+        "bilinear resize, antialiased": [Resize(1, 0, "bilinear", (3, 9), antialias=True)],
+        "bicubic resize": [Resize(1, 0, "bicubic", (15, 2), antialias=True)],
         "layer norm": [LayerNorm(1, 0, vector, vector.flip(0) + 1, 1e-6)],
         "layer norm of a vector": [
             Flatten(1, 0),

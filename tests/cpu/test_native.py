@@ -19,6 +19,8 @@ from native import (
     MISSING_PIXELS,
     MISSING_TILE,
     NARROWED_AFFINITY,
+    PART_TWICE,
+    PATIENT_TEAM,
     WASTED_FIFTH,
     Fault,
     run,
@@ -131,6 +133,36 @@ def test_a_helper_that_keeps_its_narrowed_affinity_is_caught(tmp_path: Path) -> 
     (threads,) = NARROWED_AFFINITY.plant([], tmp_path)
     status, words = run([driver.link_driver("affinity", [threads]), "granted"])
     assert status == 1, words
+
+
+@pytest.fixture(scope="module")
+def threads_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return driver.compile_file(
+        driver.SOURCE / "threads.cpp", tmp_path_factory.mktemp("threads"), driver.PACKAGE_FLAGS
+    )
+
+
+def test_a_team_runs_every_part_once(threads_object: Path, tmp_path: Path) -> None:
+    """Whoever comes late or loses its processor; nobody waits for long."""
+    team = driver.compile_file(driver.SOURCE / "team.cpp", tmp_path, driver.PACKAGE_FLAGS)
+    program = driver.link_driver("phases", [team, threads_object])
+    for threads in (1, 2, 3):
+        status, words = run([program, str(threads)])
+        assert status == 0, words
+
+
+@pytest.mark.parametrize(
+    ("fault", "symptom"),
+    [(PART_TWICE, "runs twice"), (PATIENT_TEAM, "the others wait")],
+    ids=lambda value: value.name if isinstance(value, Fault) else "",
+)
+def test_faults_of_a_team_are_caught(
+    fault: Fault, symptom: str, threads_object: Path, tmp_path: Path
+) -> None:
+    (team,) = fault.plant([], tmp_path)
+    status, words = run([driver.link_driver("phases", [team, threads_object]), "2"])
+    assert status == 1, words
+    assert symptom in words
 
 
 # ---- counts ----

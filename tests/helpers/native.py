@@ -54,24 +54,29 @@ WIDE_EDGE = Fault(
 )
 MISSING_PIXELS = Fault(
     "the last rows and tiles of a thread's share are missing",
-    "run_step.cpp",
-    "return {part(positions, share), {0, step.panels}};",
-    "return {part(positions / kernels.mr * kernels.mr, share), {0, step.panels}};",
+    "step_parts.cpp",
+    "return {count * index / parts, count * (index + 1) / parts};",
+    "if (parts > 1) count = count / 6 * 6;\nreturn {count * index / parts, count * (index + 1) / parts};",
+)
+FORGOTTEN_HALO = Fault(
+    "a stripe forgets its halo row",
+    "stripes.cpp",
+    "(w.kernel - 1) * w.dilation;",
+    "(w.kernel - 1) * w.dilation - (w.kernel > 1);",
 )
 WASTED_FIFTH = Fault(
     "a fifth of every tile runs twice",
     "depth_first_schedule.cpp",
-    "buffers.scratch.data(), tile.size(), {}, [](size_t) {});",
-    "buffers.scratch.data(), tile.size(), {}, [](size_t) {});\n"
+    "buffers.scratch.data(), tile.size(), [](size_t) {});",
+    "buffers.scratch.data(), tile.size(), [](size_t) {});\n"
     "run_steps(network(stage), run_.source(stage, tile.instances.data(), tile.slots.data()),"
-    " buffers.arena.data(), buffers.scratch.data(), (tile.size() + 4) / 5, {}, [](size_t) {});",
+    " buffers.arena.data(), buffers.scratch.data(), (tile.size() + 4) / 5, [](size_t) {});",
 )
 EXTRA_PASS = Fault(
     "one more pass over the input",
     "run_step.cpp",
-    "load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));",
-    "for (int pass = 0; pass < 2; ++pass)"
-    " load_lines(net, source, first + n, y + n * net.values[0].floats, part(step.work_items, share));",
+    "load_lines(net, source, first + n,",
+    "for (int pass = 0; pass < 2; ++pass) load_lines(net, source, first + n,",
 )
 BF16_LAYER = Fault(
     "one layer multiplies in bf16",
@@ -87,6 +92,18 @@ NARROWED_AFFINITY = Fault(
     "threads.cpp",
     "if (sched_setaffinity(0, sizeof allowed, &allowed) == 0) return;",
     "return;",
+)
+PART_TWICE = Fault(
+    "two threads run the same part of a step",
+    "team.cpp",
+    "last >= member.phase ||",
+    "last > member.phase ||",
+)
+PATIENT_TEAM = Fault(
+    "threads wait for one that has lost its processor",
+    "team.cpp",
+    "closed_.store(true, std::memory_order_relaxed);",
+    "",
 )
 SHORT_SQUEEZE = Fault(
     "a global pool leaves out the last row",

@@ -135,6 +135,22 @@ def test_bytes_are_normalised_inside(exported: Callable[[Plan, Path], Run], tmp_
     assert_drop_in(exported(lower(cascade), tmp_path), cascade, x, band=1e-4)
 
 
+def test_stages_that_see_other_sizes(exported: Callable[[Plan, Path], Run], tmp_path: Path) -> None:
+    preprocess = fc.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    transforms = [
+        fc.ImageTransform((9, 8), interpolation="bicubic", normalize=fc.Normalize((0.1,) * 3, (0.5,) * 3)),
+        fc.ImageTransform((15, 13), crop=0.75),
+        fc.ImageTransform((27, 24), interpolation="bicubic"),
+    ]
+    stages = [
+        fc.Stage(random_network(seed, input_shape=(3, *how.size)), transform=how)
+        for seed, how in zip((3, 6, 9), transforms, strict=True)
+    ]
+    cascade = fc.Cascade(stages, fc.ThresholdSelector("margin"), 5, (3, 24, 21), preprocess=preprocess)
+    x = torch.randint(0, 256, (30, 3, 24, 21), dtype=torch.uint8)
+    assert_drop_in(exported(lower(cascade), tmp_path), cascade, x, band=1e-4, max_in_band=0.2)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e20])
 def test_a_bad_pixel_makes_its_row_invalid(
     exported: Callable[[Plan, Path], Run], bad: float, tmp_path: Path

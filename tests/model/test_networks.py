@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastcascade as fc
 from fastcascade.errors import InvalidArgument
 from fastcascade.model.cost import count_macs, eval_mode
+from fastcascade.model.pooled_net import mirrored_pooled_net, pooled_net
 from fastcascade.model.registry import build_network
 from fastcascade.model.resnet import cut_into_segments, resnet9, resnet_cifar, resnet_imagenet
 
@@ -99,3 +101,46 @@ def test_what_cannot_be_counted_warns_and_the_rest_does_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert count_macs(layers, IMAGE)[1] == 6 * 16 * 16 * 25 + 96 * 7
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet_cifar:8", "resnet9:4", "resnet_imagenet:18", "pooled_net:8", "mirrored_pooled_net:8"]
+)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_every_family_reads_any_number_of_channels(name, channels):
+    network = build_network(name, 7, channels).eval()
+    assert network(torch.zeros(2, channels, 32, 32)).shape == (2, 7)
+    assert network.architecture == f"{name},in_channels={channels}"
+    again = build_network(network.architecture, 7)
+    assert repr(again) == repr(network)
+
+
+def test_the_name_wins_over_the_number_of_channels():
+    assert build_network("resnet_cifar:8,in_channels=2", 3, 1).architecture == "resnet_cifar:8,in_channels=2"
+
+
+@pytest.mark.parametrize("channels", [0, -1, 1.5])
+def test_impossible_channels_are_refused(channels):
+    for build in (resnet_cifar, resnet9, pooled_net, mirrored_pooled_net):
+        with pytest.raises(InvalidArgument, match="in_channels is"):
+            build(8, in_channels=channels)
+
+
+def test_gray_images_from_saving_to_prediction(tmp_path):
+    cascade = fc.Cascade(
+        [resnet_cifar(8, in_channels=1), *cut_gray()],
+        fc.MLPSelector(),
+        10,
+        (1, 32, 32),
+        preprocess=fc.Normalize((0.5,), (0.25,)),
+    )
+    cascade.save(tmp_path)
+    x = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
+    loaded = fc.load(tmp_path)
+    assert torch.equal(loaded(x).probs, cascade(x).probs)
+    assert fc.predict(loaded, x[:, 0].numpy()).label.tolist() == fc.compile(cascade)(x).label.tolist()
+
+
+def cut_gray():
+    (first, head), (rest, last) = cut_into_segments(resnet_cifar(14, in_channels=1), after=[2])
+    return [fc.Stage(first, head), fc.Stage(rest, last, input="previous")]

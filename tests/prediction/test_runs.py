@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from fastcascade.data.image_data import ImageData, IndexIds
 from fastcascade.data.sources import load_inputs
 from fastcascade.engine import CompiledCascade
 from fastcascade.errors import DataError, InvalidArgument, SaveError
-from fastcascade.prediction.runs import RunOptions, Tally, predict_to_folder
+from fastcascade.prediction.runs import RunOptions, Tally, predict_to_file, predict_to_folder
 from fastcascade.storage.files import exclusive
 
 N, ROWS = 23, 5
@@ -65,16 +66,15 @@ def run(model: CompiledCascade, data: ImageData, out: Path, point: Any = None, *
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for path in sorted(out.glob("part-*")):
-        if path.suffix == ".parquet":
-            found += parquet.read_table(path).to_pylist()
-        elif path.suffix == ".jsonl":
-            found += map(json.loads, path.read_text().splitlines())
-        else:
-            with open(path, newline="") as file:
-                found += csv.DictReader(file)
-    return found
+    """The rows of a file, or of all parts in a folder."""
+    if out.is_dir():
+        return [row for path in sorted(out.glob("part-*")) for row in rows(path)]
+    if out.suffix == ".parquet":
+        return parquet.read_table(out).to_pylist()
+    if out.suffix == ".jsonl":
+        return [json.loads(line) for line in out.read_text().splitlines()]
+    with open(out, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def check(out: Path, model: CompiledCascade, data: ImageData) -> None:
@@ -89,6 +89,15 @@ def check(out: Path, model: CompiledCascade, data: ImageData) -> None:
     assert {path.name for path in out.iterdir()} == {
         "_manifest.json", *(part["file"] for part in manifest["parts"])
     }  # fmt: skip
+
+
+def check_file(path: Path, model: CompiledCascade, data: ImageData) -> None:
+    """The same of a single file; the folder of its parts is gone."""
+    found = rows(path)
+    assert [row["id"] for row in found] == list(data.ids[:])
+    images = data.images.read(range(len(data)))[0]  # type: ignore[union-attr]
+    assert [int(row["label"]) for row in found] == model(images).label.tolist()
+    assert not path.with_name(f"{path.name}.parts").exists()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
@@ -135,56 +144,167 @@ def killer(calls: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return wrap
 
 
-def test_killed_at_every_call_that_changes_the_disk_it_continues(
-    model: CompiledCascade, data: ImageData, tmp_path: Path
-) -> None:
+def kill_at_every_call(work: Callable[[], object], check_and_remove: Callable[[], object]) -> int:
+    """Do some work, killed at the first call that changes the disk, at the second, …; returns how many."""
     killed, calls = 0, 0
     while killed == calls:
         calls += 1
-        out = tmp_path / f"out{calls}"
-
         wrap = killer(calls)
 
-        def work(out: Path = out, wrap: Any = wrap) -> None:
+        def watched(wrap: Any = wrap) -> None:
             os.fsync, os.replace, os.unlink = wrap(os.fsync), wrap(os.replace), wrap(os.unlink)
             Path.unlink = wrap(Path.unlink)  # type: ignore[method-assign]
-            run(model, data, out, rows_per_file=10)
+            work()
 
-        killed += exit_code_of(work) == -signal.SIGKILL
+        killed += exit_code_of(watched) == -signal.SIGKILL
+        check_and_remove()
+    return killed
+
+
+def test_killed_at_every_call_that_changes_the_disk_it_continues(
+    model: CompiledCascade, data: ImageData, out: Path
+) -> None:
+    def work() -> None:
         run(model, data, out, rows_per_file=10)
+
+    def check_and_remove() -> None:
+        work()
         check(out, model, data)
         shutil.rmtree(out)
-    assert calls > 30
+
+    assert kill_at_every_call(work, check_and_remove) > 30
 
 
-@pytest.mark.parametrize(
-    ("n", "side"), [(40_000, 2), pytest.param(200_000, 32, marks=pytest.mark.slow)], ids=["small", "large"]
-)
-def test_killed_ten_times_at_random_it_continues(tmp_path: Path, n: int, side: int) -> None:
-    model = fc.compile(tiny(side=side))
-    images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
-    np.savez(tmp_path / "x.npz", images=images)
-    data, out = load_inputs(tmp_path / "x.npz", (3, side, side)), tmp_path / "out"
+def test_killed_while_its_parts_are_joined_a_single_file_is_completed(
+    model: CompiledCascade, data: ImageData, tmp_path: Path
+) -> None:
+    path, options = tmp_path / "out.jsonl", RunOptions(rows_per_file=10, format="jsonl", overwrite=True)
+
+    def start() -> None:
+        predict_to_folder(model, data, tmp_path / "out.jsonl.parts", options=options)
+
+    def work() -> None:
+        predict_to_file(model, data, path, options=options)
+
+    def check_and_remove() -> None:
+        work()
+        check_file(path, model, data)
+        path.unlink()
+        start()
+
+    start()
+    assert kill_at_every_call(work, check_and_remove) > 6
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_a_single_file_has_the_rows_of_the_folder(
+    model: CompiledCascade, data: ImageData, tmp_path: Path, kind: str
+) -> None:
+    options = RunOptions(rows_per_file=ROWS, top_k=2)
+    tally = predict_to_file(model, data, tmp_path / f"one.{kind}", options=options)
+    assert tally == run(model, data, tmp_path / "folder", top_k=2, format=kind)
+    assert rows(tmp_path / f"one.{kind}") == rows(tmp_path / "folder")
+    check_file(tmp_path / f"one.{kind}", model, data)
+
+
+def test_a_single_file_is_refused_before_anything_is_written(
+    model: CompiledCascade, data: ImageData, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.csv"
+    path.write_text("mine")
+    with pytest.raises(InvalidArgument, match="exists"):
+        predict_to_file(model, data, path)
+    assert path.read_text() == "mine"
+    assert not (tmp_path / "one.csv.parts").exists()
+    predict_to_file(model, data, path, options=RunOptions(overwrite=True))
+    check_file(path, model, data)
+
+
+def test_a_single_file_of_another_run_is_not_continued(
+    model: CompiledCascade, data: ImageData, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.csv"
+    started(model, data, tmp_path / "one.csv.parts", format="csv")
+    with pytest.raises(InvalidArgument, match="another top-k"):
+        predict_to_file(model, data, path, options=RunOptions(rows_per_file=ROWS, top_k=2))
+    predict_to_file(model, data, path, options=RunOptions(rows_per_file=ROWS))
+    check_file(path, model, data)
+
+
+PARTS = 200
+"""Parts of a run that is killed at random."""
+
+
+def killed_at_random(start: Callable[[], int], folder: Path, times: int) -> list[int]:
+    """Start a process and kill it, again and again; returns how many parts were there at each kill.
+
+    Args:
+        start: starts the run into the folder, and returns its process id.
+    """
     choose = random.Random(1)
     killed_after = []
-    for _ in range(200):
-        child = os.fork()
-        if child == 0:
-            run(model, data, out, rows_per_file=n // 100)
-            os._exit(0)
-        before = len(list(out.glob("part-*")))
-        wanted = before + choose.randrange(10)  # parts, so that the kills are spread over the run
-        while len(list(out.glob("part-*"))) < min(wanted, 99):
+    for _ in range(times):
+        child = start()
+        # Counted in parts, so that a machine of any speed spreads the kills over the first half of the run.
+        wanted = len(list(folder.glob("part-*"))) + choose.randrange(PARTS // (2 * times))
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("part-*"))) < wanted:
+            assert time.monotonic() < deadline, "the run does not go on"
             time.sleep(0.001)
         time.sleep(choose.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
-            killed_after.append(before)
-        if len(killed_after) == 10 or (out / "_manifest.json").exists():
-            break
-    assert len(set(killed_after)) >= 3, "the kills came too late"
-    run(model, data, out, rows_per_file=n // 100)
+            killed_after.append(len(list(folder.glob("part-*"))))
+    return killed_after
+
+
+def random_images(folder: Path, n: int, side: int) -> ImageData:
+    images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
+    np.savez(folder / "x.npz", images=images)
+    return load_inputs(folder / "x.npz", (3, side, side))
+
+
+def test_killed_ten_times_at_random_it_continues(tmp_path: Path) -> None:
+    model, data, out = fc.compile(tiny()), random_images(tmp_path, 40_000, 2), tmp_path / "out"
+
+    def start() -> int:
+        child = os.fork()
+        if child == 0:
+            run(model, data, out, rows_per_file=len(data) // PARTS)
+            os._exit(0)
+        return child
+
+    killed_after = killed_at_random(start, out, 10)
+    assert len(killed_after) == 10, "a run was complete before it was killed"
+    run(model, data, out, rows_per_file=len(data) // PARTS)
     check(out, model, data)
+
+
+@pytest.mark.parametrize(
+    ("n", "times", "name"),
+    [
+        (4_000, 1, "out.csv"),
+        pytest.param(200_000, 10, "out", marks=pytest.mark.slow),
+        pytest.param(200_000, 10, "out.parquet", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_killed_at_random_continues(tmp_path: Path, n: int, times: int, name: str) -> None:
+    tiny(side=4).save(tmp_path / "model")
+    data, out = random_images(tmp_path, n, 4), tmp_path / name
+    folder = out if name == "out" else tmp_path / f"{name}.parts"
+    command = [sys.executable, "-m", "fastcascade", "predict", tmp_path / "model", tmp_path / "x.npz"]
+    command += ["-o", out, "--rows-per-file", str(n // PARTS)]
+    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed_after = killed_at_random(lambda: subprocess.Popen(command, **quietly).pid, folder, times)
+    assert len(killed_after) == times, "a run was complete before it was killed"
+    assert killed_after[-1] > 0
+    assert not (folder / "_manifest.json").exists()
+    subprocess.run(command, check=True, **quietly)
+    model = fc.compile(tmp_path / "model")
+    if name == "out":
+        check(out, model, data)
+    else:
+        check_file(out, model, data)
 
 
 def started(model: CompiledCascade, data: ImageData, out: Path, **options: Any) -> None:

@@ -271,3 +271,12 @@ def test_the_schema_describes_every_key() -> None:
         for key, entry in model["properties"].items():
             assert entry.get("description"), f"{name}.{key}"
     assert set(schema["properties"]) == set(TrainingConfig.model_fields)
+
+
+def test_networks_read_as_many_channels_as_the_images_have(tmp_path: Path) -> None:
+    gray = copy.deepcopy(VALID)
+    gray["cascade"] |= {"input_shape": [1, 8, 8], "mean": [0.5], "std": [0.2]}
+    path = tmp_path / "gray.toml"
+    path.write_text(toml(gray))
+    cascade = read_config(path).build()
+    assert [cascade.stage(k).module.architecture for k in range(2)] == ["resnet_cifar:8,in_channels=1"] * 2

@@ -179,15 +179,32 @@ def _reduce_stored(
     return Value(number, kept, stored.storage)
 
 
-@lowers(aten.upsample_nearest2d, aten.upsample_bilinear2d)
-def upsample(t: Translator, input: Any, align_corners: bool = False, **arguments: Any) -> Value:
-    """Nearest or bilinear upsampling."""
+_INTERPOLATIONS = {
+    aten.upsample_nearest2d: ("nearest", False),
+    aten.upsample_bilinear2d: ("bilinear", False),
+    aten._upsample_bilinear2d_aa: ("bilinear", True),
+    aten._upsample_bicubic2d_aa: ("bicubic", True),
+}
+"""Operator → kind, and whether it antialiases."""
+
+
+@lowers(*_INTERPOLATIONS)
+def resize(t: Translator, input: Any, align_corners: bool = False, **arguments: Any) -> Value:
+    """Resampling to another size."""
     value, shape = t.image(input), t.result_shape()
     given = arguments.get("scale_factors") or (arguments.get("scales_h"), arguments.get("scales_w"))
     for scale, before, after in zip(given, value.shape[1:], shape[1:], strict=True):
         if scale is not None and abs(before * scale - after) > 1e-6:
             t.refuse(f"a scale of {scale}, which does not take {before} to {after} exactly")
-    kind = "nearest" if t.calls(aten.upsample_nearest2d) else "bilinear"
+    kind, antialias = next(how for operator, how in _INTERPOLATIONS.items() if t.calls(operator))
+    if antialias and align_corners:
+        t.refuse("antialiased with aligned corners")
     return t.emit(
-        Resize, shape, input=value.number, kind=kind, size=shape[1:], align_corners=bool(align_corners)
+        Resize,
+        shape,
+        input=value.number,
+        kind=kind,
+        size=shape[1:],
+        align_corners=bool(align_corners),
+        antialias=antialias,
     )

@@ -115,7 +115,7 @@ def _taken(t: Translator, value: Value, axis: int, indices: range) -> Value:
     return t.emit(Slice, tuple(shape), input=plain.number, **fields)
 
 
-def _take_channels(t: Translator, value: Value, axis: int, indices: range) -> Value:
+def _take_channels(t: Translator, value: Value, axis: int, indices: Sequence[int]) -> Value:
     """The elements at these positions along an axis that runs through channels only."""
     shape = t.shapes[value.number]
     order = channel_order(value.axes).take(np.asarray(indices), axis).reshape(-1)
@@ -148,6 +148,15 @@ def slice_(t: Translator, input: Value, dim: int, start: Any, end: Any, step: in
         return input
     axis = t.axis(dim, input)
     return take(t, input, axis, range(*slice(start, end, step).indices(input.shape[axis])))
+
+
+@lowers(aten.index_select)
+def index_select(t: Translator, input: Value, dim: int, index: Any) -> Value:
+    """Channels at constant positions, in any order."""
+    axis = t.axis(dim, input)
+    if not isinstance(index, torch.Tensor) or any(factor.axis != 0 for factor in input.axes[axis]):
+        t.refuse("only constant positions along channels are supported")
+    return _take_channels(t, input, axis, index.tolist())
 
 
 @lowers(aten.narrow)

@@ -101,11 +101,11 @@ class Block {
     for (int i = 0; i < kThreads; i++) {
       state_[i] = kReady;
       auto top = reinterpret_cast<std::uintptr_t>(stacks_[i].data() + kStackBytes) & ~std::uintptr_t{15};
-      auto* place = reinterpret_cast<void**>(top);
-      *--place = nullptr;  // where enter() would return to; also keeps its stack aligned
-      *--place = reinterpret_cast<void*>(&Start::enter);
-      for (int saved = 0; saved < 6; saved++) *--place = nullptr;
-      fibers_[i] = place;
+      auto* stack = reinterpret_cast<void**>(top);
+      *--stack = nullptr;  // where enter() would return to; also keeps its stack aligned
+      *--stack = reinterpret_cast<void*>(&Start::enter);
+      for (int saved = 0; saved < 6; saved++) *--stack = nullptr;
+      fibers_[i] = stack;
     }
     current_ = 0;
     current_ = pick();
@@ -114,9 +114,9 @@ class Block {
   }
 
   void sync() {
-    if (passed_[current_]++ == options_.left_out) return;
-    if (++waiting_ == kThreads) {
-      waiting_ = 0;
+    if (barriers_passed_[current_]++ == options_.left_out) return;
+    if (++at_barrier_ == kThreads) {
+      at_barrier_ = 0;
       epoch_++;
       counts.barriers++;
       flush();
@@ -124,7 +124,7 @@ class Block {
       return;
     }
     state_[current_] = kAtBarrier;
-    go(pick());
+    switch_to(pick());
   }
 
   struct Exchange {
@@ -135,7 +135,7 @@ class Block {
 
   // A warp-wide instruction: every lane leaves its operands; the last one computes for all.
   template <class Compute>
-  void together(const void* in, int in_size, void* out, int out_size, Compute compute) {
+  void warp_collective(const void* in, int in_size, void* out, int out_size, Compute compute) {
     const int thread = current_, warp = thread / kWarp, lane = thread % kWarp;
     Exchange& exchange = exchange_[warp];
     std::memcpy(exchange.in[lane], in, in_size);
@@ -145,21 +145,21 @@ class Block {
       compute(exchange);
       exchange.done++;
     } else {
-      while (exchange.done == mine) go(warp * kWarp + (current_ + 1) % kWarp);
+      while (exchange.done == mine) switch_to(warp * kWarp + (current_ + 1) % kWarp);
     }
     std::memcpy(out, exchange.out[lane], out_size);
     if (options_.trace) serial_[thread] = 0, group_[thread]++;
   }
 
   // An access to shared memory by the running thread.
-  void access(int place, int bytes, bool write) {
-    touch(place, bytes, write);
+  void access(int offset, int bytes, bool write) {
+    touch(offset, bytes, write);
     if (options_.trace)
-      traced_[std::make_tuple(current_ / kWarp, group_[current_], serial_[current_]++)].push_back({place, bytes});
+      traced_[std::make_tuple(current_ / kWarp, group_[current_], serial_[current_]++)].push_back({offset, bytes});
   }
 
-  void touch(int place, int bytes, bool write) {
-    for (int word = place / 4; word < (place + bytes) / 4; word++) {
+  void touch(int offset, int bytes, bool write) {
+    for (int word = offset / 4; word < (offset + bytes) / 4; word++) {
       Shadow& s = shadow_[word];
       const bool wrote = s.write_epoch == epoch_ && s.writer != current_;
       const bool read = s.read_epoch == epoch_ && s.reader != current_;
@@ -221,7 +221,7 @@ class Block {
     }
     return -1;
   }
-  void go(int to) {
+  void switch_to(int to) {
     if (to < 0 || state_[to] != kReady) {
       counts.deadlocks++;
       abandon();
@@ -231,8 +231,8 @@ class Block {
     switch_fiber(&fibers_[from], fibers_[to]);
   }
   void abandon() {  // the fibers stay where they are
-    void* nowhere;
-    switch_fiber(&nowhere, main_);
+    void* unused;
+    switch_fiber(&unused, main_);
   }
   void finish() {
     state_[current_] = kDone;
@@ -241,7 +241,7 @@ class Block {
       for (const auto state : state_) counts.deadlocks += state == kAtBarrier;
       abandon();
     }
-    go(to);
+    switch_to(to);
   }
   void flush() {
     if (!options_.trace) return;
@@ -261,13 +261,13 @@ class Block {
   void* fibers_[kThreads] = {};
   std::vector<unsigned char> stacks_[kThreads];
   State state_[kThreads] = {};
-  int passed_[kThreads] = {};
+  int barriers_passed_[kThreads] = {};
   Exchange exchange_[kBlockWarps];
   std::vector<Shadow> shadow_;
   // Accesses that lanes of a warp make at the same point: by warp, warp-wide instruction before it, number since.
   std::map<std::tuple<int, int, int>, std::vector<std::pair<int, int>>> traced_;
   int serial_[kThreads] = {}, group_[kThreads] = {};
-  int current_ = 0, waiting_ = 0, epoch_ = 0;
+  int current_ = 0, at_barrier_ = 0, epoch_ = 0;
 };
 
 // The context of resident.cuh.
@@ -281,24 +281,24 @@ class EmulatedContext {
   int warps() const { return kBlockWarps; }
   int block() const { return number_; }
   void sync() { block_.sync(); }
-  void forget() {}
+  void obscure_thread() {}
   void converge() {}
 
   template <class T>
   [[gnu::noinline]] T shuffle_xor(T value, int mask) {
     static_assert(sizeof(T) == 4, "shuffles move 32 bits");
     T result;
-    block_.together(&value, 4, &result, 4, [&](Block::Exchange& e) {
+    block_.warp_collective(&value, 4, &result, 4, [&](Block::Exchange& e) {
       for (int lane = 0; lane < kWarp; lane++) std::memcpy(e.out[lane], e.in[lane ^ mask], 4);
     });
     return result;
   }
 
   // Lanes 8i … 8i + 7 give the rows of matrix i; lane l gets elements 2(l % 4) and + 1 of row l / 4 of each.
-  [[gnu::noinline]] void load_matrix(unsigned int (&a)[4], int place) {
-    check(place, 16);
-    block_.touch(place, 16, false);
-    block_.together(&place, 4, a, 16, [&](Block::Exchange& e) {
+  [[gnu::noinline]] void load_matrix(unsigned int (&a)[4], int offset) {
+    check(offset, 16);
+    block_.touch(offset, 16, false);
+    block_.warp_collective(&offset, 4, a, 16, [&](Block::Exchange& e) {
       std::vector<std::pair<int, int>> accesses(kWarp, {0, 16});
       for (int l = 0; l < kWarp; l++) std::memcpy(&accesses[l].first, e.in[l], 4);
       for (int l = 0; l < kWarp; l++)
@@ -318,7 +318,7 @@ class EmulatedContext {
     } own{{a[0], a[1], a[2], a[3]}, {b0, b1}};
     if (block_.swaps_b()) std::swap(own.b[0], own.b[1]);
     float product[4];
-    block_.together(&own, sizeof own, product, 16, [&](Block::Exchange& e) {
+    block_.warp_collective(&own, sizeof own, product, 16, [&](Block::Exchange& e) {
       float A[16][16], B[16][8], D[16][8] = {};
       for (int l = 0; l < kWarp; l++) {
         Operands o;
@@ -342,13 +342,13 @@ class EmulatedContext {
     for (int i = 0; i < 4; i++) d[i] += product[i];
   }
 
-  unsigned int load32(int place) { return load<unsigned int>(place); }
-  void store32(int place, unsigned int value) { store(place, value); }
-  Quad load128(int place) { return load<Quad>(place); }
-  void store128(int place, const Quad& value) { store(place, value); }
-  float load_float(int place) { return load<float>(place); }
-  void store_float(int place, float value) { store(place, value); }
-  const float* floats(int place) { return reinterpret_cast<const float*>(&block_.memory[place]); }
+  unsigned int load32(int offset) { return load<unsigned int>(offset); }
+  void store32(int offset, unsigned int value) { store(offset, value); }
+  Quad load128(int offset) { return load<Quad>(offset); }
+  void store128(int offset, const Quad& value) { store(offset, value); }
+  float load_float(int offset) { return load<float>(offset); }
+  void store_float(int offset, float value) { store(offset, value); }
+  const float* floats(int offset) { return reinterpret_cast<const float*>(&block_.memory[offset]); }
   int atomic_add(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST); }
   Quad load_global(const Quad* from) {
     if (lane() == 0) block_.counts.wide_loads++;
@@ -374,22 +374,22 @@ class EmulatedContext {
 
  private:
   template <class T>
-  [[gnu::noinline]] T load(int place) {
-    check(place, sizeof(T));
-    block_.access(place, sizeof(T), false);
+  [[gnu::noinline]] T load(int offset) {
+    check(offset, sizeof(T));
+    block_.access(offset, sizeof(T), false);
     T value;
-    std::memcpy(&value, &block_.memory[place], sizeof value);
+    std::memcpy(&value, &block_.memory[offset], sizeof value);
     return value;
   }
   template <class T>
-  [[gnu::noinline]] void store(int place, const T& value) {
-    check(place, sizeof(T));
-    block_.access(place, sizeof(T), true);
-    std::memcpy(&block_.memory[place], &value, sizeof value);
+  [[gnu::noinline]] void store(int offset, const T& value) {
+    check(offset, sizeof(T));
+    block_.access(offset, sizeof(T), true);
+    std::memcpy(&block_.memory[offset], &value, sizeof value);
   }
-  void check(int place, int size) const {
-    if (place >= 0 && place % size == 0 && place + size <= static_cast<int>(block_.memory.size())) return;
-    std::fprintf(stderr, "shared memory: %d bytes at %d\n", size, place);
+  void check(int offset, int size) const {
+    if (offset >= 0 && offset % size == 0 && offset + size <= static_cast<int>(block_.memory.size())) return;
+    std::fprintf(stderr, "shared memory: %d bytes at %d\n", size, offset);
     std::abort();
   }
 
