@@ -150,6 +150,19 @@ $(VENV)/.coverage-networks: $(VENV)/.installed
 coverage: $(VENV)/.coverage-networks $(if $(findstring --speed,$(ARGS)),$(VENV)/.peers)  ## lower the networks of torchvision and timm, and write docs/coverage.md
 	@$(bench_folder) && $(bin)/python -m bench.coverage $(ARGS)
 
+##### Documentation
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(say) "installing MkDocs"
+	@$(pip) install -c constraints.txt "$$(echo dist/*.whl)[docs]"
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs  ## build the documentation into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --quiet
+
+##### Housekeeping
+
 .PHONY: format
 format: $(VENV)/.dependencies  ## apply ruff's fixes, and format Python, C++ and CUDA
 	@$(bin)/ruff check --fix $(checked)

@@ -1,9 +1,10 @@
-"""Speed and memory of prediction over large sets: ``python -m bench.prediction arrays|photos|memory``.
+"""Speed and memory of prediction over large sets: ``python -m bench.prediction arrays|photos|memory|ray``.
 
 - *arrays*: the whole pipeline on an npz file of 32 × 32 images, beside the engine alone on the same images.
 - *photos*: a folder of JPEG files, beside the same job written plainly: a DataLoader, Pillow, the largest
   network.
 - *memory*: resident memory over a million images, in an npz, an npy and a Parquet file (``--kinds``).
+- *ray*: a run into a folder on a Ray cluster of this machine, with one and two workers, beside a local run.
 
 Every contestant runs in turns, and labels are compared before times are printed.
 """
@@ -147,6 +148,41 @@ def memory(folder: Path, n: int, kinds: list[str]) -> None:
         print(f"  {' '.join(f'{mib:.0f}' for mib in tenths)}; the last over the second {growth:+.1%}")
 
 
+def on_ray(folder: Path, n: int) -> None:
+    """A local run, and the same on Ray with one and two workers, each of one thread.
+
+    Workers take seconds to start, so the time per image is counted from the first part to the last.
+    """
+    import ray
+
+    images = np.load(EXAMPLE / "test-images.npz")["images"]
+    np.save(folder / "x.npy", np.ascontiguousarray(np.resize(images, (n, *images.shape[1:]))))
+    model = fc.compile(EXAMPLE / "model", threads=1)
+    source = fc.ray.Images(str(folder / "x.npy"), model.plan.input.shape)
+    options = RunOptions(rows_per_file=4096)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    labels = []
+    for workers, name in enumerate(("local, one thread", "Ray, one worker", "Ray, two workers")):
+        seen: list[tuple[float, int]] = []
+
+        def watch(counted: Tally, seen: list[tuple[float, int]] = seen) -> None:
+            seen.append((time.perf_counter(), counted.rows))
+
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            if workers:
+                fc.ray.predict_to_folder(model, source, out, "fast", options, None, watch, workers=workers)
+            else:
+                predict_to_folder(model, source.load(), out, "fast", options, None, watch)
+            labels.append(_labels(Path(out)))
+        (first, rows), (last, _) = seen[0], seen[-1]
+        per_image = (last - first) / (n - rows)
+        print(f"{name}: {1e6 * per_image:.1f} µs per image; the first part after {first - start:.1f} s")
+    assert all((found == labels[0]).all() for found in labels)
+    ray.shutdown()
+
+
 def _write_npy(path: Path, n: int) -> None:
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 32, 32, 3))  # sparse: zeros
     del images
@@ -217,7 +253,7 @@ def _resident_bytes() -> int:
 def main() -> None:
     """Measure one thing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=["arrays", "photos", "memory"])
+    parser.add_argument("what", choices=["arrays", "photos", "memory", "ray"])
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--points", default="fast,default", help="operating points for arrays")
     parser.add_argument("--side", type=int, default=480, help="height of the photos")
@@ -228,6 +264,8 @@ def main() -> None:
             arrays(Path(name), chosen.images or 16_384, chosen.points.split(","))
         elif chosen.what == "photos":
             photos(Path(name), chosen.images or 1024, chosen.side)
+        elif chosen.what == "ray":
+            on_ray(Path(name), chosen.images or 32_768)
         else:
             memory(Path(name), chosen.images or 1_000_000, chosen.kinds.split(","))
 

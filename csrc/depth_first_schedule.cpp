@@ -48,7 +48,7 @@ class DepthFirstSchedule {
       ++running_tiles_;
       lock.unlock();
       run_steps(network(stage), run_.source(stage, tile.instances.data(), tile.slots.data()), buffers.arena.data(),
-                buffers.scratch.data(), tile.size(), [](size_t) {});
+                buffers.scratch.data(), tile.size());
       lock.lock();
       free_slots(stage, tile);
       lock.unlock();

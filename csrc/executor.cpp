@@ -58,16 +58,10 @@ void Executor::run(const Images& images, const float* thresholds, const Results&
   std::unique_ptr<RunContext> context = take_context(images.count);
   const CascadeRun run(program_, *context, images, thresholds, results);
   if (images.count <= program_.threads * program_.max_tile)
-    run_as_team(run);
+    run_team_schedule(run);
   else
     run_depth_first_schedule(run);
   return_context(std::move(context));
-}
-
-void Executor::run_as_team(const CascadeRun& run) const {
-  if (!trust_.take_turn()) return run_team_schedule(run, 1);
-  run_team_schedule(run, program_.threads);
-  trust_.record(run.context.team.is_closed());
 }
 
 void Executor::run_stage(size_t stage, const Images& input, float* logits, float* features) const {
@@ -85,7 +79,7 @@ void Executor::run_stage(size_t stage, const Images& input, float* logits, float
     for (int64_t first; (first = next.fetch_add(net.tile_instances)) < input.count;) {
       const int64_t count = std::min(net.tile_instances, input.count - first);
       const Source source{&input, nullptr, 0, index.data() + first};
-      run_steps(net, source, arena, buffers.scratch.data(), count, [](size_t) {});
+      run_steps(net, source, arena, buffers.scratch.data(), count);
       for (int64_t i = 0; i < count; ++i) {
         copy_as_chw(net.values[net.logits], value_of_instance(net, net.logits, arena, i),
                     logits + (first + i) * program_.classes);

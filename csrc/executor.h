@@ -7,7 +7,6 @@
 
 #include "program.h"
 #include "source.h"
-#include "team.h"
 
 namespace fastcascade {
 
@@ -17,7 +16,6 @@ struct Results {
   int64_t* exit_stage;
 };
 
-class CascadeRun;
 struct RunContext;
 
 class Executor {
@@ -40,9 +38,6 @@ class Executor {
   static constexpr int kSpareContexts = 8;
   mutable std::atomic<RunContext*> spare_[kSpareContexts] = {};
 
-  mutable TeamTrust trust_;
-
-  void run_as_team(const CascadeRun& run) const;
   std::unique_ptr<RunContext> take_context(int64_t instances) const;
   void return_context(std::unique_ptr<RunContext> context) const;
 };

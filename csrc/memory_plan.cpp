@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "pack.h"
-#include "stripes.h"
 
 namespace fastcascade {
 namespace {
@@ -29,18 +28,16 @@ int64_t sub_tile_instances(const Network& net, const Step& step) {
 }
 
 // A new segment starts where feature maps have become so small that at least twice as many instances fit the cache.
-std::vector<Segment> cut_segments(const Network& net, const std::vector<Unit>& units) {
+std::vector<Segment> cut_segments(const Network& net) {
   std::vector<Segment> segments;
-  for (const Unit& unit : units) {
-    int64_t instances = kMaxTileInstances;
-    for (size_t i = unit.begin; i < unit.end; ++i)
-      instances = std::min(instances, sub_tile_instances(net, net.steps[i]));
-    if (segments.empty() || instances >= 2 * segments.back().sub_tile_instances)
-      segments.push_back({unit.begin, unit.end, instances, {}});
-    Segment& segment = segments.back();
-    segment.end = unit.end;
-    segment.sub_tile_instances = std::min(segment.sub_tile_instances, instances);
-    segment.units.push_back(unit);
+  for (size_t i = 0; i < net.steps.size(); ++i) {
+    const int64_t instances = sub_tile_instances(net, net.steps[i]);
+    if (segments.empty() || instances >= 2 * segments.back().sub_tile_instances) {
+      segments.push_back({i, i + 1, instances});
+    } else {
+      segments.back().end = i + 1;
+      segments.back().sub_tile_instances = std::min(segments.back().sub_tile_instances, instances);
+    }
   }
   return segments;
 }
@@ -63,15 +60,12 @@ struct Lifetime {
   bool overlaps(const Lifetime& o) const { return begin <= o.end && o.begin <= end; }
 };
 
-// All steps of a chain run on one stripe before the next, so they use their values from its first step to its last.
 std::vector<Lifetime> first_and_last_uses(const Network& net) {
   std::vector<Lifetime> lives(net.values.size());
-  for (const Segment& segment : net.segments)
-    for (const Unit& unit : segment.units)
-      for (size_t i = unit.begin; i < unit.end; ++i) {
-        lives[net.steps[i].output] = {unit.begin, unit.end - 1, 0};
-        for (int64_t v : net.steps[i].reads()) lives[v].end = unit.end - 1;
-      }
+  for (size_t i = 0; i < net.steps.size(); ++i) {
+    lives[net.steps[i].output] = {i, i, 0};
+    for (int64_t v : net.steps[i].reads()) lives[v].end = i;
+  }
   for (int64_t v : {net.logits, net.features})
     if (v >= 0) lives[v].end = net.steps.size();
   return lives;
@@ -149,9 +143,8 @@ int64_t place_values(const std::vector<Lifetime>& lives, std::vector<Value>& val
 }  // namespace
 
 void plan_memory(Network& net) {
-  const std::vector<Unit> units = link_chains(net);
   for (net.tile_instances = kMaxTileInstances;; net.tile_instances /= 2) {
-    net.segments = cut_segments(net, units);
+    net.segments = cut_segments(net);
     std::vector<int64_t> place;
     net.arena_floats = place_values(find_lifetimes(net, place), net.values);
     for (size_t v = 0; v < net.values.size(); ++v) {

@@ -23,6 +23,16 @@ constexpr int64_t kCacheResidentBytes = 16 << 20;
 // Channels above which weights are streamed for twice as many Winograd tiles at once.
 constexpr int64_t kWideChannels = 64;
 
+constexpr int64_t kWorkPerFloat = 16;  // multiplications that take as long as reading or writing a float
+
+void set_work(Network& net) {
+  for (Step& step : net.steps) {
+    int64_t floats = net.values[step.output].floats;
+    for (int64_t v : step.reads()) floats += net.values[v].floats;
+    step.work = step.macs + kWorkPerFloat * floats;
+  }
+}
+
 // How often an instance uses each weight of a step.
 int64_t weight_uses(const Network& net, const Step& step) {
   const Shape& out = net.shape(step.output);
@@ -89,6 +99,7 @@ Network build_network(StageSpec spec, const KernelTable& kernels, const std::str
   fuse_operations(spec, shapes);
   fuse_max_pools(spec, shapes, kernels, forced_f32);
   Network net = build_steps(spec, shapes, bytes, kernels, int8_kernels, forced_f32);
+  set_work(net);
   plan_memory(net);
   net.min_rows_per_thread = weights_are_rarely_used(net) ? kMinRowsPerThread : 1;
   finalize_winograd(net);

@@ -21,8 +21,7 @@ struct Value {
   int64_t floats = 0;  // per instance; four bytes to a float
   bool bytes = false;  // quantised
   bool holds_tile = false;
-  bool is_private = false;  // only steps of a chain exchange it: each thread keeps rows of its own
-  int64_t offset = 0;       // in the arena
+  int64_t offset = 0;  // in the arena
 
   void set_pitch(int64_t channels) {
     pitch = channels;
@@ -66,18 +65,13 @@ struct Int8Step {
   int64_t scratch_floats = 0;
 };
 
-// Which input rows a convolution reads.
-struct RowWindow {
-  int64_t kernel = 1, stride = 1, dilation = 1, pad = 0;
-  int64_t rows_per_line = 1;  // output rows that it computes together
-};
-
 struct Step {
   StepKind kind;
   std::vector<int64_t> inputs;
   int64_t output = 0, residual = -1;
   std::string operation, kernel;  // for describe()
   int64_t macs = 0;               // per instance, as the plan counts them, whatever the kernel does
+  int64_t work = 0;               // per instance: macs, and reading and writing values counted as macs
   std::vector<float> bias;
   std::vector<Tap> taps;
   std::vector<WeightedLine> rows, columns;  // of a resize
@@ -85,7 +79,6 @@ struct Step {
   int64_t work_items = 0;                   // per instance: rows, pixels, Winograd tiles, or 1
   int64_t min_items = 1;                    // that keep a thread's register tiles full
   int64_t panels = 1;                       // of output channels, that threads may divide among them
-  RowWindow row_window;                     // of a convolution
   DirectConv direct{};
   Winograd winograd{};
   DepthwiseConv depthwise{};
@@ -103,20 +96,10 @@ struct Step {
   }
 };
 
-// A step by itself, or a chain: convolutions that each read the one before, and run by stripes of rows, so that what
-// they exchange stays in cache.
-struct Unit {
-  size_t begin, end;        // steps
-  int64_t stripe_rows = 0;  // of the last output; 0 for a step by itself
-
-  bool is_chain() const { return stripe_rows > 0; }
-};
-
-// Units that run sub-tile by sub-tile, for the same reason.
+// Steps that run sub-tile by sub-tile, so that what they exchange stays in cache.
 struct Segment {
   size_t begin, end;           // steps
   int64_t sub_tile_instances;  // at most
-  std::vector<Unit> units;
 };
 
 struct Network {

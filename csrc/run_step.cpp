@@ -13,11 +13,11 @@ void set_residual(Epilogue& e, const float* residual) {
 
 }  // namespace
 
-void run_step(const Network& net, const Step& step, const Source& source, Arenas arenas, float* scratch, int64_t first,
+void run_step(const Network& net, const Step& step, const Source& source, float* arena, float* scratch, int64_t first,
               StepPart part) {
   const auto at = [&](int64_t v) {
     const Value& value = net.values[v];
-    return (value.is_private ? arenas.own : arenas.tile) + value.offset + (value.holds_tile ? first * value.floats : 0);
+    return arena + value.offset + (value.holds_tile ? first * value.floats : 0);
   };
   const KernelTable& kernels = *net.kernels;
   const float* x = step.inputs.empty() ? nullptr : at(step.inputs[0]);

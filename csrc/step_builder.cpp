@@ -150,10 +150,6 @@ class StepBuilder {
     if (kind == StepKind::flatten) step.work_items = 1;
   }
 
-  static RowWindow rows_of(const OpSpec& op, int64_t rows_per_line) {
-    return {op.kernel[0], op.stride[0], op.dilation[0], op.padding[0], rows_per_line};
-  }
-
   // The bias is stored in the step.
   Epilogue epilogue(Step& step, const OpSpec& op) {
     step.bias = op.bias;
@@ -192,7 +188,6 @@ class StepBuilder {
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
     step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
-    step.row_window = rows_of(op, 1);
     step.panels = merged.groups * panel_count(c.blocks_per_group);
   }
 
@@ -209,7 +204,6 @@ class StepBuilder {
     c.width = in.shape.w + op.padding[2] + op.padding[3] - 2;
     step.work_items = ((c.height + 3) / 4) * ((c.width + 3) / 4);
     step.min_items = kernels_.mr;
-    step.row_window = rows_of(op, 4);
     step.macs = c.height * c.width * out.shape.c * op.weight_shape[1] * 9;
     c.weights = step.weights.data();
     c.in_height = in.shape.h;
@@ -233,7 +227,6 @@ class StepBuilder {
     step.weights = pack_depthwise(op, kernels_.lanes);
     step.work_items = out.shape.h;
     step.min_items = std::max<int64_t>(1, kMinPixels / out.shape.w);
-    step.row_window = rows_of(op, 1);
     step.panels = out.pitch / kernels_.lanes;
     DepthwiseConv& c = step.depthwise;
     c.weights = step.weights.data();

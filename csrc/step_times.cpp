@@ -40,7 +40,9 @@ struct TimedThread {
 void run_pass(const Network& net, const Source& source, int64_t instances, TimedThread& thread) {
   for (auto& passes : thread.seconds) passes[thread.passes] = 0;
   Clock::time_point before = Clock::now();
-  run_steps(net, source, thread.arena.data(), thread.scratch.data(), instances, [&](size_t i) {
+  visit_steps(net, instances, [&](size_t i, int64_t first, int64_t count) {
+    const Step& step = net.steps[i];
+    run_step(net, step, source, thread.arena.data(), thread.scratch.data(), first, whole_step(step, count));
     const Clock::time_point after = Clock::now();
     thread.seconds[i][thread.passes] += seconds_between(before, after);
     before = after;

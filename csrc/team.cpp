@@ -1,6 +1,5 @@
 #include "team.h"
 
-#include <algorithm>
 #include <thread>
 
 #include "threads.h"
@@ -13,7 +12,6 @@ using namespace std::chrono_literals;
 constexpr auto kPatience = 200us;  // beyond the time worked; members that begin a call wait for no good reason, too
 constexpr auto kSpinTime = 50us;   // then the processor goes to others: perhaps to the thread that is waited for
 constexpr int kSpinsPerCheck = 64;
-constexpr int kMaxCallsAlone = 64;
 
 }  // namespace
 
@@ -61,19 +59,6 @@ void Team::end_phase(Member& member) {
   now = Clock::now();
   member.waited += now - member.since;
   member.since = now;
-}
-
-bool TeamTrust::take_turn() {
-  if (calls_alone_.load(std::memory_order_relaxed) <= 0) return true;
-  calls_alone_.fetch_sub(1, std::memory_order_relaxed);
-  return false;
-}
-
-void TeamTrust::record(bool was_closed) {
-  const int pause = next_pause_.load(std::memory_order_relaxed);
-  if (was_closed) calls_alone_.store(pause, std::memory_order_relaxed);
-  next_pause_.store(was_closed ? std::min(2 * pause, kMaxCallsAlone) : std::max(pause - 1, 1),
-                    std::memory_order_relaxed);
 }
 
 }  // namespace fastcascade

@@ -71,15 +71,4 @@ class Team {
   void end_phase(Member& member);
 };
 
-// Whether the next call should be a team's. After a call that closed its team, a number of calls run on one thread
-// before one tries again: 1 to 64 of them, more after every such call, fewer after every other.
-class TeamTrust {
- public:
-  bool take_turn();
-  void record(bool was_closed);
-
- private:
-  std::atomic<int> calls_alone_{0}, next_pause_{1};
-};
-
 }  // namespace fastcascade

@@ -12,7 +12,7 @@ namespace {
 
 class TeamSchedule {
  public:
-  TeamSchedule(const CascadeRun& run, int64_t threads) : run_(run), threads_(threads) {
+  explicit TeamSchedule(const CascadeRun& run) : run_(run) {
     for (int64_t i = 0; i < run.images.count; ++i) queue(0).push(i, i);
     team().reset();
   }
@@ -22,12 +22,11 @@ class TeamSchedule {
       Team::Member member{rank, helpers + 1};
       run_member(member);
     };
-    run_on_helpers(static_cast<int>(threads_), std::ref(work));  // std::function would allocate for a copy
+    run_on_helpers(static_cast<int>(run_.program.threads), std::ref(work));  // std::function would allocate for a copy
   }
 
  private:
   const CascadeRun& run_;
-  const int64_t threads_;
 
   Team& team() const { return run_.context.team; }
   InstanceQueue& queue(size_t stage) const { return run_.context.queues[stage]; }
@@ -53,7 +52,7 @@ class TeamSchedule {
     const Network& net = run_.program.networks[stage];
     for (int64_t first = instances.begin; first < instances.end; first += net.tile_instances) {
       const int64_t tile = std::min(net.tile_instances, instances.end - first);
-      run_steps(net, source(stage, first), buffers.arena.data(), buffers.scratch.data(), tile, [](size_t) {});
+      run_steps(net, source(stage, first), buffers.arena.data(), buffers.scratch.data(), tile);
       run_exits(stage, buffers, first, tile);
     }
   }
@@ -65,25 +64,16 @@ class TeamSchedule {
     for (; first < active; first += net.tile_instances) {
       const int64_t tile = std::min(net.tile_instances, active - first);
       const Source tile_source = source(stage, first);
-      visit_units(net, tile, [&](const Unit& unit, int64_t sub_tile, int64_t count) {
-        run_shared_unit(net, unit, tile_source, member, sub_tile, count);
+      visit_steps(net, tile, [&](size_t i, int64_t sub_tile, int64_t count) {
+        const Step& step = net.steps[i];
+        const StepCut cut = cut_step(step, count, member.size);
+        team().run_phase(member, cut.parts, [&](int64_t part) {
+          run_step(net, step, tile_source, buffers(0).arena.data(), buffers(member.rank).scratch.data(), sub_tile,
+                   part_of(step, count, cut, part));
+        });
       });
       team().run_phase(member, 1, [&](int64_t) { run_exits(stage, buffers(0), first, tile); });
     }
-  }
-
-  void run_shared_unit(const Network& net, const Unit& unit, const Source& source, Team::Member& member,
-                       int64_t sub_tile, int64_t count) const {
-    const Arenas arenas{buffers(0).arena.data(), buffers(member.rank).arena.data()};
-    const auto run = [&](size_t i, StepPart part) {
-      run_step(net, net.steps[i], source, arenas, buffers(member.rank).scratch.data(), sub_tile, part);
-    };
-    const UnitCut cut = cut_unit(net, unit, count, member.size);
-    StripeRows have;
-    team().run_phase(member, cut.parts, [&](int64_t i) {
-      if (unit.is_chain()) return run_stripes(net, unit, rows_of_part(net, unit, count, cut, i), have, std::ref(run));
-      run(unit.begin, part_of(net.steps[unit.begin], count, cut, i));
-    });
   }
 
   Source source(size_t stage, int64_t first) const {
@@ -113,6 +103,6 @@ class TeamSchedule {
 
 }  // namespace
 
-void run_team_schedule(const CascadeRun& run, int64_t threads) { TeamSchedule(run, threads).run(); }
+void run_team_schedule(const CascadeRun& run) { TeamSchedule(run).run(); }
 
 }  // namespace fastcascade

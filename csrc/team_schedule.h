@@ -5,9 +5,9 @@
 
 namespace fastcascade {
 
-// For up to a tile of instances per thread of the program, on at most `threads` of them. At each stage, every thread
-// runs the same number of instances by itself. The remainder is run by all threads together, step by step, and so are
-// all instances where there are fewer per thread than Network::min_rows_per_thread.
-void run_team_schedule(const CascadeRun& run, int64_t threads);
+// For up to a tile of instances per thread. At each stage, every thread runs the same number of instances by itself.
+// The remainder is run by all threads together, step by step, and so are all instances where there are fewer per thread
+// than Network::min_rows_per_thread.
+void run_team_schedule(const CascadeRun& run);
 
 }  // namespace fastcascade

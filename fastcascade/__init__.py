@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from fastcascade.model.image_transform import ImageTransform
     from fastcascade.model.selector import MLPSelector, ThresholdSelector
     from fastcascade.model.store import load_cascade as load
+    from fastcascade.prediction import ray
     from fastcascade.prediction.batcher import Batcher, BatcherStats
     from fastcascade.prediction.predictions import Predictions
     from fastcascade.prediction.predictor import predict
-    from fastcascade.scikit_learn import CascadeClassifier
+    from fastcascade.scikit_learn import CascadeClassifier as CascadeClassifier
     from fastcascade.training.trainer import Recipe, fit
     from fastcascade.types import CascadeOutput, Evaluation, Normalize, OperatingPoint
 
@@ -33,7 +34,6 @@ __all__ = [
     "Batcher",
     "BatcherStats",
     "Cascade",
-    "CascadeClassifier",
     "CascadeOutput",
     "Evaluation",
     "FastCascadeError",
@@ -58,6 +58,7 @@ __all__ = [
     "plan",
     "predict",
     "quantize",
+    "ray",
 ]
 
 _HOMES = {
@@ -89,15 +90,19 @@ _HOMES = {
     "plan": "fastcascade.lowering.export:plan",
     "predict": "fastcascade.prediction.predictor:predict",
     "quantize": "fastcascade.engine:quantize",
+    "ray": "fastcascade.prediction.ray",
 }
-"""Where each public name is defined. Modules are imported at first use, because torch takes seconds."""
+"""Where each public name is defined. Modules are imported at first use, because torch takes seconds.
+
+``CascadeClassifier`` is not in ``__all__``: without scikit-learn, a star import would fail.
+"""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastcascade' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    value = getattr(import_module(module), attribute) if attribute else import_module(module)
     globals()[name] = value
     return value
 

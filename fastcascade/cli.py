@@ -71,7 +71,7 @@ def main() -> None:
 def _run() -> int:
     """Run a command; returns its exit status."""
     try:
-        app()
+        app(args=["--ray=local" if word == "--ray" else word for word in sys.argv[1:]])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -248,6 +248,14 @@ def predict(
     strict: Annotated[
         bool, typer.Option("--strict", help="stop at the first input that is an error")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=ADDRESS]",
+            help="run on the Ray cluster at HOST:PORT (--ray=HOST:PORT), or on one started here (--ray); "
+            "OUT is a folder that all machines share",
+        ),
+    ] = None,
     backend: Backend = "auto",
     precision: Precision = None,
     threads: Threads = None,
@@ -256,6 +264,7 @@ def predict(
     ] = False,
 ) -> None:
     """Classify images. Every input has a row: label, class name, probability, exit and cost, or an error."""
+    import fastcascade as fc
     from fastcascade.data.sources import load_inputs
     from fastcascade.prediction.predictor import predict_batches
     from fastcascade.prediction.progress import RunProgress
@@ -270,14 +279,35 @@ def predict(
     compiled = _compile(model, backend, precision, threads)
     compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
     images = load_inputs(inputs[0] if len(inputs) == 1 else inputs, compiled.plan.input.shape, resize, split)
-    if rows is not None:
-        images = images.take(_row_range(rows, len(images)))
+    chosen = None if rows is None else _row_range(rows, len(images))
+    if chosen is not None:
+        images = images.take(chosen)
+    if ray is not None and (output is None or to_file):
+        raise InvalidArgument("--ray writes a folder of files; name one with -o")
     num_exits = len(compiled.plan.stages)
     # Left before an error is printed, or the progress bar would be drawn after it.
     with RunProgress(len(images), num_exits) as progress:
-        if output is not None:
+        options = RunOptions(top_k, file_format, rows_per_file, strict, overwrite)
+        if output is not None and ray is not None:
+            fc.ray.predict_to_folder(
+                compiled,
+                fc.ray.Images(
+                    inputs[0] if len(inputs) == 1 else inputs,
+                    compiled.plan.input.shape,
+                    resize,
+                    split,
+                    None if chosen is None else (chosen.start, chosen.stop),
+                ),
+                output,
+                operating_point,
+                options,
+                progress.started,
+                progress.watch,
+                address=None if ray == "local" else ray,
+                cpus=threads or 1,
+            )
+        elif output is not None:
             run = predict_to_file if to_file else predict_to_folder
-            options = RunOptions(top_k, file_format, rows_per_file, strict, overwrite)
             run(compiled, images, output, operating_point, options, progress.started, progress.watch)
         else:
             found = predict_batches(compiled, images, operating_point, top_k, resize, progress.waits)
@@ -443,6 +473,8 @@ def bench(
         raise InvalidArgument("--split, --rows and --resize choose images; name the data, too")
     images = None if data is None else _load_images(data, loaded, split, rows, resize)
     measured = _measure(loaded, images, settings)
+    if measured.busy_note is not None:
+        say("note:", measured.busy_note)
     if as_json:
         print(json.dumps(measured.to_json(), indent=1))
     else:
@@ -698,8 +730,9 @@ def _version(package: str) -> str | None:
 def download(
     name: Annotated[Literal["cifar10", "cifar100"], typer.Argument(help="which data set")],
     directory: Annotated[Path, typer.Argument(help="destination directory")],
+    url: Annotated[str | None, typer.Option(help="mirror of the official archive")] = None,
 ) -> None:
-    """Download a data set from its home page, verify it and print its path."""
+    """Download a data set from its home page or a mirror, verify it and print its path."""
     from fastcascade.data.archives import download as fetch
 
-    print(printable(str(fetch(name, directory))))
+    print(printable(str(fetch(name, directory, url))))

@@ -143,11 +143,11 @@ class CascadeClassifier(ClassifierMixin, _BaseComposition):  # type: ignore[misc
 
     def predict_proba(self, X: Any) -> Array:
         """(n, classes) probabilities, of the estimator at which each sample stopped."""
-        return cast(Array, self._run(X).probs.numpy().astype(np.float64))
+        return self._run(X).probs.numpy().astype(np.float64)
 
     def exit_stage(self, X: Any) -> Array:
         """(n,) number of the estimator at which each sample stops."""
-        return cast(Array, self._run(X).exit_stage.numpy())
+        return self._run(X).exit_stage.numpy()
 
     def _run(self, X: Any) -> CascadeOutput:
         check_is_fitted(self, "cascade_")
@@ -242,13 +242,22 @@ class CascadeClassifier(ClassifierMixin, _BaseComposition):  # type: ignore[misc
         cascade = self.cascade_
         if self.selector == "learned" and len(cascade.stages) > 1:
             fit(cascade, None, (images, labels), freeze_stages=True, progress=False)
-        target: dict[str, float] = {"min_accuracy": self.min_accuracy or 0.0}
-        if self.budget is not None:
-            target = {"budget_macs": self.budget / self._unit}
-        elif self.min_accuracy is None:
+        budget, accuracy = self.budget, self.min_accuracy
+        least = float(cascade.exit_macs[0]) * self._unit
+        if budget is not None and budget < least:
+            raise InvalidArgument(
+                f"budget is {budget}; expected at least {least:g}, the cost of the first exit"
+            )
+        if budget is None and accuracy is None:
             never = torch.full((len(cascade.stages) - 1,), torch.inf)
-            target = {"min_accuracy": float((cascade(images, never).label == labels).double().mean())}
-        point = calibrate(cascade, (images, labels), name="default", progress=False, **target)
+            accuracy = float((cascade(images, never).label == labels).double().mean())
+        point = calibrate(
+            cascade,
+            (images, labels),
+            budget_macs=None if budget is None else budget / self._unit,
+            min_accuracy=accuracy,
+            progress=False,
+        )
         self.mean_cost_ = point.mean_macs * self._unit
         self.accuracy_ = point.accuracy
 

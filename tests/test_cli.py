@@ -205,6 +205,14 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("output", [[], ["-o", "p.csv"]])
+def test_ray_needs_a_folder(run: Run, model: Path, images: Path, output: list[str]) -> None:
+    for option in ("--ray", "--ray=somewhere:6379"):
+        done = run("predict", model, images, option, *output)
+        assert done.status == 1
+        assert "--ray writes a folder of files" in done.err
+
+
 @pytest.mark.parametrize("rows", ["5", "9:3", "0:41", "a:b"])
 def test_bad_rows_are_refused(run: Run, model: Path, images: Path, rows: str) -> None:
     done = run("predict", model, images, "--rows", rows)

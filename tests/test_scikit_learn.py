@@ -145,6 +145,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "one cost for two": (two(costs=[1]), "expected 2 positive numbers"),
     "a cost of 0": (two(costs=[0, 1]), "expected 2 positive numbers"),
     "two targets": (two(budget=1, min_accuracy=0.9), "at most one target"),
+    "a budget below the first cost": (
+        two(costs=[2, 9], budget=1),
+        "expected at least 2, the cost of the first exit",
+    ),
     "another selector": (two(selector="best"), "selector is 'best'"),
     "nothing held out": (two(held_out=0), "held_out is 0"),
     "no probabilities": (CascadeClassifier([("ridge", RidgeClassifier())]), "no predict_proba"),
@@ -168,7 +172,12 @@ def test_one_sample_of_each_class_is_too_few() -> None:
 
 
 def test_without_scikit_learn_the_error_says_what_to_install() -> None:
-    code = "import sys; sys.modules['sklearn'] = None; import fastcascade as fc; fc.CascadeClassifier"
+    code = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "from fastcascade import *; print('the others are here')\n"
+        "import fastcascade as fc; fc.CascadeClassifier"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
+    assert done.stdout == "the others are here\n"
     assert "pip install 'fastcascade[sklearn]'" in done.stderr

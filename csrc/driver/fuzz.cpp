@@ -330,7 +330,7 @@ Selector random_selector(Random& random, int64_t classes) {
   return s;
 }
 
-constexpr int64_t kSmallSide = 13;  // of images; larger ones, whose layers run by stripes, are few
+constexpr int64_t kSmallSide = 13;  // of images; larger ones, whose layers threads cut into more parts, are few
 
 // A cascade and a batch of images, with gaps between their elements and axes in either order.
 struct Case {

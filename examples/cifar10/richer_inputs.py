@@ -119,22 +119,8 @@ class AddedNetwork(nn.Module):
         return self.scale * margin + self.shift + added
 
 
-def accuracies(
-    scores_of: Callable[[Part], Tensor], found_on: Part, judge: Part, dense_macs: int
-) -> list[float]:
-    """Accuracy on the judging images at each budget, with thresholds found on the others."""
-    with torch.no_grad():
-        calibration, test = (
-            replace(part.trace, scores=scores_of(part).numpy().astype(np.float32))
-            for part in (found_on, judge)
-        )
-    return [
-        test.run(find_thresholds(calibration, budget_macs=share * dense_macs)).accuracy for share in BUDGETS
-    ]
-
-
 @dataclass(frozen=True)
-class Trained:
+class Judged:
     """A selector's accuracy on the judging images at each budget.
 
     Attributes:
@@ -145,9 +131,23 @@ class Trained:
     accuracy: list[float]
 
 
+def judge_scores(
+    scores_of: Callable[[Part], Tensor], found_on: Part, judged_on: Part, dense_macs: int
+) -> Judged:
+    """With thresholds for each budget that are found on the first part."""
+    with torch.no_grad():
+        calibration, test = (
+            replace(part.trace, scores=scores_of(part).numpy().astype(np.float32))
+            for part in (found_on, judged_on)
+        )
+    found = [find_thresholds(calibration, budget_macs=share * dense_macs) for share in BUDGETS]
+    chosen_by = sum(calibration.run(thresholds).accuracy for thresholds in found)
+    return Judged(chosen_by, [test.run(thresholds).accuracy for thresholds in found])
+
+
 def trained(
     parts: tuple[Part, Part, Part], name: str, weight_decay: float, seed: int, dense_macs: int
-) -> Trained:
+) -> Judged:
     """The added network with as many steps as the second part likes best."""
     fitted_on, found_on, judge = parts
     torch.manual_seed(seed)
@@ -161,8 +161,7 @@ def trained(
     candidates = []
     for step in range(max(STEPS) + 1):
         if step in STEPS:
-            chosen_by = sum(accuracies(scores_of, found_on, found_on, dense_macs))
-            candidates.append(Trained(chosen_by, accuracies(scores_of, found_on, judge, dense_macs)))
+            candidates.append(judge_scores(scores_of, found_on, judge, dense_macs))
         optimizer.zero_grad()
         exact_loss(scores_of(fitted_on), fitted_on.reward).backward()
         optimizer.step()
@@ -175,7 +174,8 @@ def inputs_table(cascade: fc.Cascade, all_images: Part) -> str:
     for seed in track(SEEDS, "selectors"):
         order = np.random.default_rng(seed).permutation(all_images.trace.n)
         fit, find, judge = (all_images.at(rows) for rows in np.array_split(order, 3))
-        found["the margin alone"].append(accuracies(lambda part: part.margin, find, judge, dense_macs))
+        alone = judge_scores(lambda part: part.margin, find, judge, dense_macs)
+        found["the margin alone"].append(alone.accuracy)
         for name in all_images.inputs:
             candidates = [
                 trained((fit, find, judge), name, decay, seed, dense_macs) for decay in WEIGHT_DECAYS
@@ -204,7 +204,9 @@ def main() -> None:
     images = torch.cat([parts[0][0][HELD_OUT], parts[1][0]])
     labels = torch.cat([part[1][rows] for part, rows in zip(parts, (HELD_OUT, slice(None)), strict=True)])
     nchw = cascade.input.nchw(images)
-    rewrite_document({"inputs": inputs_table(cascade, everything(cascade, nchw, labels.long()))})
+    table_of_inputs = inputs_table(cascade, everything(cascade, nchw, labels.long()))
+    print(table_of_inputs)
+    rewrite_document({"inputs": table_of_inputs})
 
 
 if __name__ == "__main__":

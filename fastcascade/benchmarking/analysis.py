@@ -44,7 +44,8 @@ def stage_timing(programs: Programs, k: int, peaks: Peaks) -> StageTiming:
     alone = turns.per_image
     exit_s = [0.0]
     if k < len(programs.with_exit):
-        exit_s = [b - a for a, b in zip(alone, programs.with_exit[k].per_image, strict=True)]
+        # A difference of two times may be negative where the exit takes less than the timing's noise.
+        exit_s = [max(0.0, b - a) for a, b in zip(alone, programs.with_exit[k].per_image, strict=True)]
     reached = [*_reached(programs, programs.exits), 0]
     seconds = statistics.median(alone)
     gflops = 2e-9 * stage.macs / seconds
@@ -135,7 +136,7 @@ def _breakdown(programs: Programs, turns: Turns, r: int) -> tuple[float, float, 
     reached = [n / len(exits) for n in _reached(programs, exits)]
     stages = sum(n * alone.busy_per_image[r] for n, alone in zip(reached, programs.alone, strict=True))
     pairs = zip(reached, programs.alone, programs.with_exit, strict=False)
-    exit_s = sum(n * (both.busy_per_image[r] - alone.busy_per_image[r]) for n, alone, both in pairs)
+    exit_s = sum(n * max(0.0, both.busy_per_image[r] - alone.busy_per_image[r]) for n, alone, both in pairs)
     busy = turns.busy_per_image[r]
     return stages, exit_s, busy - stages - exit_s, turns.per_image[r] - busy
 

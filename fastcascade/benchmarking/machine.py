@@ -12,7 +12,7 @@ import torch
 
 from fastcascade.engine import CompiledCascade
 
-__all__ = ["describe_machine", "measure_energy"]
+__all__ = ["busy_share", "describe_machine", "measure_energy"]
 
 _ENERGY_SECONDS = 1.0
 
@@ -32,6 +32,23 @@ def describe_machine(program: CompiledCascade) -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def busy_share(seconds: float = 0.5) -> float | None:
+    """Share of the processors' time that others take while this process sleeps; None where it is unknown."""
+
+    def times() -> tuple[int, int]:
+        numbers = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        return sum(numbers[:8]), numbers[3] + numbers[4]  # all; idle and waiting for a disk
+
+    try:
+        before = times()
+        time.sleep(seconds)
+        after = times()
+    except (OSError, ValueError, IndexError):
+        return None
+    whole = after[0] - before[0]
+    return 1 - (after[1] - before[1]) / whole if whole else None
 
 
 def measure_energy(call: Callable[[], object], images: int) -> tuple[float | None, str]:

@@ -109,6 +109,7 @@ def _page(title: str, measured: Benchmark, evaluation: Evaluation | None, sectio
         f"<title>{text(title)}</title><style>{style}</style></head><body><main>",
         f"<header><h1>{text(title)}</h1>",
         f'<p class="soft">{text(f"{measured.backend} {measured.precision}; {machine}")}</p></header>',
+        *([f'<p class="note">{text(measured.busy_note)}</p>'] if measured.busy_note else []),
         _tiles(measured, evaluation),
         *sections,
         f'<p class="soft" style="margin-top:1.5rem">{text(measured.energy_note)}</p>',

@@ -13,6 +13,10 @@ from fastcascade.benchmarking.torch_peaks import Peaks
 __all__ = ["BatchTiming", "Benchmark", "PacedTiming", "Spread", "StageTiming", "StepTiming", "WhatIf"]
 
 
+_BUSY = 0.1
+"""Share of the processors in use by others, from which a benchmark says so."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """Median and quartiles of a quantity over the rounds of a run."""
@@ -176,6 +180,7 @@ class Benchmark:
         threads: by number, images/s at the largest batch.
         mac_share: mean MACs over dense MACs.
         peers: images/s by name and batch size; empty unless asked for.
+        busy_share: share of the processors that other programs took before the measurement; None if unknown.
         energy_mj_per_image: None without a readable energy counter; ``energy_note`` says why.
     """
 
@@ -197,6 +202,17 @@ class Benchmark:
     peers: dict[str, dict[int, Spread]]
     energy_mj_per_image: float | None
     energy_note: str
+    busy_share: float | None = None
+
+    @property
+    def busy_note(self) -> str | None:
+        """A warning, if other programs took so much that times are those of a shared machine."""
+        if self.busy_share is None or self.busy_share < _BUSY:
+            return None
+        return (
+            f"the machine was busy: before the measurement, other programs took {self.busy_share:.0%} of the "
+            "processors; times are longer and spread more than on a quiet one"
+        )
 
     @property
     def exit_ms(self) -> tuple[float, ...]:

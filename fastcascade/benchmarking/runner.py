@@ -24,7 +24,7 @@ from fastcascade.benchmarking.analysis import (
     what_ifs,
 )
 from fastcascade.benchmarking.clocks import seconds_of, torch_threads
-from fastcascade.benchmarking.machine import describe_machine, measure_energy
+from fastcascade.benchmarking.machine import busy_share, describe_machine, measure_energy
 from fastcascade.benchmarking.pacing import PATTERNS, PacedTurns
 from fastcascade.benchmarking.programs import Programs
 from fastcascade.benchmarking.results import Benchmark
@@ -106,6 +106,7 @@ def benchmark(
     ) -> CompiledCascade:
         return compile(part, backend=backend, precision=wanted, device=device, threads=count)
 
+    busy = busy_share()
     with torch_threads(threads[0] if threads else torch.get_num_threads()):
         start = time.perf_counter()
         program = build(plan)
@@ -142,6 +143,7 @@ def benchmark(
         peers={name: {size: t.rate for size, t in turns.items()} for name, turns in plain.items()},
         energy_mj_per_image=energy,
         energy_note=note,
+        busy_share=busy,
     )
 
 

@@ -129,7 +129,8 @@ def _fetch(url: str, file: BinaryIO, md5: str) -> None:
         raise
     except (OSError, ValueError, HTTPException) as error:
         raise DataError(
-            f"cannot download {url}: {error}; check the connection, or pass a mirror as url="
+            f"cannot download {url}: {error}. Check the connection, or name a mirror: fastcascade download "
+            "--url ADDRESS, or url= in Python"
         ) from error
     if digest.hexdigest() != md5:
         raise DataError(

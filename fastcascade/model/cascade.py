@@ -134,6 +134,10 @@ class Stage(nn.Module):
 
         Raises:
             InvalidArgument: timm is missing, does not know the model, or cannot download its weights.
+
+        Example:
+            >>> Stage.from_timm("efficientnet_b0").transform.resized  # doctest: +SKIP
+            (256, 256)
         """
         network = timm_network(model, num_classes, pretrained, transform, options)
         return cls(network.module, name=name or model, transform=network.transform)
@@ -155,6 +159,10 @@ class Stage(nn.Module):
         Raises:
             InvalidArgument: transformers is missing or cannot load the classifier, or its image processor
                 does what an :class:`ImageTransform` cannot.
+
+        Example:
+            >>> Stage.from_huggingface("microsoft/resnet-18").name  # doctest: +SKIP
+            'resnet-18'
         """
         network = huggingface_network(path, transform)
         return cls(network.module, name=name or Path(path).name, transform=network.transform)
@@ -182,6 +190,18 @@ class Stage(nn.Module):
             FileFormatError: missing, damaged, or no ONNX model.
             LoweringError: an operator, or a form of it, that is not supported; names operator and node.
             InvalidArgument: the package onnx is missing, or the model is not a classifier of single images.
+
+        Example:
+            >>> import tempfile
+            >>> import fastcascade as fc
+            >>> from fastcascade.interchange.onnx_model import export_onnx
+            >>> from fastcascade.model.resnet import resnet_cifar
+            >>> plan = fc.plan(fc.Cascade([resnet_cifar(8)], None, num_classes=10, input_shape=(3, 32, 32)))
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     first, *_ = export_onnx(plan, directory)
+            ...     stage = Stage.from_onnx(first)
+            >>> stage.module(torch.zeros(2, 3, 32, 32)).shape, stage.transform.size
+            (torch.Size([2, 10]), (32, 32))
         """
         module, own = onnx_network(path, output, transform)
         return cls(module, name=name or Path(path).stem, transform=own)

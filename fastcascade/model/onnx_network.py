@@ -117,36 +117,24 @@ def onnx_network(
 ) -> tuple[nn.Module, ImageTransform | None]:
     """A network and the transform of its images; see :meth:`fastcascade.Stage.from_onnx`."""
     model = _load(path)
-    graph, constants = model.graph, _constants(model)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < _OLDEST_OPSET:
-        raise LoweringError(f"{path} has opset {opset}; expected at least {_OLDEST_OPSET}. Export it again")
-    output = _output(path, model, output)
-    nodes = [_node(node, opset) for node in graph.node if node.op_type != "Constant"]
-    nodes = merge_patterns(_ancestors(nodes, output), constants)
-    output = _before_softmax(nodes, output)
-    nodes = _ancestors(nodes, output)
-    for node in nodes:
-        if node.kind not in KNOWN:
-            node.refuse("there is no such operator here; replace it in the model, or pass its torch module")
+    constants = _constants(model)
+    nodes, output = _wanted(path, model, _output(path, model, output), constants)
     read = {name for node in nodes for name in node.inputs}
-    inputs = [value for value in graph.input if value.name in read and value.name not in constants]
+    inputs = [value for value in model.graph.input if value.name in read and value.name not in constants]
     if len(inputs) != 1:
-        names = [value.name for value in inputs]
         raise InvalidArgument(
-            f"{path}: output {output!r} depends on inputs {names}; expected one, the images"
+            f"{path}: output {output!r} depends on inputs {_names(inputs)}; expected one, the images"
         )
     shape, kind = _declared(path, inputs[0])
-    batch = shape[0] if isinstance(shape[0], int) else None
     network = OnnxNetwork(
-        [replace(node, fixed_batch=batch) for node in nodes],
+        [replace(node, fixed_batch=shape[0]) for node in nodes],
         {name: value for name, value in constants.items() if name in read},
         inputs[0].name,
         output,
     )
     module: nn.Module = network
     if _is_channels_last(shape):
-        module, shape = ChannelsLastImages(network), (shape[0], shape[3], shape[1], shape[2])
+        module, shape = ChannelsLastImages(network), [shape[0], shape[3], shape[1], shape[2]]
     if all(isinstance(n, int) for n in shape[1:]):
         network.input_shape = (shape[1], shape[2], shape[3])
         transform = transform or ImageTransform((shape[2], shape[3]), normalize=_raw_bytes(kind, shape[1]))
@@ -233,8 +221,8 @@ def _output(path: str | Path, model: onnx.ModelProto, wanted: str | None) -> str
             )
         return wanted
     own = {entry.key: entry.value for entry in model.metadata_props}.get("fastcascade.logits")
-    if own in made:
-        return own
+    if own is not None and own in made:
+        return str(own)
     outputs = _names(model.graph.output)
     if len(outputs) != 1:
         raise InvalidArgument(f"{path} has the outputs {outputs}; name the one with the logits: output=…")
@@ -243,6 +231,27 @@ def _output(path: str | Path, model: onnx.ModelProto, wanted: str | None) -> str
 
 def _names(values: Iterable[Any]) -> list[str]:
     return [value.name for value in values]
+
+
+def _wanted(
+    path: str | Path, model: onnx.ModelProto, output: str, constants: Mapping[str, NDArray[Any]]
+) -> tuple[list[Node], str]:
+    """The nodes of which the logits are made, and the name of the logits.
+
+    Raises:
+        LoweringError: an old opset, or an operator that is not known.
+    """
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < _OLDEST_OPSET:
+        raise LoweringError(f"{path} has opset {opset}; expected at least {_OLDEST_OPSET}. Export it again")
+    nodes = [_node(node, opset) for node in model.graph.node if node.op_type != "Constant"]
+    nodes = merge_patterns(_ancestors(nodes, output), constants)
+    logits = _before_softmax(nodes, output)
+    nodes = _ancestors(nodes, logits)
+    for node in nodes:
+        if node.kind not in KNOWN:
+            node.refuse("there is no such operator here; replace it in the model, or pass its torch module")
+    return nodes, logits
 
 
 def _ancestors(nodes: Sequence[Node], output: str) -> list[Node]:

@@ -327,6 +327,7 @@ def identity(node: Node, x: Value, *_: Any) -> Value:
 @operator("Add", "Sub", "Mul", "Div", "Pow")
 def arithmetic(node: Node, a: Any, b: Any) -> Any:
     """Two operands that broadcast."""
+    functions: dict[str, Callable[..., Any]]
     functions = {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div, "Pow": torch.pow}
     if not isinstance(a, Tensor):
         if node.kind == "Sub":
@@ -380,16 +381,15 @@ def elu(node: Node, x: Tensor) -> Tensor:
 @operator("Selu")
 def selu(node: Node, x: Tensor) -> Tensor:
     """A scaled ELU."""
-    return F.elu(x, node.get("alpha", 1.67326319217681884765625)) * node.get(
-        "gamma", 1.05070102214813232421875
-    )
+    alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
+    return F.elu(x, alpha).mul(gamma)
 
 
 @operator("Celu")
 def celu(node: Node, x: Tensor) -> Tensor:
     """alpha·ELU(x/alpha)."""
     alpha = node.get("alpha", 1.0)
-    return F.elu(x / alpha) * alpha
+    return F.elu(x / alpha).mul(alpha)
 
 
 @operator("PRelu")
@@ -446,6 +446,7 @@ def reduction(node: Node, x: Tensor, given: Any = None) -> Tensor:
         node.refuse("over all axes, the batch included; expected axes")
     if node.kind == "ReduceL2":
         return torch.linalg.vector_norm(x, 2, axes, keep)  # type: ignore[no-any-return]
+    functions: dict[str, Callable[..., Tensor]]
     functions = {
         "ReduceMean": torch.mean,
         "ReduceSum": torch.sum,
@@ -709,7 +710,7 @@ _ON_ARRAYS: dict[str, Callable[..., Array]] = {
     "Sqrt": lambda node, x: np.sqrt(x.astype(float)),
     "Floor": lambda node, x: _as_array(np.vectorize(math.floor, otypes=[object])(x)),
     "Equal": lambda node, a, b: np.equal(a, b).astype(object),
-    "Where": lambda node, condition, a, b: np.where(condition.astype(bool), a, b),
+    "Where": lambda node, condition, a, b: _as_array(np.where(condition.astype(bool), a, b)),
     "Concat": lambda node, *values: np.concatenate([v.astype(object) for v in values], node.get("axis")),
     "Gather": lambda node, x, i: _as_array(np.take(x.astype(object), i.astype(int), node.get("axis", 0))),
     "Reshape": lambda node, x, target: x.reshape([int(n) for n in numbers(target)]),

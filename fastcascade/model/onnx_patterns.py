@@ -39,8 +39,8 @@ class _Merger:
             kind = self.gated(x, self.made.get(gate))
             if kind is not None:
                 return replace(node, kind=kind, inputs=(x,), attributes={})
-        x = self.gelu(node)
-        return node if x is None else replace(node, kind="Gelu", inputs=(x,), attributes={})
+        argument = self.gelu(node)
+        return node if argument is None else replace(node, kind="Gelu", inputs=(argument,), attributes={})
 
     def gated(self, x: str, gate: Node | None) -> str | None:
         """x · gate(x)."""

@@ -88,7 +88,7 @@ def huggingface_network(path: str | Path, transform: ImageTransform | None) -> P
     transformers = _required("transformers")
     try:
         model = transformers.AutoModelForImageClassification.from_pretrained(path)
-        config = None
+        config: Mapping[str, Any] = {}
         if transform is None:
             config, _ = transformers.ImageProcessingMixin.get_image_processor_dict(path)
     except Exception as error:  # a missing folder, file or network connection; an unknown kind of model

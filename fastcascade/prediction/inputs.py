@@ -22,7 +22,7 @@ from fastcascade.errors import DataError, InvalidArgument
 from fastcascade.prediction.pipeline import Batch
 from fastcascade.types import InputSpec
 
-__all__ = ["Inputs", "image_batches", "open_inputs", "rows_per_batch"]
+__all__ = ["Inputs", "image_batches", "open_inputs", "pieces", "rows_per_batch"]
 
 BATCH_BYTES = 32 * 2**20
 """Size of a batch of float32 images, at most."""
@@ -71,6 +71,16 @@ def open_inputs(inputs: Any, spec: InputSpec, resize: bool) -> Inputs:
 def rows_per_batch(spec: InputSpec) -> int:
     """Number of images in a batch."""
     return min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // (4 * math.prod(spec.shape))))
+
+
+def pieces(number: int, n: int, rows_per_part: int, rows: int) -> list[range]:
+    """Positions of the batches of a part of n inputs.
+
+    Example:
+        >>> pieces(1, 12, 5, 2)
+        [range(5, 7), range(7, 9), range(9, 10)]
+    """
+    return list(_cut(range(number * rows_per_part, min(n, (number + 1) * rows_per_part)), rows))
 
 
 def _cut(positions: range, rows: int) -> Iterator[range]:

@@ -18,8 +18,9 @@ import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from fastcascade.data.image_data import Array, ImageData, ImageReader
 from fastcascade.engine import CompiledCascade
 from fastcascade.errors import DataError, FileFormatError, InvalidArgument, SaveError
 from fastcascade.lowering.plan_file import plan_fingerprint
-from fastcascade.prediction.inputs import image_batches, rows_per_batch
+from fastcascade.prediction.inputs import image_batches, pieces, rows_per_batch
 from fastcascade.prediction.pipeline import Waits, classified
 from fastcascade.prediction.predictions import Predictions
 from fastcascade.prediction.writers import WRITERS, Format, check_destination, join_files, require_format
@@ -43,7 +44,18 @@ from fastcascade.storage.files import (
 )
 from fastcascade.types import OperatingPointLike
 
-__all__ = ["ROWS_PER_FILE", "RunOptions", "Tally", "predict_to_file", "predict_to_folder"]
+__all__ = [
+    "ROWS_PER_FILE",
+    "Part",
+    "Run",
+    "RunOptions",
+    "Tally",
+    "complete",
+    "opened_run",
+    "predict_to_file",
+    "predict_to_folder",
+    "write_part",
+]
 
 ROWS_PER_FILE = 16_384
 
@@ -102,7 +114,7 @@ class Tally:
         return self
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A complete file: its number, size and sha256, and the counts of its rows."""
 
     number: int
@@ -111,10 +123,11 @@ class _Part(NamedTuple):
     tally: Tally
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data, from which :meth:`of_json` makes the part again."""
         return {"part": self.number, "bytes": self.bytes, "sha256": self.sha256, **asdict(self.tally)}
 
     @classmethod
-    def of_json(cls, value: Mapping[str, Any], num_exits: int) -> _Part:
+    def of_json(cls, value: Mapping[str, Any], num_exits: int) -> Part:
         """Raises KeyError, TypeError or ValueError if the value is not a part."""
         exits = [int(n) for n in value["exits"]]
         if len(exits) != num_exits:
@@ -151,8 +164,8 @@ def predict_to_folder(
         SaveError: the operating system reported an error. Complete parts stay; the same call continues.
     """
     options = RunOptions() if options is None else options
-    with _opened_run(model, data, folder, operating_point, options) as run:
-        return _complete(run, model, data, operating_point, started, watch)
+    with opened_run(model, data, folder, operating_point, options) as run:
+        return complete(run, len(data), partial(run.classify, model, data, operating_point), started, watch)
 
 
 def predict_to_file(
@@ -172,7 +185,8 @@ def predict_to_file(
     Args:
         path: the suffix selects the format: ``.parquet``, ``.jsonl`` or ``.csv``.
         options: ``format`` is that of the suffix; ``overwrite`` also replaces an existing file.
-        started, watch: as for :func:`predict_to_folder`.
+        started: as for :func:`predict_to_folder`.
+        watch: as for :func:`predict_to_folder`.
 
     Raises:
         InvalidArgument: as for :func:`predict_to_folder`, an unknown suffix, or the file exists.
@@ -181,8 +195,8 @@ def predict_to_file(
     path, options = Path(path), RunOptions() if options is None else options
     options = replace(options, format=check_destination(path, options.overwrite))
     parts = path.with_name(f"{path.name}.parts")
-    with _opened_run(model, data, parts, operating_point, options) as run:
-        tally = _complete(run, model, data, operating_point, started, watch)
+    with opened_run(model, data, parts, operating_point, options) as run:
+        tally = complete(run, len(data), partial(run.classify, model, data, operating_point), started, watch)
         files = [run.path(number) for number in sorted(run.parts)]
         write_atomically(
             path, lambda file: join_files(files, options.format, file), overwrite=options.overwrite
@@ -192,13 +206,13 @@ def predict_to_file(
 
 
 @contextlib.contextmanager
-def _opened_run(
+def opened_run(
     model: CompiledCascade,
     data: ImageData,
     folder: str | Path,
     operating_point: OperatingPointLike,
     options: RunOptions,
-) -> Iterator[_Run]:
+) -> Iterator[Run]:
     """The run in a folder, which is locked meanwhile."""
     thresholds = model.plan.thresholds(operating_point)
     if options.rows_per_file < 1:
@@ -209,36 +223,59 @@ def _opened_run(
         raise InvalidArgument(f"{folder} is a file; expected a folder, or the name of a new one")
     settings = _settings(model, data, [str(t) for t in thresholds.tolist()], options)
     with exclusive(folder / _LOCK, wait=False):
-        run = _Run(folder, settings, options, len(model.plan.stages))
+        run = Run(folder, settings, options, len(model.plan.stages))
         run.open()
         yield run
 
 
-def _complete(
-    run: _Run,
-    model: CompiledCascade,
-    data: ImageData,
-    operating_point: OperatingPointLike,
+def complete(
+    run: Run,
+    n: int,
+    work: Callable[[Waits], Generator[Tally, None, None]],
     started: Callable[[Tally, Waits], None] | None,
     watch: Callable[[Tally], None] | None,
 ) -> Tally:
-    """Do what is left of a run."""
+    """Do what is left of a run.
+
+    Args:
+        n: number of inputs.
+        work: classifies what is left; yields the counts of rows, and records parts.
+    """
     tally, waits = run.done_tally(), Waits()
     if run.options.strict and tally.errors:
         raise DataError(f"{tally.errors} inputs in {run.folder} have an error, and the run is strict")
     if started is not None:
         started(tally, waits)
-    if run.is_complete(len(data)):
+    if run.is_complete(n):
         return tally
     run.begin()
-    with contextlib.closing(run.classify(model, data, operating_point, waits)) as batches:
-        for predictions in batches:
-            counted = Tally.of(predictions, run.num_exits)
+    with contextlib.closing(work(waits)) as counts:
+        for counted in counts:
             tally += counted
             if watch is not None:
                 watch(counted)
-    run.finish(len(data))
+    run.finish(n)
     return tally
+
+
+def write_part(
+    folder: Path, number: int, batches: Sequence[Predictions], name: Format, num_exits: int
+) -> Part:
+    """Write the file of a part.
+
+    Raises:
+        SaveError: the operating system reported an error.
+    """
+    path = folder / _part_name(number, name)
+    write_atomically(path, lambda file: WRITERS[name](batches, file))
+    found = _file_hash(path)
+    if found is None:
+        raise SaveError(f"{path} vanished while it was written; only one run may use a folder")
+    return Part(number, *found, Tally.of(Predictions.join(batches), num_exits))
+
+
+def _part_name(number: int, name: Format) -> str:
+    return f"part-{number:05d}.{name}"
 
 
 def _settings(
@@ -268,7 +305,7 @@ def _array_hash(images: Array) -> str:
     return digest.hexdigest()
 
 
-class _Run:
+class Run:
     """The files of a run; its caller holds the folder's lock."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], options: RunOptions, num_exits: int) -> None:
@@ -276,7 +313,7 @@ class _Run:
         self.settings = settings
         self.options = options
         self.num_exits = num_exits
-        self.parts: dict[int, _Part] = {}
+        self.parts: dict[int, Part] = {}
 
     ##### Before: what is there already
 
@@ -336,7 +373,7 @@ class _Run:
                     candidates.append(parse_json(line))
         for candidate in candidates:
             with contextlib.suppress(KeyError, TypeError, ValueError):
-                part = _Part.of_json(candidate, self.num_exits)
+                part = Part.of_json(candidate, self.num_exits)
                 if _file_hash(self.path(part.number)) == (part.bytes, part.sha256):
                     self.parts[part.number] = part
 
@@ -370,12 +407,13 @@ class _Run:
 
     def is_complete(self, n: int) -> bool:
         """Whether every part is done and the manifest is written, which replaces the other files."""
-        complete = (self.folder / _MANIFEST).exists() and not self._pending(n)
+        complete = (self.folder / _MANIFEST).exists() and not self.pending(n)
         if complete:
             self._remove(_PROGRESS, _RUN)
         return complete
 
-    def _pending(self, n: int) -> list[int]:
+    def pending(self, n: int) -> list[int]:
+        """Numbers of the parts that are not done."""
         count = -(-n // self.options.rows_per_file)
         return [number for number in range(count) if number not in self.parts]
 
@@ -383,8 +421,8 @@ class _Run:
 
     def classify(
         self, model: CompiledCascade, data: ImageData, point: OperatingPointLike, waits: Waits
-    ) -> Generator[Predictions, None, None]:
-        """The batches of all parts that are not done, after they were handed to the writer."""
+    ) -> Generator[Tally, None, None]:
+        """Classify and write all parts that are not done; yields the counts of each batch."""
         taken: deque[_Chunk] = deque()
         chunks = self._chunks(len(data), rows_per_batch(model.plan.input), taken)
         parts = classified(model, image_batches(data, chunks), point, self.options.top_k, waits)
@@ -394,26 +432,25 @@ class _Run:
                 if self.options.strict:
                     predictions.require_no_errors()
                 writer.put(chunk, predictions)
-                yield predictions
+                yield Tally.of(predictions, self.num_exits)
 
     def _chunks(self, n: int, rows: int, taken: deque[_Chunk]) -> Iterator[range]:
         """Positions of the batches of all parts that are not done; no batch crosses a part."""
-        for number in self._pending(n):
-            begin = number * self.options.rows_per_file
-            end = min(n, begin + self.options.rows_per_file)
-            for start in range(begin, end, rows):
-                stop = min(end, start + rows)
-                taken.append(_Chunk(number, stop == end))
-                yield range(start, stop)
+        for number in self.pending(n):
+            spans = pieces(number, n, self.options.rows_per_file, rows)
+            for span in spans:
+                taken.append(_Chunk(number, span is spans[-1]))
+                yield span
 
     def _write_part(self, number: int, batches: list[Predictions]) -> None:
-        path = self.path(number)
-        write_atomically(path, lambda file: WRITERS[self.options.format](batches, file))
-        found = _file_hash(path)
-        if found is None:
-            raise SaveError(f"{path} vanished while it was written; only one run may use a folder")
-        tally = Tally.of(Predictions.join(batches), self.num_exits)
-        part = _Part(number, *found, tally)
+        self.record(write_part(self.folder, number, batches, self.options.format, self.num_exits))
+
+    def record(self, part: Part) -> None:
+        """List a part whose file is complete.
+
+        Raises:
+            SaveError: the operating system reported an error.
+        """
         line = (json.dumps(part.to_json()) + "\n").encode()
         try:
             with open(self.folder / _PROGRESS, "ab") as file:
@@ -422,7 +459,7 @@ class _Run:
                 os.fsync(file.fileno())
         except OSError as error:
             raise SaveError(f"cannot write {self.folder / _PROGRESS}: {error.strerror or error}") from error
-        self.parts[number] = part
+        self.parts[part.number] = part
 
     ##### After: the manifest
 
@@ -459,7 +496,7 @@ class _Run:
 
     def path(self, number: int) -> Path:
         """The file of a part."""
-        return self.folder / f"part-{number:05d}.{self.options.format}"
+        return self.folder / _part_name(number, self.options.format)
 
 
 class _Chunk(NamedTuple):

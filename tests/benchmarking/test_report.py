@@ -214,6 +214,13 @@ def test_page_shows_the_lead_figures(page: Page) -> None:
     assert "energy was not measured: no counter" in page.text
 
 
+def test_a_busy_machine_is_mentioned(tmp_path: Path, measured: Benchmark, page: Page) -> None:
+    assert "busy" not in page.text
+    busy = Page(write_report(tmp_path / "busy", replace(measured, busy_share=0.4)))
+    assert "other programs took 40% of the processors" in busy.text
+    assert replace(measured, busy_share=0.05).busy_note is None
+
+
 def test_stops_are_counted_right_and_wrong(page: Page) -> None:
     assert "70.0% stop here, 97.0% right" in page.text
     for hover in ("68 stop here, right", "2 stop here, wrong", "30 go on", "25 stop here, right"):

@@ -290,42 +290,6 @@ def test_threads_give_the_same_bits(share_ops: Callable[..., Tensor], isa: str, 
         assert torch.equal(one, share_ops(x, ops, isa, "", threads))
 
 
-def _chain(stride: int, kernel: int, width: int) -> list[Conv2d]:
-    """Expand, convolve within groups, project."""
-    middle = {"stride": (stride, stride), "padding": (kernel // 2,) * 4}
-    ops = [
-        random_conv(24, 96, (1, 1), activation="relu6"),
-        random_conv(96, 96, (kernel, kernel), groups=96 // width, **middle),
-        random_conv(96, 40, (1, 1)),
-    ]
-    return [Conv2d(**{**vars(op), "input": i, "output": i + 1}) for i, op in enumerate(ops)]
-
-
-@pytest.mark.parametrize(("stride", "kernel", "width"), [(1, 3, 1), (2, 5, 1), (1, 3, 16), (2, 3, 16)])
-@pytest.mark.parametrize("image", [(31, 33), (45, 29)])
-def test_stripes_give_the_bits_of_whole_images(
-    run_ops: RunOps,
-    share_ops: Callable[..., Tensor],
-    isa: str,
-    stride: int,
-    kernel: int,
-    width: int,
-    image: tuple[int, int],
-) -> None:
-    """Convolutions whose values do not fit the cache run by stripes of rows; alone they run on whole maps."""
-    x, ops = torch.randn(3, 24, *image), _chain(stride, kernel, width)
-    whole = x
-    for op in ops:
-        rows, _ = run_ops(whole, [Conv2d(**{**vars(op), "input": 0, "output": 1})], isa)
-        whole = rows.reshape(len(x), *op.output_shape(tuple(whole.shape[1:])))
-    stripes, expected = run_ops(x, ops, isa)
-    assert torch.equal(stripes, whole.flatten(1))
-    assert_near(stripes, expected, TOLERANCE[WINOGRAD])
-    one = share_ops(x[:1], ops, isa)
-    for threads in (2, 3, 4):
-        assert torch.equal(one, share_ops(x[:1], ops, isa, threads=threads))
-
-
 def _layers(channels: int) -> dict[str, list[Op]]:
     vector = torch.randn(channels)
     return {

@@ -191,6 +191,11 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "spatial gate": lambda: Block(spatial_gate, conv=nn.Conv2d(2, 1, 3, padding=1)),
     "maximum over channels": lambda: Block(channel_max),
     "channel shuffle": lambda: Block(shuffle),
+    "antialiased bilinear": lambda: Block(
+        lambda x: F.interpolate(x, (3, 7), mode="bilinear", antialias=True)
+    ),
+    "antialiased bicubic": lambda: Block(lambda x: F.interpolate(x, (2, 4), mode="bicubic", antialias=True)),
+    "channels in any order": lambda: Block(lambda x: x.relu().index_select(1, torch.tensor([3, 0, 0, 7, 1]))),
     "native channel shuffle": lambda: Block(lambda x: F.relu(F.channel_shuffle(x, 4))),
     "split attention": lambda: Block(split_attention, conv=nn.Conv2d(4, 8, 1)),
     "selective kernel": lambda: Block(

@@ -460,6 +460,36 @@ def test_activations_of_several_nodes_become_one(tmp_path: Path) -> None:
     assert not any(isinstance(op, Activation) for op in plan.stages[0].ops)
 
 
+@pytest.mark.parametrize("form", ["Mul", "Div"])
+@pytest.mark.parametrize("half_first", [False, True])
+def test_gelu_in_every_order_of_its_factors(form: str, half_first: bool, tmp_path: Path) -> None:
+    make = onnx.helper.make_node
+    nodes = [
+        make(form, ["x", "root"], ["scaled"]),
+        make("Erf", ["scaled"], ["erf"]),
+        make("Add", ["one", "erf"], ["gate"]),
+        make("Mul", ["x", "half"], ["product"]) if half_first else make("Mul", ["gate", "x"], ["product"]),
+        make("Mul", ["product", "gate"] if half_first else ["half", "product"], ["z"]),
+        make("Flatten", ["z"], ["y"]),
+    ]
+    root = math.sqrt(0.5) if form == "Mul" else math.sqrt(2)
+    constants = {"root": np.float32(root), "one": np.float32(1), "half": np.float32(0.5)}
+    path = write(tmp_path / "model.onnx", nodes, constants=constants)
+    stage = assert_equal_to_runtime(path, torch.randn(3, *SHAPE))
+    assert [made.kind for made in stage.module.nodes] == ["Gelu", "Flatten"]
+    wrong = write(tmp_path / "wrong.onnx", nodes, constants=constants | {"half": np.float32(0.6)})
+    assert "Erf" in [
+        made.kind for made in assert_equal_to_runtime(wrong, torch.randn(3, *SHAPE)).module.nodes
+    ]
+
+
+def test_a_reshape_for_one_image_keeps_the_batch(tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    path = write(tmp_path / "model.onnx", nodes, constants={"shape": ints(1, -1)}, shape=(1, *SHAPE))
+    x = torch.randn(3, *SHAPE)
+    assert torch.equal(fc.Stage.from_onnx(path).module(x), x.flatten(1))
+
+
 def test_a_product_with_a_gate_of_something_else_stays(tmp_path: Path) -> None:
     make = onnx.helper.make_node
     nodes = [
