@@ -23,8 +23,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   const float* x = step.inputs.empty() ? nullptr : at(step.inputs[0]);
   const float* residual = step.residual < 0 ? nullptr : at(step.residual);
   float* y = at(step.output);
-  int32_t* invalid =
-      net.invalid_offset < 0 ? nullptr : reinterpret_cast<int32_t*>(arenas.tile + net.invalid_offset) + first;
+  int32_t* invalid = net.invalid_offset < 0 ? nullptr : reinterpret_cast<int32_t*>(arena + net.invalid_offset) + first;
   const auto channel_op = [&] {
     ChannelOp c = step.channel_op;
     c.input = x;
