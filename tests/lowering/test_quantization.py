@@ -137,6 +137,17 @@ def test_random_networks_on_the_engine(seed: int) -> None:
         assert near.float().mean() > 0.95  # a value between two bytes may fall either way
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_threads_that_share_an_image_give_the_same_bits(n: int) -> None:
+    plan = quantize_plan(plan_of(Blocks()), images())
+    x = images(n)
+    x[0, 0, 0, 0] = float("nan")
+    one, many = (fc.compile(plan, threads=threads)(x) for threads in (1, 3))
+    assert torch.equal(one.probs.nan_to_num(9), many.probs.nan_to_num(9))
+    assert one.label[0] == -1
+    assert (one.label[1:] >= 0).all()
+
+
 def test_one_scale_per_output_channel() -> None:
     """Channels of very different sizes are all accurate, which one scale per tensor cannot be."""
     network = nn.Sequential(
