@@ -266,16 +266,16 @@ def test_kernels_that_cannot_run_are_refused(run_ops: RunOps, kernel: str, isa: 
         ({"multiplier": torch.ones(3)}, "multiplier has 3 numbers, expected 4"),
         ({"low": 2.0, "high": 1.0}, "clamped to 2.0* to 1.0*"),
         ({"low": -1.0, "high": 9.0, "output_zero_point": 0}, "clamped to -1"),
-        ({"weight": torch.full((4, 3, 1, 1), -128, dtype=torch.int8)}, "weight is beyond -127 to 127"),
+        ({"weight": torch.full((4, 4, 1, 1), -128, dtype=torch.int8)}, "weight is beyond -127 to 127"),
         ({"residual": 0, "residual_scale": 1.0}, "reads float32, which it cannot"),
         ({"input": 0}, "reads float32, which it cannot"),
     ],
 )
 def test_forged_layers_are_refused(run_ops: RunOps, change: dict[str, Any], message: str) -> None:
     """The engine trusts no plan: it checks what its kernels rely on."""
-    layer = random_layer(3, 4, (1, 1))
+    layer = random_layer(4, 4, (1, 1))
     for name, value in change.items():
         object.__setattr__(layer, name, value)  # the plan itself would refuse it
     object.__setattr__(layer, "output_shape", lambda *_: (4, 4, 4))
     with pytest.raises(ValueError, match=message):
-        run_ops(random_bytes(1, 3, 4, 4), [Quantize(1, 0, 1.0, 0), layer], "", "")
+        run_ops(random_bytes(1, 4, 4, 4), [Quantize(1, 0, 1.0, 0), layer], "", "")
