@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "isa/int8_region.h"
 #include "isa/region.h"
 
 #if defined(__x86_64__)
@@ -34,13 +35,33 @@ bool has_avx512() {
   return has_avx2() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && has_bits(b, bit_AVX512F) && system_saves(0xe6);
 }
 
+bool has_avx512vnni() {
+  constexpr unsigned kAvx512bw = 1u << 30, kAvx512vnni = 1u << 11;
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && has_bits(b, kAvx512bw) && has_bits(c, kAvx512vnni);
+}
+
+bool has_avxvnni() {
+  constexpr unsigned kAvxvnni = 1u << 4;
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, kAvxvnni);
+}
+
 const KernelTable* const kAvx512 = &avx512_kernels;
 const KernelTable* const kAvx2 = &avx2_kernels;
+const Int8Kernels* const kAvx512vnniInt8 = &avx512vnni_int8_kernels;
+const Int8Kernels* const kAvxvnniInt8 = &avxvnni_int8_kernels;
+const Int8Kernels* const kAvx2Int8 = &avx2_int8_kernels;
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 const KernelTable* const kAvx512 = nullptr;
+bool has_avx512vnni() { return false; }
+bool has_avxvnni() { return false; }
 const KernelTable* const kAvx2 = nullptr;
+const Int8Kernels* const kAvx512vnniInt8 = nullptr;
+const Int8Kernels* const kAvxvnniInt8 = nullptr;
+const Int8Kernels* const kAvx2Int8 = nullptr;
 #endif
 
 bool always() { return true; }
@@ -70,6 +91,34 @@ const std::vector<Isa>& isas() {
       {"portable", &portable_kernels, always, "nothing special"},
   };
   return list;
+}
+
+const std::vector<Int8Isa>& int8_isas() {
+  static const std::vector<Int8Isa> list = {
+      {"avx512vnni", kAvx512vnniInt8, has_avx512vnni, "AVX-512 F, BW and VNNI"},
+      {"avxvnni", kAvxvnniInt8, has_avxvnni, "AVX2 and AVX-VNNI"},
+      {"avx2", kAvx2Int8, has_avx2, "AVX2"},
+      {"portable", &portable_int8_kernels, always, "nothing special"},
+  };
+  return list;
+}
+
+const Int8Kernels& choose_int8_kernels(const KernelTable& kernels, const std::string& forced) {
+  const bool is_forced = forced.rfind(kInt8Prefix, 0) == 0;
+  std::string known;
+  for (const Int8Isa& isa : int8_isas()) {
+    const std::string name = kInt8Prefix + std::string(isa.name);
+    known += (known.empty() ? "" : ", ") + name;
+    const bool here = isa.kernels && isa.supported(), fits = here && kernels.lanes % isa.kernels->lanes == 0;
+    if (!is_forced && fits) return *isa.kernels;
+    if (forced != name) continue;
+    if (!here) throw std::invalid_argument("kernels '" + name + "' need " + isa.needs + ", which is missing here");
+    if (!fits)
+      throw std::invalid_argument("kernels '" + name + "' have wider vectors than instruction set '" + kernels.isa +
+                                  "'");
+    return *isa.kernels;
+  }
+  throw std::invalid_argument("unknown kernels '" + forced + "'; expected one of " + known);
 }
 
 const KernelTable& choose_isa(const std::string& name) {

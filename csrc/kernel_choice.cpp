@@ -60,7 +60,8 @@ ConvKernel choose_conv_kernel(const OpSpec& op, const Shape& in, const Shape& ou
 
 void check_forced_kernel(const std::string& forced) {
   if (!forced.empty() && forced != "conv_direct_f32" && forced != "conv3x3_winograd_f32")
-    throw std::invalid_argument("unknown kernel '" + forced + "'; expected conv_direct_f32 or conv3x3_winograd_f32");
+    throw std::invalid_argument("unknown kernel '" + forced +
+                                "'; expected conv_direct_f32 or conv3x3_winograd_f32, or int8_ and an instruction set");
 }
 
 }  // namespace fastcascade

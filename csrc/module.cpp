@@ -111,12 +111,8 @@ void read_reshape(OpSpec& op, const py::dict& d) {
     fail("field 'shape' has " + std::to_string(shape.size()) + " sizes; expected 1 or 3");
 }
 
-void read_conv2d(OpSpec& op, const py::dict& d) {
-  std::vector<int64_t> shape;
-  op.weight = get_floats(d, "weight", &shape);
-  check_axes<4>(shape, op.weight_shape, "conv2d");
-  op.bias = get_floats(d, "bias");
-  op.kernel = {shape[2], shape[3]};
+// Where a convolution's kernel lies on its input, and what it adds.
+void read_window(OpSpec& op, const py::dict& d) {
   op.stride = get<std::array<int64_t, 2>>(d, "stride");
   op.padding = get<std::array<int64_t, 4>>(d, "padding");
   op.dilation = get<std::array<int64_t, 2>>(d, "dilation");
@@ -124,6 +120,15 @@ void read_conv2d(OpSpec& op, const py::dict& d) {
   const auto residual = get<std::optional<int64_t>>(d, "residual");
   if (residual && *residual < 0) fail("field 'residual' is " + std::to_string(*residual));
   op.residual = residual.value_or(-1);
+}
+
+void read_conv2d(OpSpec& op, const py::dict& d) {
+  std::vector<int64_t> shape;
+  op.weight = get_floats(d, "weight", &shape);
+  check_axes<4>(shape, op.weight_shape, "conv2d");
+  op.bias = get_floats(d, "bias");
+  op.kernel = {shape[2], shape[3]};
+  read_window(op, d);
 }
 
 void read_pool(OpSpec& op, const py::dict& d) {
@@ -141,6 +146,39 @@ void read_linear(OpSpec& op, const py::dict& d) {
   check_axes<2>(shape, op.weight_shape, "linear");
   op.weight_shape[2] = op.weight_shape[3] = 1;
   op.bias = get_floats(d, "bias");
+}
+
+// A field that must be a contiguous int8 array, as floats, which hold its integers exactly.
+std::vector<float> get_bytes(const py::dict& d, const char* key, std::vector<int64_t>* shape) {
+  using ByteArray = py::array_t<int8_t, py::array::c_style>;
+  if (!d.contains(key) || !ByteArray::check_(d[key]))
+    fail(std::string("field '") + key + "' must be a contiguous int8 array");
+  const auto array = d[key].cast<ByteArray>();
+  shape->assign(array.shape(), array.shape() + array.ndim());
+  return {array.data(), array.data() + array.size()};
+}
+
+// Of int8_linear and int8_conv2d.
+void read_byte_layer(OpSpec& op, const py::dict& d) {
+  std::vector<int64_t> shape;
+  op.weight = get_bytes(d, "weight", &shape);
+  op.bias = get_floats(d, "bias");
+  op.int8.multiplier = get_floats(d, "multiplier");
+  op.int8.zero_point = get<int64_t>(d, "zero_point");
+  op.int8.low = get<float>(d, "low");
+  op.int8.high = get<float>(d, "high");
+  op.int8.output_zero_point = get<std::optional<int64_t>>(d, "output_zero_point");
+  op.int8.error = get<float>(d, "error");
+  if (op.kind == OpKind::int8_linear) {
+    check_axes<2>(shape, op.weight_shape, "int8 linear");
+    op.weight_shape[2] = op.weight_shape[3] = 1;
+    return;
+  }
+  check_axes<4>(shape, op.weight_shape, "int8 conv2d");
+  op.kernel = {shape[2], shape[3]};
+  op.int8.residual_scale = get<float>(d, "residual_scale");
+  op.int8.residual_zero_point = get<int64_t>(d, "residual_zero_point");
+  read_window(op, d);
 }
 
 OpSpec read_op(const py::dict& d) {
@@ -161,7 +199,11 @@ OpSpec read_op(const py::dict& d) {
                                                       {"ChannelReduce", OpKind::channel_reduce},
                                                       {"Resize", OpKind::resize},
                                                       {"Reorder", OpKind::reorder},
-                                                      {"Reshape", OpKind::reshape}};
+                                                      {"Reshape", OpKind::reshape},
+                                                      {"Quantize", OpKind::quantize},
+                                                      {"Dequantize", OpKind::dequantize},
+                                                      {"QuantizedConv2d", OpKind::int8_conv2d},
+                                                      {"QuantizedLinear", OpKind::int8_linear}};
   const auto name = get<std::string>(d, "op");
   const auto found = kinds.find(name);
   if (found == kinds.end()) fail("unknown operation '" + name.substr(0, kMaxRepr) + "'");
@@ -174,6 +216,13 @@ OpSpec read_op(const py::dict& d) {
     case OpKind::conv2d: read_conv2d(op, d); break;
     case OpKind::pool: read_pool(op, d); break;
     case OpKind::linear: read_linear(op, d); break;
+    case OpKind::int8_conv2d:
+    case OpKind::int8_linear: read_byte_layer(op, d); break;
+    case OpKind::quantize:
+    case OpKind::dequantize:
+      op.int8.scale = get<float>(d, "scale");
+      op.int8.zero_point = get<int64_t>(d, "zero_point");
+      break;
     case OpKind::activation: op.activation.parameter = get<float>(d, "parameter"); break;
     case OpKind::adaptive_pool:
       op.is_max = read_choice(d, "kind", {"average", "max"}) == 1;
@@ -412,14 +461,22 @@ class Cascade {
   }
 };
 
-// (name, why it cannot run here or None), best first.
+// (name, why it cannot run here or None).
+py::tuple availability(const std::string& name, bool here, const char* needs) {
+  return py::make_tuple(name, here ? py::object(py::none()) : py::object(py::str(std::string("it needs ") + needs)));
+}
+
+// Best first.
 py::list instruction_sets() {
   py::list list;
-  for (const Isa& isa : isas()) {
-    const bool here = isa.table && isa.supported();
-    list.append(py::make_tuple(
-        isa.name, here ? py::object(py::none()) : py::object(py::str(std::string("it needs ") + isa.needs))));
-  }
+  for (const Isa& isa : isas()) list.append(availability(isa.name, isa.table && isa.supported(), isa.needs));
+  return list;
+}
+
+py::list int8_kernels() {
+  py::list list;
+  for (const Int8Isa& isa : int8_isas())
+    list.append(availability(kInt8Prefix + std::string(isa.name), isa.kernels && isa.supported(), isa.needs));
   return list;
 }
 
@@ -430,6 +487,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastcascade;
   m.doc() = "The CPU engine. Use it through fastcascade.backends.cpu.";
   m.def("instruction_sets", &instruction_sets);
+  m.def("int8_kernels", &int8_kernels);
   m.def("chosen_isa", [](const std::string& name) { return choose_isa(name).isa; }, py::arg("name") = "");
   py::class_<Cascade>(m, "Cascade")
       .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&,

@@ -54,6 +54,15 @@ int64_t packed_weight_bytes(const Network& net) {
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
+// Room for the flags of invalid instances behind the values, and for what steps on bytes gather.
+void finalize_int8(Network& net) {
+  for (const Step& step : net.steps) {
+    net.scratch_floats = std::max(net.scratch_floats, step.int8.scratch_floats);
+    if (step.kind == StepKind::quantize) net.invalid_offset = net.arena_floats;
+  }
+  if (net.invalid_offset >= 0) net.arena_floats += net.tile_instances;
+}
+
 // Sets how many tiles a Winograd pass takes, and drops untransformed weights where it does not pay to keep them.
 void finalize_winograd(Network& net) {
   const bool weights_stream = packed_weight_bytes(net) > kCacheResidentBytes;
@@ -82,15 +91,19 @@ int64_t kept_weight_bytes(const Network& net) {
 }  // namespace
 
 Network build_network(StageSpec spec, const KernelTable& kernels, const std::string& forced) {
-  check_forced_kernel(forced);
+  const Int8Kernels& int8_kernels = choose_int8_kernels(kernels, forced);
+  const std::string forced_f32 = forced.rfind(kInt8Prefix, 0) == 0 ? "" : forced;
+  check_forced_kernel(forced_f32);
   const std::vector<Shape> shapes = infer_shapes(spec);
+  const std::vector<bool> bytes = infer_bytes(spec, shapes.size());
   fuse_operations(spec, shapes);
-  fuse_max_pools(spec, shapes, kernels, forced);
-  Network net = build_steps(spec, shapes, kernels, forced);
+  fuse_max_pools(spec, shapes, kernels, forced_f32);
+  Network net = build_steps(spec, shapes, bytes, kernels, int8_kernels, forced_f32);
   set_work(net);
   plan_memory(net);
   net.min_rows_per_thread = weights_are_rarely_used(net) ? kMinRowsPerThread : 1;
   finalize_winograd(net);
+  finalize_int8(net);
   net.weight_bytes = kept_weight_bytes(net);
   return net;
 }

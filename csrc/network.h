@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "int8.h"
 #include "kernels.h"
 #include "memory.h"
 #include "stage_spec.h"
@@ -17,13 +18,14 @@ namespace fastcascade {
 struct Value {
   Shape shape;
   int64_t pitch = 0;   // channels as stored
-  int64_t floats = 0;  // per instance
+  int64_t floats = 0;  // per instance; four bytes to a float
+  bool bytes = false;  // quantised
   bool holds_tile = false;
   int64_t offset = 0;  // in the arena
 
   void set_pitch(int64_t channels) {
     pitch = channels;
-    floats = shape.h * shape.w * channels;
+    floats = shape.h * shape.w * channels / (bytes ? 4 : 1);
   }
 };
 
@@ -43,7 +45,24 @@ enum class StepKind {
   pad,
   slice,
   concat,
-  flatten
+  flatten,
+  quantize,
+  dequantize,
+  int8_conv,
+  int8_depthwise,
+  int8_pool
+};
+
+// Arguments of a step on bytes; see int8.h. The step's weights hold the packed weights.
+struct Int8Step {
+  Int8Conv conv{};
+  Int8Depthwise depthwise{};
+  Int8Pool pool{};
+  ByteGrid grid{};
+  std::vector<int32_t> start;
+  std::vector<float> multiplier;
+  std::vector<uint8_t> padding;
+  int64_t scratch_floats = 0;
 };
 
 struct Step {
@@ -67,6 +86,7 @@ struct Step {
   Elementwise elementwise{};
   ChannelOp channel_op{};
   Resize resize{};
+  Int8Step int8{};
   OpSpec layout;  // of a step that only moves data
 
   std::vector<int64_t> reads() const {
@@ -85,6 +105,7 @@ struct Segment {
 struct Network {
   std::string name;
   const KernelTable* kernels;
+  const Int8Kernels* int8_kernels;
   StageInput input_kind;
   std::vector<Value> values;
   std::vector<Step> steps;  // the first loads value 0
@@ -93,6 +114,8 @@ struct Network {
   int64_t tile_instances;       // instances that run together
   int64_t min_rows_per_thread;  // with fewer, threads share each step instead of each running its own instances
   int64_t arena_floats;         // activations of a tile
+  int64_t invalid_offset = -1;  // in the arena: a flag per instance of the tile, set where a quantised value was not
+                                // finite; -1 where nothing is quantised
   int64_t scratch_floats;       // of one thread
   int64_t weight_bytes;
   Buffer zeros;
@@ -101,7 +124,8 @@ struct Network {
   const Shape& shape(int64_t value) const { return values[value].shape; }
 };
 
-// Checks a stage, chooses its kernels and packs its weights. `forced` is as in choose_conv_kernel. Throws
+// Checks a stage, chooses its kernels and packs its weights. `forced` is as in choose_conv_kernel or
+// choose_int8_kernels. Throws
 // std::invalid_argument where the stage is inconsistent or too large.
 Network build_network(StageSpec spec, const KernelTable& kernels, const std::string& forced);
 

@@ -1,5 +1,7 @@
 #include "operation_text.h"
 
+#include <cstdio>
+
 namespace fastcascade {
 namespace {
 
@@ -52,6 +54,12 @@ std::string conv_text(const OpSpec& op, const Shape& in) {
   return text;
 }
 
+std::string error_text(const OpSpec& op) {
+  char text[32];
+  std::snprintf(text, sizeof text, ", error %.1f%%", 100.0 * static_cast<double>(op.int8.error));
+  return text;
+}
+
 std::string kind_text(const OpSpec& op, const Shape& in) {
   switch (op.kind) {
     case OpKind::conv2d: return conv_text(op, in);
@@ -72,6 +80,10 @@ std::string kind_text(const OpSpec& op, const Shape& in) {
     case OpKind::pad: return "pad";
     case OpKind::concat: return "concat";
     case OpKind::flatten: return "flatten";
+    case OpKind::quantize: return "quantize";
+    case OpKind::dequantize: return "dequantize";
+    case OpKind::int8_conv2d: return "int8 " + conv_text(op, in) + error_text(op);
+    case OpKind::int8_linear: return "int8 linear " + in.text() + error_text(op);
   }
   return "";
 }

@@ -1,5 +1,6 @@
 #include "run_step.h"
 
+#include "int8_steps.h"
 #include "layout_steps.h"
 
 namespace fastcascade {
@@ -22,6 +23,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
   const float* x = step.inputs.empty() ? nullptr : at(step.inputs[0]);
   const float* residual = step.residual < 0 ? nullptr : at(step.residual);
   float* y = at(step.output);
+  int32_t* invalid = net.invalid_offset < 0 ? nullptr : reinterpret_cast<int32_t*>(arena + net.invalid_offset) + first;
   const auto channel_op = [&] {
     ChannelOp c = step.channel_op;
     c.input = x;
@@ -32,6 +34,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
     case StepKind::load:
       for (int64_t n = part.positions.begin / step.work_items; n * step.work_items < part.positions.end; ++n) {
         const int64_t above = n * step.work_items;  // lines of the instances before
+        if (invalid && part.positions.begin <= above) invalid[n] = 0;
         load_lines(net, source, first + n, y + n * net.values[0].floats,
                    {std::max<int64_t>(0, part.positions.begin - above),
                     std::min(step.work_items, part.positions.end - above)});
@@ -87,6 +90,12 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
     case StepKind::pad: return pad_f32(net, step, x, y, part.positions);
     case StepKind::slice: return slice_f32(net, step, x, y, part.positions);
     case StepKind::flatten: return flatten_f32(net, step, x, y, part.positions);
+    case StepKind::quantize:
+    case StepKind::dequantize:
+    case StepKind::int8_conv:
+    case StepKind::int8_depthwise:
+    case StepKind::int8_pool:
+      return run_int8_step(net, step, {x, residual, y, scratch, invalid}, part.positions, part.panels);
     case StepKind::concat: {
       const float* inputs[kMaxInputs];
       for (size_t i = 0; i < step.inputs.size(); ++i) inputs[i] = at(step.inputs[i]);

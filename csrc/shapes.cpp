@@ -1,6 +1,7 @@
 #include "shapes.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 namespace fastcascade {
@@ -183,14 +184,18 @@ void check_scale_shift(const std::string& where, const OpSpec& op, const Shape& 
 Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>& shapes) {
   const Shape& in = shapes[op.inputs[0]];
   switch (op.kind) {
-    case OpKind::conv2d: return conv_shape(where, op, in);
+    case OpKind::conv2d:
+    case OpKind::int8_conv2d: return conv_shape(where, op, in);
     case OpKind::pool: return pool_shape(where, op, in);
-    case OpKind::linear: return linear_shape(where, op, in);
+    case OpKind::linear:
+    case OpKind::int8_linear: return linear_shape(where, op, in);
     case OpKind::adaptive_pool:
     case OpKind::resize: return resized_shape(where, op, in);
     case OpKind::add:
     case OpKind::multiply: return broadcast_shape(where, in, shapes[op.inputs[1]]);
-    case OpKind::activation: return in;
+    case OpKind::activation:
+    case OpKind::quantize:
+    case OpKind::dequantize: return in;
     case OpKind::scale_shift: check_scale_shift(where, op, in, true); return in;
     case OpKind::layer_norm: check_scale_shift(where, op, in, false); return in;
     case OpKind::softmax:
@@ -208,7 +213,69 @@ Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>
   fail(where, "unknown operation");
 }
 
+// Zero points are 0 and 128; a kernel may rely on rounded outputs being bytes, and on sums fitting in an int32.
+void check_zero_point(const std::string& where, int64_t zero_point) {
+  if (zero_point != 0 && zero_point != 128)
+    fail(where, "the zero point is " + std::to_string(zero_point) + ", expected 0 or 128");
+}
+
+void check_byte_weights(const std::string& where, const OpSpec& op) {
+  const size_t terms = op.weight.size() / static_cast<size_t>(op.weight_shape[0]);
+  for (size_t first = 0; first < op.weight.size(); first += terms) {
+    double sum = 0;
+    for (size_t i = first; i < first + terms; ++i) {
+      if (!(std::fabs(op.weight[i]) <= 127.f)) fail(where, "a weight is beyond -127 to 127");
+      sum += std::fabs(op.weight[i]);
+    }
+    if (255 * sum > std::numeric_limits<int32_t>::max()) fail(where, "its sums do not fit in 32 bits");
+  }
+}
+
+void check_byte_layer(const std::string& where, const OpSpec& op) {
+  const Int8Spec& s = op.int8;
+  check_count(where, "multiplier", s.multiplier.size(), op.weight_shape[0]);
+  for (const std::vector<float>* numbers : {&s.multiplier, &op.bias})
+    for (const float x : *numbers)
+      if (!std::isfinite(x)) fail(where, "a multiplier or bias is not finite");
+  check_zero_point(where, s.zero_point);
+  check_zero_point(where, s.residual_zero_point);
+  if (!std::isfinite(s.residual_scale)) fail(where, "the scale of the residual is not finite");
+  const int64_t zero_point = s.output_zero_point.value_or(0);
+  check_zero_point(where, zero_point);
+  const bool is_free = !s.output_zero_point;
+  const auto lowest = static_cast<float>(-zero_point), highest = static_cast<float>(255 - zero_point);
+  if (!(s.low <= s.high) || (!is_free && !(lowest <= s.low && s.high <= highest)))
+    fail(where, "the output is clamped to " + std::to_string(s.low) + " to " + std::to_string(s.high));
+  check_byte_weights(where, op);
+}
+
+void check_grid(const std::string& where, const Int8Spec& s) {
+  check_zero_point(where, s.zero_point);
+  if (!(s.scale > 0.f) || std::isinf(s.scale)) fail(where, "the scale is " + std::to_string(s.scale));
+}
+
 }  // namespace
+
+std::vector<bool> infer_bytes(const StageSpec& spec, size_t values) {
+  std::vector<bool> bytes(values, false);
+  const std::string stage = "stage '" + spec.name + "'";
+  for (size_t i = 0; i < spec.ops.size(); ++i) {
+    const OpSpec& op = spec.ops[i];
+    const std::string where = stage + ", operation " + std::to_string(i);
+    const bool is_layer = op.kind == OpKind::int8_conv2d || op.kind == OpKind::int8_linear;
+    const bool passes = op.kind == OpKind::pool && op.is_max, reads = bytes[op.inputs[0]];
+    std::vector<int64_t> all = op.inputs;
+    if (op.residual >= 0) all.push_back(op.residual);
+    for (const int64_t v : all)
+      if (!passes && bytes[v] != (is_layer || op.kind == OpKind::dequantize))
+        fail(where, "reads " + std::string(bytes[v] ? "bytes" : "float32") + ", which it cannot");
+    if (is_layer) check_byte_layer(where, op);
+    if (op.kind == OpKind::quantize || op.kind == OpKind::dequantize) check_grid(where, op.int8);
+    bytes[op.output] = op.kind == OpKind::quantize || (is_layer && op.int8.output_zero_point) || (passes && reads);
+  }
+  if (bytes[spec.features] || bytes[spec.logits]) fail(stage, "ends in bytes, expected float32");
+  return bytes;
+}
 
 std::vector<Shape> infer_shapes(const StageSpec& spec) {
   const std::string stage = "stage '" + spec.name + "'";

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,11 +47,27 @@ enum class OpKind {
   slice,
   pad,
   concat,
-  flatten
+  flatten,
+  quantize,
+  dequantize,
+  int8_conv2d,
+  int8_linear
 };
 
 enum class PadMode { constant, reflect, replicate };
 enum class Interpolation { bilinear, nearest, bicubic };
+
+// What an operation on bytes has beside the fields of a convolution; int8.h defines it. Its weights are integers.
+struct Int8Spec {
+  std::vector<float> multiplier;
+  float scale = 1.f;       // of quantize and dequantize
+  int64_t zero_point = 0;  // of the bytes that it reads; of a quantize, that it writes
+  float residual_scale = 0.f;
+  int64_t residual_zero_point = 0;
+  float low = 0.f, high = 0.f;
+  std::optional<int64_t> output_zero_point;  // none where the output is float32
+  float error = 0.f;                         // measured by whoever quantised, for describe()
+};
 
 // One operation. Fields that its kind does not use keep their defaults. Arrays are (C, H, W) or (height, width);
 // padding is (top, bottom, left, right).
@@ -75,6 +92,7 @@ struct OpSpec {
   bool align_corners = false, antialias = false;          // resize
   int64_t parts = 1;                                      // softmax
   std::vector<int64_t> channels;                          // reorder: of the input, one per channel of the output
+  Int8Spec int8;
   // Set by fusion only: the convolution's 2×2 maxima are its output; the residual comes last.
   bool max_pooled = false, residual_after_activation = false;
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "fusion.h"
+#include "int8_steps.h"
 #include "kernel_choice.h"
 #include "operation_text.h"
 #include "pack.h"
@@ -25,15 +26,16 @@ std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) 
 
 class StepBuilder {
  public:
-  StepBuilder(const StageSpec& spec, const std::vector<Shape>& shapes, const KernelTable& kernels,
-              const std::string& forced)
+  StepBuilder(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
+              const KernelTable& kernels, const Int8Kernels& int8_kernels, const std::string& forced)
       : spec_(spec), kernels_(kernels), forced_(forced) {
     net_.name = spec.name;
     net_.kernels = &kernels;
+    net_.int8_kernels = &int8_kernels;
     net_.input_kind = spec.input_kind;
     net_.features = spec.keeps_features ? spec.features : -1;
     net_.logits = spec.logits;
-    for (const Shape& shape : shapes) add_value(shape);
+    for (size_t v = 0; v < shapes.size(); ++v) add_value(shapes[v], bytes[v]);
   }
 
   Network build() {
@@ -50,9 +52,10 @@ class StepBuilder {
   const std::string forced_;
   Network net_;
 
-  int64_t add_value(const Shape& shape) {
+  int64_t add_value(const Shape& shape, bool bytes = false) {
     Value value;
     value.shape = shape;
+    value.bytes = bytes;
     value.set_pitch(round_up(shape.c, kernels_.lanes));
     net_.values.push_back(value);
     return static_cast<int64_t>(net_.values.size()) - 1;
@@ -134,6 +137,10 @@ class StepBuilder {
       case OpKind::pad: return add_layout(StepKind::pad, op, "pad_f32");
       case OpKind::concat: return add_layout(StepKind::concat, op, "concat_f32");
       case OpKind::flatten: return add_layout(StepKind::flatten, op, "flatten_f32");
+      case OpKind::quantize: return add_grid(StepKind::quantize, op, "quantize_f32");
+      case OpKind::dequantize: return add_grid(StepKind::dequantize, op, "dequantize_u8");
+      case OpKind::int8_conv2d:
+      case OpKind::int8_linear: return add_int8_layer(op);
     }
   }
 
@@ -229,11 +236,30 @@ class StepBuilder {
 
   void add_pool(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    if (in.bytes) {
+      add_step(StepKind::int8_pool, op, operation_text(op, in.shape), "pool_max_u8").int8.pool =
+          int8_pool_arguments(op, in, out);
+      return;
+    }
     const char* kernel = op.is_max ? "pool_max_f32" : "pool_average_f32";
     Step& step = add_step(StepKind::pool, op, operation_text(op, in.shape), kernel);
     step.pool = pool_arguments(op, in, out);
     step.min_items = kMinPixels;
     step.panels = out.pitch / kernels_.lanes;
+  }
+
+  void add_int8_layer(const OpSpec& op) {
+    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
+    const StepKind kind = is_int8_depthwise(op, in.shape) ? StepKind::int8_depthwise : StepKind::int8_conv;
+    Step& step = add_step(kind, op, operation_text(op, in.shape), kInt8Prefix + std::string(net_.int8_kernels->isa));
+    pack_int8_layer(step, op, in, out, kernels_.lanes, *net_.int8_kernels);
+    step.min_items = kMinPixels;
+  }
+
+  void add_grid(StepKind kind, const OpSpec& op, const char* kernel) {
+    const Value in = net_.values[op.inputs[0]];
+    Step& step = add_step(kind, op, operation_text(op, in.shape), kernel);
+    step.int8.grid = {op.int8.scale, static_cast<int32_t>(op.int8.zero_point), in.shape.h * in.shape.w, in.pitch};
   }
 
   void add_elementwise(const OpSpec& op) {
@@ -267,9 +293,9 @@ class StepBuilder {
 
 }  // namespace
 
-Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const KernelTable& kernels,
-                    const std::string& forced) {
-  return StepBuilder(spec, shapes, kernels, forced).build();
+Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
+                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const std::string& forced) {
+  return StepBuilder(spec, shapes, bytes, kernels, int8_kernels, forced).build();
 }
 
 }  // namespace fastcascade

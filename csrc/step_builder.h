@@ -8,8 +8,9 @@
 
 namespace fastcascade {
 
-// The network's values and steps. Memory is not planned yet. `shapes` are those of infer_shapes.
-Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const KernelTable& kernels,
-                    const std::string& forced);
+// The network's values and steps. Memory is not planned yet. `shapes` and `bytes` are those of infer_shapes and
+// infer_bytes.
+Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
+                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const std::string& forced);
 
 }  // namespace fastcascade

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastcascade.benchmarking.runner import benchmark
     from fastcascade.data.sources import load_data
-    from fastcascade.engine import compile
+    from fastcascade.engine import compile, quantize
     from fastcascade.errors import FastCascadeError
     from fastcascade.evaluation.calibration import calibrate
     from fastcascade.evaluation.evaluation import evaluate
+    from fastcascade.evaluation.precision_choice import choose_precision
     from fastcascade.evaluation.stage_choice import choose_stages
     from fastcascade.lowering.export import plan
     from fastcascade.lowering.plan_file import load_plan
@@ -46,6 +47,7 @@ __all__ = [
     "ThresholdSelector",
     "benchmark",
     "calibrate",
+    "choose_precision",
     "choose_stages",
     "compile",
     "evaluate",
@@ -55,6 +57,7 @@ __all__ = [
     "load_plan",
     "plan",
     "predict",
+    "quantize",
     "ray",
 ]
 
@@ -76,6 +79,7 @@ _HOMES = {
     "ThresholdSelector": "fastcascade.model.selector:ThresholdSelector",
     "benchmark": "fastcascade.benchmarking.runner:benchmark",
     "calibrate": "fastcascade.evaluation.calibration:calibrate",
+    "choose_precision": "fastcascade.evaluation.precision_choice:choose_precision",
     "choose_stages": "fastcascade.evaluation.stage_choice:choose_stages",
     "compile": "fastcascade.engine:compile",
     "evaluate": "fastcascade.evaluation.evaluation:evaluate",
@@ -85,6 +89,7 @@ _HOMES = {
     "load_plan": "fastcascade.lowering.plan_file:load_plan",
     "plan": "fastcascade.lowering.export:plan",
     "predict": "fastcascade.prediction.predictor:predict",
+    "quantize": "fastcascade.engine:quantize",
     "ray": "fastcascade.prediction.ray",
 }
 """Where each public name is defined. Modules are imported at first use, because torch takes seconds.

@@ -141,7 +141,10 @@ Point = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 Backend = Annotated[str, typer.Option(help="auto, or a name from `fastcascade doctor`")]
-Precision = Annotated[Literal["fp32", "fp16"], typer.Option(help="precision of the stages")]
+Precision = Annotated[
+    Literal["fp32", "fp16", "int8"] | None,
+    typer.Option(help="precision of the stages; int8 needs a model from `fastcascade quantize`"),
+]
 
 
 def _load_images(
@@ -175,10 +178,17 @@ def _load_model(directory: Path) -> Cascade | Plan:
 
 
 def _compile(
-    model: Cascade | Plan, backend: str, precision: Precision, threads: int | None
+    model: Cascade | Plan | Path, backend: str, precision: Precision, threads: int | None
 ) -> CompiledCascade:
     import fastcascade as fc
+    from fastcascade.engine import load_model
+    from fastcascade.lowering.plan import Plan
 
+    model = load_model(model) if isinstance(model, Path) else model
+    if precision == "int8" and not (isinstance(model, Plan) and model.is_quantized):
+        raise InvalidArgument(
+            "--precision int8 needs a quantised model; `fastcascade quantize MODEL DATA --out DIR` makes one"
+        )
     return fc.compile(model, backend=backend, precision=precision, threads=threads)
 
 
@@ -247,7 +257,7 @@ def predict(
         ),
     ] = None,
     backend: Backend = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = None,
     threads: Threads = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace an existing file, or another run in the folder")
@@ -266,7 +276,7 @@ def predict(
     to_file = output is not None and output.suffix in _FILES
     if output is not None and to_file:
         check_destination(output, overwrite)
-    compiled = fc.compile(model, backend=backend, precision=precision, threads=threads)
+    compiled = _compile(model, backend, precision, threads)
     compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
     images = load_inputs(inputs[0] if len(inputs) == 1 else inputs, compiled.plan.input.shape, resize, split)
     chosen = None if rows is None else _row_range(rows, len(images))
@@ -334,7 +344,7 @@ def evaluate(
     rows: RowRange = None,
     resize: Resize = False,
     backend: Backend = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = None,
     threads: Threads = None,
     curve: Annotated[
         Path | None, typer.Option(help="draw the cost–accuracy curve to this .png or .svg file")
@@ -350,7 +360,7 @@ def evaluate(
         if not isinstance(loaded, fc.Cascade):
             raise InvalidArgument(f"{model} is a plan; the curve needs a saved cascade")
     compiled = _compile(loaded, backend, precision, threads)
-    names: list[str | None] = list(operating_point or compiled.plan.operating_points) or [None]
+    names: list[str | None] = list(operating_point or compiled.plan.usable_points) or [None]
     for name in names:
         compiled.plan.thresholds(name)  # fails on an unknown name before the images are read
     images = _load_images(data, compiled.plan, split, rows, resize)
@@ -391,16 +401,18 @@ def calibrate(
     rows: RowRange = None,
     resize: Resize = False,
 ) -> None:
-    """Choose stop thresholds on held-out images and store them in the saved cascade. Give one target."""
+    """Choose stop thresholds on held-out images, for one target, and store them in the saved model."""
     import fastcascade as fc
 
-    cascade = fc.load(model)
-    images = _load_images(data, cascade, split, rows, resize)
+    loaded = _load_model(model)
+    images = _load_images(data, loaded, split, rows, resize)
+    measured = loaded if isinstance(loaded, fc.Cascade) else fc.compile(loaded)
     point = fc.calibrate(
-        cascade, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
+        measured, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
     )
-    cascade.save(model, overwrite=True)
-    Console().print(operating_points_table({name: point}, cascade.dense_macs))
+    saved = measured if isinstance(measured, fc.Cascade) else measured.plan
+    saved.save(model, overwrite=True)
+    Console().print(operating_points_table({name: point}, loaded.dense_macs))
 
 
 def operating_points_table(points: Mapping[str, OperatingPoint], dense_macs: int) -> Table:
@@ -445,7 +457,7 @@ def bench(
     rows: RowRange = None,
     resize: Resize = False,
     backend: Backend = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = None,
     threads: ThreadCounts = "",
     peers: Peers = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
@@ -480,7 +492,7 @@ def report(
     rows: RowRange = None,
     resize: Resize = False,
     backend: Backend = "auto",
-    precision: Precision = "fp32",
+    precision: Precision = None,
     threads: ThreadCounts = "",
     peers: Peers = False,
     overwrite: Overwrite = False,
@@ -571,6 +583,43 @@ def comparison_table(comparison: SelectorComparison) -> Table:
     for name, row in comparison.accuracy.items():
         table.add_row(printable(name), *(f"{accuracy:.2%}" for accuracy in row))
     return table
+
+
+@app.command(
+    epilog="Example: fastcascade quantize model/ cifar10:data --split train --rows 47500: --out int8/"
+)
+def quantize(
+    model: Model,
+    data: Source,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the quantised plan goes")],
+    precision: Annotated[
+        str, typer.Option(metavar="P,P,…", help="int8, or int8 or fp32 for each stage")
+    ] = "int8",
+    split: Split = None,
+    rows: RowRange = None,
+    resize: Resize = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantise a cascade to int8 on images like those to come, and save its plan; labels are not needed."""
+    import fastcascade as fc
+
+    loaded = _load_model(model)
+    names = precision.split(",")
+    plan = fc.quantize(
+        loaded,
+        _load_images(data, loaded, split, rows, resize),
+        names[0] if len(names) == 1 else names,  # type: ignore[arg-type]
+    )
+    plan.save(out, overwrite=overwrite)
+    table = Table("stage", "precision", "int8 layers", "largest error", "weights, KiB")
+    for stage in plan.stages:
+        errors = stage.layer_errors
+        largest = f"{max(errors):.1%}" if errors else ""
+        table.add_row(
+            plain(stage.name), stage.precision, str(len(errors)), largest, f"{stage.weight_bytes / 1024:,.0f}"
+        )
+    Console().print(table)
+    say("saved:", str(out))
 
 
 @app.command(epilog="Example: fastcascade export model/ --onnx exported/")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -18,20 +19,22 @@ from torch import Tensor, nn
 from fastcascade.backends.interface import ExitResults, Precision, StageReport
 from fastcascade.backends.registry import choose_backend
 from fastcascade.backends.torch_module import compiled_modules
+from fastcascade.data.batches import Data, batches
 from fastcascade.errors import FastCascadeError, FileFormatError, InvalidArgument
 from fastcascade.lowering import export as lower
 from fastcascade.lowering.plan import Plan
 from fastcascade.lowering.plan_file import load_plan, plan_exists, plan_sha256
+from fastcascade.lowering.quantization import MOST_IMAGES, quantize_plan
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.store import cascade_exists, load_cascade, plan_note
 from fastcascade.pixel_scale import ScaleCheck
 from fastcascade.text import plain, printable
-from fastcascade.types import CascadeOutput, OperatingPointLike
+from fastcascade.types import CascadeOutput, OperatingPoint, OperatingPointLike
 
 if TYPE_CHECKING:
     import fastcascade
 
-__all__ = ["CompiledCascade", "compile", "load_model"]
+__all__ = ["CompiledCascade", "compile", "load_model", "quantize"]
 
 Output = Literal["cascade", "log_probs"]
 
@@ -50,11 +53,12 @@ class Settings(NamedTuple):
 def compile(
     cascade: Cascade | Plan | str | Path,
     backend: str = "auto",
-    precision: Precision = "fp32",
+    precision: Precision | Sequence[Precision] | None = None,
     device: torch.device | str | None = None,
     threads: int | None = None,
     output: Output = "cascade",
     torch_compile: bool = False,
+    calibration_data: Data | Tensor | np.ndarray[Any, Any] | None = None,
 ) -> CompiledCascade:
     """Compile a cascade, or a plan, for fast inference: a drop-in replacement for its forward pass.
 
@@ -63,15 +67,21 @@ def compile(
             the folder of a saved cascade or plan.
         backend: "auto" for the fastest one that can run the cascade, or a name, without fallback.
             FASTCASCADE_BACKEND in the environment overrides "auto".
-        precision: of the stages; exit decisions are always fp32.
+        precision: of the stages; exit decisions are always fp32. "int8" is for the CPU and needs
+            ``calibration_data``, see :func:`quantize`. One per stage, as in ["int8", "fp32"], mixes fp32 and
+            int8. None means what a plan is quantised to, else "fp32".
         device: of the images and the output; by default the cascade's device, the CPU for a plan.
         threads: CPU threads; by default torch's number.
         output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
         torch_compile: run opaque stages through ``torch.compile``. Each is compiled when it first sees 1, 2,
             4, … or 64 rows, which takes seconds to minutes; other numbers of rows are padded to the next one.
+        calibration_data: for int8: images like those to come, without labels or with; 512 are used, 16 is the
+            least.
 
     Raises:
-        InvalidArgument: an unknown backend, precision, device or output, or threads below 1.
+        InvalidArgument: an unknown backend, precision, device or output, or threads below 1; int8 without
+            enough calibration data, or another precision than a quantised plan has.
+        LoweringError: int8 for an opaque stage.
         BackendUnavailable: the backend cannot run on this machine or cannot run this plan.
         FileFormatError: the folder holds neither, or a cascade of custom modules without its plan.
 
@@ -93,10 +103,121 @@ def compile(
         raise InvalidArgument(f"threads is {threads!r}; expected a number from 1, or None for torch's")
     if device is None:
         device = cascade.device if isinstance(cascade, Cascade) else "cpu"
-    settings = Settings(backend, precision, _full_device(device), threads, output, torch_compile)
+    build = partial(_planned, cascade, precision, _calibration_images(precision, calibration_data))
+    plan = build()
+    of_backend = "int8" if plan.is_quantized else "fp32" if precision is None else _common(precision)
+    settings = Settings(backend, of_backend, _full_device(device), threads, output, torch_compile)
     if isinstance(cascade, Plan):
-        return CompiledCascade(cascade, settings)
-    return CompiledCascade(lower.plan(cascade), settings, source=cascade)
+        return CompiledCascade(plan, settings)
+    return CompiledCascade(plan, settings, cascade, build)
+
+
+def quantize(
+    cascade: Cascade | Plan,
+    calibration_data: Data | Tensor | np.ndarray[Any, Any],
+    precision: Precision | Sequence[Precision] = "int8",
+) -> Plan:
+    """A plan with stages in int8, for :func:`compile` or to be saved.
+
+    The layers that read the image, those that make the logits, selectors and exits stay in float32, and so do
+    layers without which a stage's probabilities would differ too much from those in float32. int8 shifts stop
+    scores, so operating points that were measured in float32 are refused: calibrate what was compiled.
+
+    Args:
+        cascade: a cascade, left unchanged, or a plan in float32.
+        calibration_data: a Dataset, a DataLoader, (images, labels) or images alone: a sample of those to
+            come. 512 are used; 16 is the least.
+        precision: "int8", or "int8" or "fp32" for each stage.
+
+    Raises:
+        InvalidArgument: too few images or of another shape; another precision, or one for each of another
+            number of stages.
+        LoweringError: int8 for an opaque stage, or for one that is quantised already.
+
+    Example:
+        >>> from fastcascade.model.resnet import resnet_cifar
+        >>> from fastcascade.model.selector import MLPSelector
+        >>> cascade = Cascade([resnet_cifar(8), resnet_cifar(14)], MLPSelector(), 10, (3, 32, 32))
+        >>> quantize(cascade, torch.rand(16, 3, 32, 32), ["int8", "fp32"]).precision
+        ('int8', 'fp32')
+    """
+    plan = cascade if isinstance(cascade, Plan) else lower.plan(cascade)
+    if plan.is_quantized:
+        raise InvalidArgument(f"the plan is quantised already, to {plan.precision}; pass the float32 plan")
+    wanted = _per_stage(precision, len(plan.stages))
+    if not set(wanted) <= {"fp32", "int8"}:
+        raise InvalidArgument(f"precision is {precision!r}; expected 'int8', or 'int8' or 'fp32' per stage")
+    return quantize_plan(plan, _first_images(calibration_data), [p == "int8" for p in wanted])
+
+
+def _planned(
+    cascade: Cascade | Plan, precision: Precision | Sequence[Precision] | None, images: Tensor | None
+) -> Plan:
+    """The plan at a precision; ``images`` calibrate int8."""
+    plan = cascade if isinstance(cascade, Plan) else lower.plan(cascade)
+    if precision is None:
+        return plan
+    wanted = _per_stage(precision, len(plan.stages))
+    if plan.is_quantized:
+        if wanted != plan.precision and precision != "int8":
+            raise InvalidArgument(
+                f"the plan is quantised to {plan.precision}, which cannot become {precision!r}; leave "
+                "precision out, or compile the cascade or its float32 plan"
+            )
+        return plan
+    if "int8" not in wanted:
+        return plan
+    if images is None:
+        raise InvalidArgument(
+            "precision 'int8' needs calibration_data: some hundred images like those to come, without labels"
+        )
+    return quantize(plan, images, precision)
+
+
+def _per_stage(precision: Precision | Sequence[Precision], stages: int) -> tuple[Precision, ...]:
+    if isinstance(precision, str):
+        return (precision,) * stages
+    wanted = tuple(precision)
+    if len(wanted) != stages or not set(wanted) <= set(get_args(Precision)):
+        raise InvalidArgument(
+            f"precision is {list(wanted)}; expected one of {get_args(Precision)}, or one for each of the "
+            f"{stages} stages"
+        )
+    return wanted
+
+
+def _common(precision: Precision | Sequence[Precision]) -> Precision:
+    """The one precision of all stages, int8 aside."""
+    if isinstance(precision, str):
+        return precision
+    if len(set(precision)) == 1:
+        return precision[0]
+    raise InvalidArgument(f"precision is {list(precision)}; only 'int8' and 'fp32' can be mixed")
+
+
+def _calibration_images(
+    precision: Precision | Sequence[Precision] | None, data: Data | Tensor | np.ndarray[Any, Any] | None
+) -> Tensor | None:
+    """The images that calibrate int8; None where nothing is to be quantised, or is already."""
+    quantizes = precision is not None and "int8" in ([precision] if isinstance(precision, str) else precision)
+    if data is None:
+        return None
+    if not quantizes:
+        raise InvalidArgument(f"calibration_data is for precision 'int8', but precision is {precision!r}")
+    return _first_images(data)
+
+
+def _first_images(data: Data | Tensor | np.ndarray[Any, Any]) -> Tensor:
+    """The first images of the data, as many as calibration uses."""
+    pair: Any = (data, None) if isinstance(data, Tensor | np.ndarray) else data
+    parts: list[Tensor] = []
+    for images, _ in batches(pair, MOST_IMAGES):
+        parts.append(images)
+        if sum(map(len, parts)) >= MOST_IMAGES:
+            break
+    if not parts:
+        raise InvalidArgument("got no calibration images")
+    return torch.cat(parts)[:MOST_IMAGES].cpu()
 
 
 def load_model(directory: str | Path) -> Cascade | Plan:
@@ -151,10 +272,17 @@ class CompiledCascade(nn.Module):
         program: the backend's program.
     """
 
-    def __init__(self, plan: Plan, settings: Settings, source: Cascade | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        source: Cascade | None = None,
+        build: Callable[[], Plan] | None = None,
+    ) -> None:
         super().__init__()
-        # A closure: as an attribute, the cascade would be a submodule with its parameters and its mode.
-        self._lower_again: Callable[[], Plan] | None = None if source is None else partial(lower.plan, source)
+        # In a tuple: as an attribute, the cascade would be a submodule with its parameters and its mode.
+        self._source = (source,)
+        self._lower_again = build
         self._settings = settings
         self._scale_check = ScaleCheck(plan.input)
         self.training = False
@@ -209,7 +337,7 @@ class CompiledCascade(nn.Module):
 
     @property
     def precision(self) -> Precision:
-        """Precision of the stages."""
+        """Precision of the stages; "int8" where at least one is. ``plan.precision`` has that of each."""
         return self._settings.precision
 
     def predict(
@@ -232,6 +360,17 @@ class CompiledCascade(nn.Module):
         if operating_point not in self._named_thresholds:
             self._named_thresholds[operating_point] = self.plan.thresholds(operating_point)
         return self._named_thresholds[operating_point]
+
+    @property
+    def source(self) -> Cascade | None:
+        """The cascade that was compiled; None if it was a plan."""
+        return self._source[0]
+
+    def store_operating_point(self, point: OperatingPoint) -> None:
+        """Add an operating point to the plan, in place of one of the same name."""
+        points = {**self.plan.operating_points, point.name: point}
+        self.plan = replace(self.plan, operating_points=points)
+        self._named_thresholds.clear()
 
     def images(self, x: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """Check images as a call does; returns them as (N, C, H, W) uint8 or float32, a view where possible.
@@ -307,8 +446,7 @@ class CompiledCascade(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledCascade:
         """A new program for the same plan."""
-        clone = CompiledCascade(self.plan, self._settings)
-        clone._lower_again = self._lower_again
+        clone = CompiledCascade(self.plan, self._settings, self.source, self._lower_again)
         memo[id(self)] = clone
         return clone
 

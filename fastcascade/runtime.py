@@ -75,17 +75,21 @@ class Runtime:
     Attributes:
         input_shape: (C, H, W) of an image.
         classes: names of the classes, or None.
-        operating_points: stored name → thresholds.
+        operating_points: stored name → thresholds, of the points measured at the plan's precision.
     """
 
     def __init__(self, content: Fields, arrays: Mapping[str, Array], threads: int | None) -> None:
         stages: Sequence[Fields] = content["stages"]
         self.input_shape: tuple[int, ...] = tuple(content["input"]["shape"])
         self.classes: list[str] | None = content["classes"]
+        points: Mapping[str, Fields] = content["operating_points"]
+        precision = _precision(stages)
         self.operating_points = {
             name: [float(t) for t in point["thresholds"]]
-            for name, point in content["operating_points"].items()
+            for name, point in points.items()
+            if point.get("precision", []) == precision
         }
+        self._unusable = set(points) - set(self.operating_points)
         default = content["default_thresholds"]
         self._default = None if default is None else arrays[default]
         self._table = _table(content["input"]["preprocess"])
@@ -115,6 +119,12 @@ class Runtime:
         return Output(np.exp(log_probs), label, exit_stage, self._exit_macs[exit_stage])
 
     def _thresholds(self, operating_point: str | Sequence[float] | Array | None) -> NDArray[np.float32]:
+        name = "default" if operating_point is None else operating_point
+        if isinstance(name, str) and name in self._unusable:
+            raise InvalidArgument(
+                f"operating point {name!r} was measured at another precision than the plan's, which shifts "
+                "the stop scores; measure it anew with fc.calibrate"
+            )
         if operating_point is None:
             operating_point = self.operating_points.get("default", self._default)
         if operating_point is None:
@@ -140,6 +150,15 @@ class Runtime:
         if images.shape[1:] == (height, width, channels) != self.input_shape:
             images = images.transpose(0, 3, 1, 2)
         return images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+
+
+def _precision(stages: Sequence[Fields]) -> list[str]:
+    """Of each stage, as operating points record it: [] where all are in fp32; see ``Plan.precision``."""
+    of_stages = [
+        "int8" if any(op["op"] in ("QuantizedConv2d", "QuantizedLinear") for op in stage["ops"]) else "fp32"
+        for stage in stages
+    ]
+    return of_stages if "int8" in of_stages else []
 
 
 def _table(preprocess: Fields | None) -> NDArray[np.float32] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -192,6 +192,7 @@ class OperatingPoint:
         exit_shares: share of instances stopping at each of the K exits there.
         n: number of calibration instances.
         risk: for max_risk targets, the share of labels there that differ from the last exit's.
+        precision: (K,) of the stages that were measured; () where all were in fp32.
     """
 
     name: str
@@ -202,6 +203,7 @@ class OperatingPoint:
     exit_shares: tuple[float, ...]
     n: int
     risk: float | None = None
+    precision: tuple[str, ...] = field(default=(), metadata={"added": True})  # as storage.codec.ADDED
 
 
 @dataclass(frozen=True)
@@ -267,19 +269,25 @@ OperatingPointLike = str | OperatingPoint | Tensor | Sequence[float] | None
 
 
 def resolve_thresholds(
-    wanted: OperatingPointLike, stored: Mapping[str, OperatingPoint], default: Tensor | None, num_stages: int
+    wanted: OperatingPointLike,
+    stored: Mapping[str, OperatingPoint],
+    default: Tensor | None,
+    num_stages: int,
+    precision: tuple[str, ...] = (),
 ) -> Tensor:
     """Turn an operating point into K−1 thresholds.
 
     Args:
         wanted: None means the stored point "default" if there is one, else ``default``.
         default: (K−1,) the selector's own thresholds, None if it has none.
+        precision: (K,) of the stages that run; () for fp32.
 
     Returns:
         (K−1,) float32 on the CPU.
 
     Raises:
-        InvalidArgument: an unknown name, the wrong count, NaN, or no default.
+        InvalidArgument: an unknown name, the wrong count, NaN, or no default; a point that was measured at
+            another precision.
     """
     if wanted is None:
         wanted = "default" if "default" in stored else default
@@ -292,6 +300,12 @@ def resolve_thresholds(
             known = ", ".join(sorted(stored)) or "none stored"
             raise InvalidArgument(f"unknown operating point {wanted!r}; known: {known}")
         wanted = stored[wanted]
+    if isinstance(wanted, OperatingPoint) and wanted.precision != precision:
+        measured, runs = (" ".join(p) or "fp32" for p in (wanted.precision, precision))
+        raise InvalidArgument(
+            f"operating point {wanted.name!r} was measured with stages in {measured}, but they run in "
+            f"{runs}, which shifts the stop scores; measure it anew with fc.calibrate on what runs"
+        )
     numbers = wanted.thresholds if isinstance(wanted, OperatingPoint) else wanted
     thresholds = torch.as_tensor(numbers, dtype=torch.float32).detach().cpu()
     if thresholds.shape != (num_stages - 1,) or bool(thresholds.isnan().any()):

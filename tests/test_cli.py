@@ -26,7 +26,7 @@ from fastcascade import cli
 from fastcascade.backends.registry import NAMES, load_backend
 from fastcascade.model.registry import build_network
 
-COMMANDS = "train calibrate evaluate predict bench report inspect choose doctor download".split()
+COMMANDS = "train calibrate evaluate predict bench report inspect quantize choose doctor download".split()
 N = 40
 
 
@@ -295,6 +295,28 @@ def test_inspect_shows_cascades_and_plans(run: Run, model: Path, tmp_path: Path)
 def test_predict_runs_a_plan(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
     fc.plan(fc.load(model)).save(tmp_path / "plan")
     assert run("predict", tmp_path / "plan", images).out == run("predict", model, images).out
+
+
+def test_quantize_saves_a_plan_that_commands_run(run: Run, model: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8"
+    done = run("quantize", model, images, "--out", out, "--precision", "int8,fp32")
+    assert done.status == 0
+    assert re.search(r"int8\b.*\d", done.out)
+    assert fc.load_plan(out).precision == ("int8", "fp32")
+    assert "already" in run("quantize", out, images, "--out", tmp_path / "again").err
+    assert "int8" in run("inspect", out).out
+    refused = run("evaluate", out, images)
+    assert refused.status == 1
+    assert "'default' was measured with stages in fp32" in refused.err
+    assert run("calibrate", out, images, "--min-accuracy", "0.01").status == 0
+    assert run("evaluate", out, images, "--precision", "int8").status == 0
+    assert run("predict", out, images, "-o", tmp_path / "p.csv").status == 0
+    refused = run("evaluate", model, images, "--precision", "int8")
+    assert refused.status == 1
+    assert "`fastcascade quantize MODEL DATA --out DIR`" in refused.err
+    assert "expected 'int8', or 'int8' or 'fp32' per stage" in run(
+        "quantize", model, images, "--out", out, "--precision", "int4,int8"
+    ).err.replace("\n", " ")
 
 
 def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

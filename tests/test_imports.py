@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "testing": {"errors", "types", "kernels", "model", "lowering"},
     "runtime": {"errors", "storage", "_C"},
     "backends": {"errors", "types", "kernels", "lowering", "_C"},
-    "engine": {"errors", "text", "types", "pixel_scale", "model", "lowering", "backends"},
+    "engine": {"errors", "text", "types", "pixel_scale", "model", "data", "lowering", "backends"},
     "prediction": set("errors text types storage data model lowering engine".split()),
     "benchmarking": set("errors text types storage model data evaluation lowering backends engine".split()),
 }

@@ -1,7 +1,7 @@
 """Check the machine code of the engine: no spilled accumulators, and no VEX code outside the target regions.
 
 Exits with status 1 if an AVX-512 product kernel moves vectors to or from the stack, or if a function outside
-the AVX2 and AVX-512 regions uses VEX or EVEX instructions. Prints the functions at fault.
+the AVX2, AVX-512 and VNNI regions uses VEX or EVEX instructions. Prints the functions at fault.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from driver import compile_engine
 
 NO_SPILLS = re.compile(r"fastcascade::avx512::(winograd_product|direct_tiles)<")
 PRODUCT_KERNELS = 51  # Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3 vectors
-IN_REGION = re.compile(r"fastcascade::avx(2|512)::")
+IN_REGION = re.compile(r"fastcascade::avx(2|512|vnni|512vnni)::")
 FRAME = re.compile(r"mov\s+%rsp,%rbp")
 STACK, STACK_OR_FRAME = re.compile(r"\(%rsp"), re.compile(r"\(%r[sb]p")
 VECTOR = re.compile(r"^(?!.*vbroadcast).*%zmm")  # a scalar of the epilogue may wait on the stack

@@ -1,4 +1,4 @@
-"""The CPU backend: a plan on the compiled engine, depth-first, in fp32.
+"""The CPU backend: a plan on the compiled engine, depth-first, in fp32 or int8.
 
 If the engine knows all stages and selectors of a plan, a batch is one call of it. If a stage is opaque, or a
 selector is the user's module, the program goes stage by stage over the active rows: known stages on the
@@ -22,6 +22,7 @@ from fastcascade.backends.torch_module import in_best_layout
 from fastcascade.errors import BackendUnavailable, FastCascadeError
 from fastcascade.lowering.operations import Activation, Conv2d, Flip, Op, Shape, Slice
 from fastcascade.lowering.plan import Plan, SelectorPlan, StagePlan
+from fastcascade.lowering.quantized_operations import QuantizedConv2d
 
 if TYPE_CHECKING:
     from fastcascade import _C
@@ -40,7 +41,7 @@ def _op(op: Op) -> dict[str, Any]:
     """One operation as the engine reads it: its class, its fields, its weights as arrays."""
     fields: dict[str, Any] = {n: v for n, v in vars(op).items() if n not in op.operands or n == "residual"}
     fields |= {name: value.numpy() for name, value in op.tensors.items()}
-    fields["inputs"] = op.reads[:1] if isinstance(op, Conv2d) else op.reads
+    fields["inputs"] = op.reads[:1] if isinstance(op, Conv2d | QuantizedConv2d) else op.reads
     fields["op"] = type(op).__name__
     if isinstance(op, Activation):
         fields["activation"] = fields.pop("kind")
@@ -95,8 +96,8 @@ class CpuProgram:
 
         Args:
             isa: force an instruction set; "" for FASTCASCADE_ISA or the best one.
-            kernel: force "conv_direct_f32" or "conv3x3_winograd_f32" where either can run; "" for the
-                measured choice.
+            kernel: force "conv_direct_f32" or "conv3x3_winograd_f32" where either can run, or the int8
+                kernels of an instruction set, such as "int8_avx2"; "" for the measured choice.
         """
         self.plan = plan
         self._cascade = _engine()(
@@ -237,8 +238,8 @@ class CpuBackend:
         """Why the engine cannot run this plan so; None if it can."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
-        if precision != "fp32":
-            return f"it computes in fp32, not in {precision}"
+        if precision not in ("fp32", "int8"):
+            return f"it computes in fp32 and int8, not in {precision}"
         return None
 
     def lower(

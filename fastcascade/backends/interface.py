@@ -21,7 +21,8 @@ __all__ = [
     "TimesSteps",
 ]
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
+"""Of the stages. "int8" stands for a quantised plan, of which some stages may be in fp32."""
 
 
 class ExitResults(NamedTuple):

@@ -113,7 +113,7 @@ def _report(stage: StagePlan) -> StageReport:
 
 
 class ReferenceBackend:
-    """Plain torch; runs every plan at fp32."""
+    """Plain torch; runs every plan."""
 
     name = "reference"
 
@@ -122,9 +122,9 @@ class ReferenceBackend:
         return None
 
     def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
-        """The precision is not fp32, or torch cannot use the device."""
-        if precision != "fp32":
-            return f"it runs fp32 only, not {precision}"
+        """The precision is neither fp32 nor int8, or torch cannot use the device."""
+        if precision not in ("fp32", "int8"):
+            return f"it runs fp32 and int8, not {precision}"
         try:
             torch.empty(0, device=device)
         except (AssertionError, RuntimeError) as error:

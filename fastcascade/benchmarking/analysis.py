@@ -145,7 +145,7 @@ def what_ifs(programs: Programs) -> Iterator[WhatIf]:
     """Every other stored operating point, every stage left out that can be, every other precision."""
     plan, build = programs.plan, programs.build
     everything = list(range(len(plan.stages)))
-    for name, point in plan.operating_points.items():
+    for name, point in plan.usable_points.items():
         thresholds = plan.thresholds(point)
         if not torch.equal(thresholds, programs.thresholds):
             change = f"operating point {name}"

@@ -29,7 +29,6 @@ class Programs:
         images: on the program's device.
         sizes: batch sizes, ascending.
         build: compiles a plan as ``program`` was compiled; ``wanted`` is another precision.
-        precision: of ``program``.
 
     Attributes:
         exits: (N,) where each image stops.
@@ -48,7 +47,6 @@ class Programs:
         operating_point: OperatingPointLike,
         sizes: list[int],
         build: Callable[..., CompiledCascade],
-        precision: Precision,
     ) -> None:
         self.program, self.images, self.sizes, self.build = program, images, sizes, build
         self.plan = plan = program.plan
@@ -58,8 +56,7 @@ class Programs:
         stages = range(len(plan.stages))
         rows = [self._rows(k, stage_alone(plan, k).input) for k in stages]
         self.alone = [
-            fastest([Turns(part, rows[k], size) for size in sizes])
-            for k, part in enumerate(self._alone(precision))
+            fastest([Turns(part, rows[k], size) for size in sizes]) for k, part in enumerate(self._alone())
         ]
         always = torch.tensor([-math.inf])
         self.with_exit = [
@@ -69,9 +66,12 @@ class Programs:
         self.cascade = {size: self.turns_of(program, size) for size in sizes}
         self.dense = {size: self._dense(self.alone[-1].call, size) for size in sizes}
         self.other_precisions = {
-            other: [Turns(p, rows[k], self.alone[k].size) for k, p in enumerate(self._alone(other))]
+            other: [Turns(p, rows[k], self.alone[k].size) for k, p in enumerate(self._alone(wanted=other))]
             for other in get_args(Precision)
-            if other != precision and self._can_run(other)
+            # From and to int8 leads quantisation, not another compilation.
+            if "int8" not in (other, program.precision)
+            and other != program.precision
+            and self._can_run(other)
         }
 
     def turns(self) -> list[Timed]:
@@ -107,9 +107,8 @@ class Programs:
         parts = self.images.split(self.sizes[-1])
         return torch.cat([cast(CascadeOutput, program(part, thresholds)).exit_stage.cpu() for part in parts])
 
-    def _alone(self, precision: Precision) -> list[CompiledCascade]:
-        parts = [stage_alone(self.plan, k) for k in range(len(self.plan.stages))]
-        return [self.build(part, wanted=precision) for part in parts]
+    def _alone(self, **other: Precision) -> list[CompiledCascade]:
+        return [self.build(stage_alone(self.plan, k), **other) for k in range(len(self.plan.stages))]
 
     def _can_run(self, precision: Precision) -> bool:
         try:

@@ -45,7 +45,7 @@ MAX_IMAGES = 4096
 """More images than this only make a run longer."""
 
 _CHECKED_IMAGES = 32
-_LARGEST_ERROR = {"fp32": 1e-3, "fp16": 5e-2}
+_LARGEST_ERROR = {"fp32": 1e-3, "fp16": 5e-2, "int8": 5e-2}
 """Of a probability at a forced exit. A program with a larger error computes something else."""
 
 
@@ -57,7 +57,7 @@ def benchmark(
     threads: Sequence[int] = (),
     operating_point: OperatingPointLike = None,
     backend: str = "auto",
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     device: torch.device | str | None = None,
     peers: bool = False,
     rounds: int = 7,
@@ -94,13 +94,15 @@ def benchmark(
         raise InvalidArgument(f"got rounds={rounds}, seconds={seconds}; expected positive numbers")
     if peers and isinstance(model, Plan):
         raise InvalidArgument("peers=True runs the cascade's own modules, but got a plan; pass the cascade")
+    if plan.is_quantized and precision == "int8":
+        precision = None  # a mixed plan has parts in float32
     images = _noise(plan, max(batches, default=0)) if data is None else _images(plan, data)
     sizes = sorted({size for size in batches if 1 <= size <= len(images)})
     if not sizes:
         raise InvalidArgument(f"no batch size of {list(batches)} lies in 1 … {len(images)}, the images there")
 
     def build(
-        part: Plan, count: int | None = threads[0] if threads else None, wanted: Precision = precision
+        part: Plan, count: int | None = threads[0] if threads else None, wanted: Precision | None = precision
     ) -> CompiledCascade:
         return compile(part, backend=backend, precision=wanted, device=device, threads=count)
 
@@ -112,8 +114,8 @@ def benchmark(
         images = images.to(program.device)
         largest, thresholds = images[: sizes[-1]], plan.thresholds(operating_point)
         first_call_s = seconds_of(lambda: program(largest, thresholds), program.device)
-        max_error = _check(program, images[:_CHECKED_IMAGES], precision)
-        programs = Programs(program, images, operating_point, sizes, build, precision)
+        max_error = _check(program, images[:_CHECKED_IMAGES])
+        programs = Programs(program, images, operating_point, sizes, build)
         peaks = measure_peaks(program.device)
         paced = [PacedTurns(program, images, pattern, thresholds) for pattern in PATTERNS]
         counts = {count: programs.turns_of(build(plan, count), sizes[-1]) for count in threads}
@@ -125,7 +127,7 @@ def benchmark(
     return Benchmark(
         machine=machine,
         backend=program.backend,
-        precision=precision,
+        precision=program.precision,
         images=len(images),
         compile_s=compile_s,
         first_call_ms=1e3 * first_call_s,
@@ -161,7 +163,7 @@ def _images(plan: Plan, data: Data) -> Tensor:
     return torch.cat(parts)[:MAX_IMAGES].contiguous()
 
 
-def _check(program: CompiledCascade, images: Tensor, precision: Precision) -> float:
+def _check(program: CompiledCascade, images: Tensor) -> float:
     """Largest difference of a probability from the reference backend's, at every forced exit."""
     reference = compile(program.plan, backend="reference", device=program.device)
     error = 0.0
@@ -170,10 +172,10 @@ def _check(program: CompiledCascade, images: Tensor, precision: Precision) -> fl
         ours, expected = (cast(CascadeOutput, p(images, thresholds)).probs for p in (program, reference))
         difference = (ours.double() - expected.double()).abs().nan_to_num(nan=math.inf)
         error = max(error, float(difference.masked_fill(~expected.isfinite(), 0).max()))
-    if error > _LARGEST_ERROR[precision]:
+    allowed = _LARGEST_ERROR[program.precision]
+    if error > allowed:
         raise FastCascadeError(
-            f"backend {program.backend!r} at {precision} returns probabilities that differ from the "
-            f"reference backend's by {error:.2g} (allowed: {_LARGEST_ERROR[precision]:g}), so it was not "
-            "timed"
+            f"backend {program.backend!r} at {program.precision} returns probabilities that differ from the "
+            f"reference backend's by {error:.2g} (allowed: {allowed:g}), so it was not timed"
         )
     return error

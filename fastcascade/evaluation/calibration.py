@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcascade.data.batches import Data
+from fastcascade.engine import CompiledCascade
 from fastcascade.errors import CalibrationError, InvalidArgument
 from fastcascade.evaluation.evaluation import Trace, trace
 from fastcascade.evaluation.risk import certify, risk_path
 from fastcascade.model.cascade import Cascade
 from fastcascade.types import OperatingPoint
 
-__all__ = ["calibrate", "find_thresholds"]
+__all__ = ["calibrate", "find_thresholds", "find_thresholds_by_time", "measure_point"]
 
 COMBINATIONS = 1024
 """Combinations of all thresholds but the last tried per round of the search."""
@@ -38,7 +39,7 @@ may round such scores to different sides."""
 
 
 def calibrate(
-    cascade: Cascade,
+    cascade: Cascade | CompiledCascade,
     held_out: Data | Trace,
     name: str = "default",
     *,
@@ -52,11 +53,14 @@ def calibrate(
     """Choose stop thresholds on held-out data and store them under a name. Give exactly one target.
 
     Args:
+        cascade: a cascade, or what :func:`fastcascade.compile` made of one. int8 shifts stop scores, so a
+            quantised cascade is calibrated as compiled; the point is then stored in its plan.
         held_out: images that the stages were not trained on: a Dataset, a DataLoader, (images, labels), or a
             :class:`Trace` of them with hashes. Images that :func:`fastcascade.fit` fitted the selector on
             count with their out-of-fold scores. ``max_risk`` needs images that are new to the selector, too,
             and no labels.
-        name: the key in ``cascade.operating_points``; a point of that name is replaced.
+        name: the key in the ``operating_points`` of the cascade, or of the plan; a point of that name is
+            replaced.
         budget_macs: highest accuracy at a mean cost of at most this, in MACs per instance. No thresholds
             cost less and are more accurate on ``held_out``.
         budget_ms: the same in milliseconds per instance; needs ``exit_ms``.
@@ -97,23 +101,38 @@ def calibrate(
     )
     if not isinstance(name, str) or not name:
         raise InvalidArgument(f"the name of an operating point is {name!r}; expected a non-empty string")
+    described = cascade if isinstance(cascade, Cascade) else cascade.plan
     seen = held_out if isinstance(held_out, Trace) else trace(cascade, held_out, progress)
-    if seen.num_exits != len(cascade.stages):
-        raise InvalidArgument(f"the trace has {seen.num_exits} exits, the cascade {len(cascade.stages)}")
-    _check_overlap(cascade, seen, refuse=max_risk is not None)
-    if cascade.out_of_fold is not None and seen.hashes is not None:
-        seen = replace(seen, scores=cascade.out_of_fold.replace(seen.scores, seen.hashes))
+    if seen.num_exits != len(described.stages):
+        raise InvalidArgument(f"the trace has {seen.num_exits} exits, the cascade {len(described.stages)}")
+    source = cascade if isinstance(cascade, Cascade) else cascade.source
+    if source is not None:
+        _check_overlap(source, seen, refuse=max_risk is not None)
+        if source.out_of_fold is not None and seen.hashes is not None:
+            # What another precision changes in a score, it changes in the out-of-fold score, too.
+            exact = (
+                seen
+                if cascade is source or isinstance(held_out, Trace)
+                else trace(source, held_out, progress)
+            )
+            out_of_fold = source.out_of_fold.replace(exact.scores, seen.hashes)
+            seen = replace(seen, scores=out_of_fold + (seen.scores - exact.scores))
     if max_risk is not None:
-        thresholds = certify(seen.disagrees, seen.exits, risk_path(cascade), *max_risk)
+        thresholds = certify(seen.disagrees, seen.exits, risk_path(described), *max_risk)
     elif exit_ms is not None:
         target["exit_ms"] = list(map(float, exit_ms))
-        thresholds = _find_by_time(seen, target["exit_ms"], budget_ms, min_accuracy)
+        thresholds = find_thresholds_by_time(seen, target["exit_ms"], budget_ms, min_accuracy)
     elif budget_ms is not None:
         raise InvalidArgument("budget_ms needs exit_ms, the measured milliseconds of stopping at each exit")
     else:
         thresholds = find_thresholds(seen, budget_macs=budget_macs, min_accuracy=min_accuracy)
-    point = _measure(seen, thresholds, name, target)
-    cascade.operating_points[name] = point
+    point = measure_point(seen, thresholds, name, target)
+    if isinstance(cascade, Cascade):
+        cascade.operating_points[name] = point
+        return point
+    if cascade.plan.is_quantized:
+        point = replace(point, precision=cascade.plan.precision)
+    cascade.store_operating_point(point)
     return point
 
 
@@ -171,7 +190,7 @@ def _dearer_equal(seen: Trace, cheapest: tuple[float, ...], most: float) -> tupl
     return dearest if equal_by_luck or right[1].sum() > right[0].sum() else cheapest
 
 
-def _find_by_time(
+def find_thresholds_by_time(
     seen: Trace, exit_ms: Sequence[float], budget_ms: float | None, min_accuracy: float | None
 ) -> tuple[float, ...]:
     """:func:`find_thresholds` with milliseconds for MACs."""
@@ -229,7 +248,10 @@ def _check_overlap(cascade: Cascade, seen: Trace, refuse: bool) -> None:
     warnings.warn(f"{found}; the operating point will promise too much. Give held-out images", stacklevel=3)
 
 
-def _measure(seen: Trace, thresholds: tuple[float, ...], name: str, target: dict[str, Any]) -> OperatingPoint:
+def measure_point(
+    seen: Trace, thresholds: tuple[float, ...], name: str, target: dict[str, Any]
+) -> OperatingPoint:
+    """The operating point of some thresholds, with their figures on a trace."""
     exits = seen.exits(thresholds)
     return OperatingPoint(
         name=name,

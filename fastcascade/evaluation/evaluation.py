@@ -18,14 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcascade.data.batches import Data, batches, count_images, image_hashes
-from fastcascade.engine import compile
+from fastcascade.engine import CompiledCascade, compile
 from fastcascade.errors import DataError, InvalidArgument
-from fastcascade.evaluation.logits import compiling_pays, stage_logits
+from fastcascade.evaluation.logits import compiling_pays, plan_logits, stage_logits
 from fastcascade.evaluation.progress import LateBar
-from fastcascade.kernels.reference import threshold_score
+from fastcascade.kernels.reference import exit_step, exit_tables, threshold_score
+from fastcascade.lowering.plan import Plan, SelectorPlan
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.selector import ScoreKind
-from fastcascade.types import CascadeOutput, Evaluation, OperatingPointLike, resolve_thresholds
+from fastcascade.types import (
+    CascadeOutput,
+    Evaluation,
+    OperatingPoint,
+    OperatingPointLike,
+    resolve_thresholds,
+)
 
 __all__ = ["Trace", "evaluate", "trace", "traces"]
 
@@ -167,6 +174,56 @@ class Trace:
             hashes=hashes,
         )
 
+    @classmethod
+    @torch.no_grad()
+    def from_plan_logits(
+        cls,
+        plan: Plan,
+        logits: Tensor,
+        true_labels: Tensor | None = None,
+        hashes: NDArray[np.uint64] | None = None,
+    ) -> Trace:
+        """Judge the logits (K, N, C) of a plan's stages by the plan's own selectors.
+
+        Args:
+            logits: divided by the temperatures, as the plan's stages return them.
+            true_labels: (N,) integers. hashes: (N,) uint64.
+        """
+        everyone = torch.arange(logits.shape[1])
+        tables = exit_tables(logits.shape[1], plan.num_classes, logits.device)
+        labels, scores = [], []
+        for k, stage in enumerate(plan.stages):
+            valid = logits[k].isfinite().all(1)
+            if stage.selector is None:
+                exit_step(tables, logits[k], everyone, k, stage_weight=plan.stage_weights[k], score=None)
+                labels.append(tables.label)
+                continue
+            score = _Recorder(stage.selector, k)
+            exit_step(
+                tables,
+                logits[k],
+                everyone,
+                k,
+                stage_weight=plan.stage_weights[k],
+                score=score,
+                threshold=math.inf,
+            )
+            labels.append(score.labels.masked_fill(~valid, -1))
+            scores.append(score.scores.masked_fill(~valid, math.nan))
+        own = logits.argmax(2).masked_fill(~logits.isfinite().all(2), -1)
+        single = [stage.macs for stage in plan.stages]
+        for k, stage in enumerate(plan.stages):
+            single[k] += single[k - 1] if stage.input == "previous" else 0
+        return cls(
+            labels=torch.stack(labels).numpy(),
+            own_labels=own.numpy(),
+            scores=torch.stack(scores).numpy() if scores else np.empty((0, logits.shape[1]), np.float32),
+            exit_macs=plan.exit_macs.numpy(),
+            single_macs=np.array(single, np.int64),
+            true_labels=None if true_labels is None else true_labels.long().numpy(),
+            hashes=hashes,
+        )
+
     @property
     def n(self) -> int:
         """Number of instances."""
@@ -195,7 +252,8 @@ class Trace:
 
     def exits(self, thresholds: OperatingPointLike) -> NDArray[np.intp]:
         """(N,) the exit where each instance stops, for K−1 thresholds or an OperatingPoint."""
-        t = resolve_thresholds(thresholds, {}, None, self.num_exits).numpy()
+        numbers = thresholds.thresholds if isinstance(thresholds, OperatingPoint) else thresholds
+        t = resolve_thresholds(numbers, {}, None, self.num_exits).numpy()
         stops = np.ones((self.num_exits, self.n), np.bool_)
         np.greater_equal(self.scores, t[:, None], out=stops[:-1])  # NaN compares False: cannot stop
         exits: NDArray[np.intp] = stops.argmax(0)
@@ -228,17 +286,40 @@ class Trace:
         return self.true_labels
 
 
-def trace(cascade: Cascade, data: Data, progress: bool = True) -> Trace:
+class _Recorder:
+    """A selector of a plan that remembers its scores, and the labels of the exit."""
+
+    def __init__(self, selector: SelectorPlan, k: int) -> None:
+        self.selector, self.k = selector, k
+
+    def __call__(self, log_probs: Tensor, previous_label: Tensor, own_label: Tensor) -> Tensor:
+        self.labels = log_probs.argmax(1)
+        self.scores = self.selector.score(self.k, log_probs, previous_label, own_label)
+        return self.scores
+
+
+def trace(cascade: Cascade | CompiledCascade, data: Data, progress: bool = True) -> Trace:
     """Run every stage on every instance once and keep what each exit would say.
 
     Args:
+        cascade: a cascade, or a compiled one, which runs at its own precision, on the CPU.
         data: a Dataset, a DataLoader, or (images, labels).
         progress: draw a bar on standard error if it takes longer than a second.
 
     Raises:
         DataError: no instances.
     """
-    return traces(cascade, data, [None], progress)[0]
+    if isinstance(cascade, Cascade):
+        return traces(cascade, data, [None], progress)[0]
+    plan, run = cascade.plan, plan_logits(cascade.plan)
+    parts: list[Trace] = []
+    with LateBar("running the stages", count_images(data), progress) as bar:
+        for images, true_labels in batches(data, BATCH_SIZE, plan.num_classes):
+            hashes = image_hashes(plan.input.nchw(images))
+            parts.append(Trace.from_plan_logits(plan, run(images), true_labels, hashes))
+            bar.advance(len(images))
+    _require_instances(parts)
+    return _concatenate(parts)
 
 
 def traces(

@@ -16,7 +16,7 @@ from fastcascade.lowering.plan import Plan
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.cost import eval_mode
 
-__all__ = ["collect_logits", "compiling_pays", "stage_logits"]
+__all__ = ["collect_logits", "compiling_pays", "plan_logits", "stage_logits", "stage_programs"]
 
 WORTH_COMPILING = 20e9
 """Multiplies, above which lowering the stages (a second or two each) costs less than it saves on a CPU."""
@@ -77,11 +77,23 @@ def stage_logits(cascade: Cascade, compiled: bool) -> Callable[[Tensor], Tensor]
                 return cascade.all_logits(images)
 
         return eager
-    whole = plan(cascade)
-    fast = [compile(_chain(whole, k), output="log_probs") for k in range(len(whole.stages))]
+    tempered = plan_logits(plan(cascade))
     # The plan divides by the temperature; log-probabilities times it are logits again.
     temperatures = cascade.temperatures.cpu()[:, None, None]
-    return lambda images: torch.stack([program(images) for program in fast]) * temperatures
+    return lambda images: tempered(images) * temperatures
+
+
+def plan_logits(whole: Plan) -> Callable[[Tensor], Tensor]:
+    """A function from images (n, …) on the CPU to the logits (K, n, C) of all stages of a plan, divided by
+    their temperatures, up to a constant per row; stages that read the image run once each, alone.
+    """
+    fast = [compile(part, output="log_probs") for part in stage_programs(whole)]
+    return lambda images: torch.stack([program(images) for program in fast])
+
+
+def stage_programs(whole: Plan) -> list[Plan]:
+    """Every stage, with the segments that it reads through, as a cascade of one exit."""
+    return [_chain(whole, k) for k in range(len(whole.stages))]
 
 
 def _chain(whole: Plan, k: int) -> Plan:

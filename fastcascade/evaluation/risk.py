@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcascade.kernels.reference import LOG_ODDS_LIMIT
+from fastcascade.lowering.plan import Plan
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.selector import ThresholdSelector
 
@@ -58,7 +59,7 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
     return min(1.0, float(np.exp(largest) * np.exp(terms - largest).sum()))
 
 
-def risk_path(cascade: Cascade) -> NDArray[np.float32]:
+def risk_path(cascade: Cascade | Plan) -> NDArray[np.float32]:
     """Thresholds from cautious to bold, a function of the kind of selector alone: no data enter.
 
     All exits share one number λ, which falls from 30 to −30, the range of clamped log-odds: t_k = λ for
@@ -70,8 +71,12 @@ def risk_path(cascade: Cascade) -> NDArray[np.float32]:
     """
     steps = round(2 * LOG_ODDS_LIMIT / PATH_STEP)
     level = np.linspace(LOG_ODDS_LIMIT, -LOG_ODDS_LIMIT, steps + 1)
-    selector = cascade.selector
-    if isinstance(selector, ThresholdSelector) and selector.score == "entropy":
+    if isinstance(cascade, Plan):
+        first = cascade.stages[0].selector
+        is_entropy = first is not None and first.kind == "entropy"
+    else:
+        is_entropy = isinstance(cascade.selector, ThresholdSelector) and cascade.selector.score == "entropy"
+    if is_entropy:
         level = -np.exp(-level)
     return np.repeat(level[:, None], len(cascade.stages) - 1, 1).astype(np.float32)
 

@@ -48,8 +48,8 @@ def export_onnx(plan: Plan, directory: str | Path, overwrite: bool = False) -> l
         the files written.
 
     Raises:
-        LoweringError: a stage or selector is opaque, or a model would exceed protobuf's 2 GiB; before
-            anything is written.
+        LoweringError: a stage or selector is opaque, the plan is quantised, or a model would exceed
+            protobuf's 2 GiB; before anything is written.
         InvalidArgument: a file exists and ``overwrite`` is False, or the package ``onnx`` is missing.
 
     Example:
@@ -63,6 +63,11 @@ def export_onnx(plan: Plan, directory: str | Path, overwrite: bool = False) -> l
     """
     if importlib.util.find_spec("onnx") is None:
         raise InvalidArgument("exporting needs onnx: pip install 'fastcascade[onnx]'")
+    if plan.is_quantized:
+        raise LoweringError(
+            f"the plan is quantised to {plan.precision}, and ONNX models are exported in float32: export the "
+            "cascade or its float32 plan, and quantise with the tools of the runtime"
+        )
     models = {f"stage-{k}.onnx": _stage_model(plan, k) for k in range(len(plan.stages))}
     models["cascade.onnx"] = _cascade_model(plan)
     for name, model in models.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcascade.errors import InvalidArgument
+from fastcascade.kernels import reference_int8
 from fastcascade.lowering.operations import (
     Activation,
     ActivationKind,
@@ -37,6 +38,7 @@ from fastcascade.lowering.operations import (
     Softmax,
 )
 from fastcascade.lowering.plan import SelectorPlan, StagePlan
+from fastcascade.lowering.quantized_operations import Dequantize, Quantize, QuantizedConv2d, QuantizedLinear
 
 __all__ = ["move_stage", "run_op", "run_stage"]
 
@@ -166,7 +168,30 @@ def run_op(op: Op, inputs: list[Tensor], shape: tuple[int, ...]) -> Tensor:
             return torch.cat(inputs, 1)
         case Flatten():
             return x.flatten(1)
+        case Quantize():
+            return reference_int8.quantize(x, op.scale, op.zero_point).to(x.dtype)
+        case Dequantize():
+            return reference_int8.dequantize(x, op.scale, op.zero_point).to(x.dtype)
+        case QuantizedConv2d():
+            window = (op.zero_point, op.stride, op.padding, op.dilation, op.groups)
+            residual = None if op.residual is None else inputs[1]
+            return reference_int8.conv2d(x, op.weight, *window, _epilogue(op, residual)).to(x.dtype)
+        case QuantizedLinear():
+            return reference_int8.linear(x, op.weight, op.zero_point, _epilogue(op, None)).to(x.dtype)
     raise InvalidArgument(f"the interpreter has no {type(op).__name__}")
+
+
+def _epilogue(op: QuantizedConv2d | QuantizedLinear, residual: Tensor | None) -> reference_int8.Epilogue:
+    return reference_int8.Epilogue(
+        op.multiplier,
+        op.bias,
+        residual,
+        getattr(op, "residual_scale", 0.0),
+        getattr(op, "residual_zero_point", 0),
+        op.low,
+        op.high,
+        op.output_zero_point,
+    )
 
 
 def run_stage(stage: StagePlan, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,14 +211,14 @@ Part = TypeVar("Part", Op, StagePlan, SelectorPlan)
 
 
 def move_stage(stage: StagePlan, device: torch.device, dtype: torch.dtype) -> StagePlan:
-    """A copy of a stage with its weights and modules on a device and in a floating dtype."""
+    """A copy of a stage with its weights and modules on a device; those that float are of this dtype."""
 
     def moved(part: Part) -> Part:
         changes: dict[str, Any] = {}
         for f in fields(part):
             value = getattr(part, f.name)
             if isinstance(value, Tensor):
-                changes[f.name] = value.to(device, dtype)
+                changes[f.name] = value.to(device, dtype if value.is_floating_point() else value.dtype)
             elif isinstance(value, nn.Module):
                 changes[f.name] = copy.deepcopy(value).to(device, dtype)
         return replace(part, **changes)

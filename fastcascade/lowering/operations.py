@@ -41,6 +41,8 @@ __all__ = [
     "Shape",
     "Slice",
     "Softmax",
+    "ValueType",
+    "conv_shape",
     "require",
     "require_tensor",
 ]
@@ -70,6 +72,9 @@ PARAMETRIC = ("leaky_relu", "elu")
 
 
 Shape = tuple[int, ...]
+
+ValueType = Literal["f32", "u8"]
+"""How a value is stored: float32, or the bytes of a quantised value (see ``quantized_operations``)."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -154,6 +159,15 @@ class Op(ABC):
             InvalidArgument: the operation cannot read such values, or its fields contradict each other.
         """
 
+    def output_type(self, *inputs: ValueType) -> ValueType:
+        """Type of the output for inputs of these types, in the order of ``reads``.
+
+        Raises:
+            InvalidArgument: the operation cannot read such values.
+        """
+        require("u8" not in inputs, f"{type(self).__name__} reads bytes; expected float32")
+        return "f32"
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The weights, by field name."""
@@ -166,6 +180,36 @@ class Op(ABC):
 
     def __repr__(self) -> str:
         return f"v{self.output} = {self}({', '.join(f'v{value}' for value in self.reads)})"
+
+
+def conv_shape(
+    image: Shape,
+    weight: Shape,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Shape:
+    """Shape of a convolution's output; ``weight`` is (out, in/groups, kh, kw).
+
+    Raises:
+        InvalidArgument: the shapes do not fit each other.
+    """
+    channels, height, width = _require_map(image, "conv2d")
+    out, per_group, kernel_h, kernel_w = weight
+    require(
+        groups >= 1 and out % groups == 0 and channels == per_group * groups,
+        f"conv2d of {per_group} channels in each of {groups} groups, {out} out, reads {channels}",
+    )
+    sizes = (*stride, *dilation, kernel_h, kernel_w, out)
+    require(min(sizes) >= 1 and min(padding) >= 0, "conv2d with a size below 1 or negative padding")
+    top, bottom, left, right = padding
+    reach_h, reach_w = (dilation[0] * (kernel_h - 1) + 1, dilation[1] * (kernel_w - 1) + 1)
+    return (
+        out,
+        _windows(height, reach_h, stride[0], top, bottom),
+        _windows(width, reach_w, stride[1], left, right),
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,24 +233,11 @@ class Conv2d(Op):
     operands = ("input", "residual")
 
     def output_shape(self, *inputs: Shape) -> Shape:
-        channels, height, width = _require_map(inputs[0], "conv2d")
         require(self.weight.ndim == 4, f"conv2d weight has shape {tuple(self.weight.shape)}; expected 4 axes")
-        out, per_group, kernel_h, kernel_w = self.weight.shape
-        require_tensor(self.weight, (out, per_group, kernel_h, kernel_w), "conv2d weight")
-        require_tensor(self.bias, (out,), "conv2d bias")
-        require(
-            self.groups >= 1 and out % self.groups == 0 and channels == per_group * self.groups,
-            f"conv2d of {per_group} channels in each of {self.groups} groups, {out} out, reads {channels}",
-        )
-        sizes = (*self.stride, *self.dilation, kernel_h, kernel_w, out)
-        require(min(sizes) >= 1 and min(self.padding) >= 0, "conv2d with a size below 1 or negative padding")
-        top, bottom, left, right = self.padding
-        reach_h, reach_w = (self.dilation[0] * (kernel_h - 1) + 1, self.dilation[1] * (kernel_w - 1) + 1)
-        shape = (
-            out,
-            _windows(height, reach_h, self.stride[0], top, bottom),
-            _windows(width, reach_w, self.stride[1], left, right),
-        )
+        weight = tuple(self.weight.shape)
+        require_tensor(self.weight, weight, "conv2d weight")
+        require_tensor(self.bias, weight[:1], "conv2d bias")
+        shape = conv_shape(inputs[0], weight, self.stride, self.padding, self.dilation, self.groups)
         require(
             self.residual is None or inputs[1] == shape,
             f"conv2d returns shape {shape}, but its residual has shape {inputs[-1]}",
@@ -254,6 +285,11 @@ class Pool(Op):
             _windows(height, self.kernel[0], self.stride[0], top, bottom, self.ceil_mode),
             _windows(width, self.kernel[1], self.stride[1], left, right, self.ceil_mode),
         )
+
+    def output_type(self, *inputs: ValueType) -> ValueType:
+        # The largest byte is that of the largest value.
+        require(self.kind == "max" or inputs == ("f32",), "an average pool reads bytes; expected float32")
+        return inputs[0]
 
     def __str__(self) -> str:
         return f"{self.kind} pool {self.kernel[0]}×{self.kernel[1]}, stride {_pair(self.stride)}"

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcascade.errors import InvalidArgument
-from fastcascade.kernels.reference import MLPWeights
-from fastcascade.lowering.operations import Op, Shape, require, require_tensor
+from fastcascade.kernels.reference import MLPWeights, features, mlp_score, threshold_score
+from fastcascade.lowering.operations import Op, Shape, ValueType, require, require_tensor
+from fastcascade.lowering.quantized_operations import QuantizedConv2d, QuantizedLinear
 from fastcascade.storage.codec import NOT_SAVED
 from fastcascade.types import (
     Combine,
@@ -73,6 +74,15 @@ class SelectorPlan:
             return None
         return MLPWeights(*(cast(Tensor, getattr(self, name)) for name in MLPWeights._fields))
 
+    def score(self, k: int, log_probs: Tensor, previous_label: Tensor, own_label: Tensor) -> Tensor:
+        """(n,) stop scores after stage k, from log q_k (n, C), argmax p_{k−1} and argmax p_k (n,)."""
+        if self.module is not None:
+            return cast(Tensor, self.module(k, log_probs, previous_label))
+        if self.weights is None:
+            return threshold_score(self.kind, log_probs)
+        agreement = (own_label == previous_label).to(log_probs.dtype)
+        return mlp_score(features(cast(str, self.features), log_probs, agreement), self.weights)
+
     def check(self, num_classes: int) -> None:
         """Raise InvalidArgument unless kind, features and weights are consistent."""
         require(
@@ -121,6 +131,21 @@ class StagePlan:
     module: nn.Module | None = field(default=None, metadata=NOT_SAVED)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether any operation computes in int8."""
+        return bool(self.layer_errors)
+
+    @property
+    def layer_errors(self) -> list[float]:
+        """The error of every int8 layer by itself; see ``quantized_operations``."""
+        return [op.error for op in self.ops if isinstance(op, QuantizedConv2d | QuantizedLinear)]
+
+    @property
+    def precision(self) -> Literal["fp32", "int8"]:
+        """ "int8" where any operation computes in it, else "fp32"."""
+        return "int8" if self.is_quantized else "fp32"
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the operations' weights, or of the opaque module's parameters and buffers."""
         tensors = [tensor for op in self.ops for tensor in op.tensors.values()]
@@ -155,12 +180,14 @@ class StagePlan:
     def _check_ops(self, num_classes: int) -> None:
         require(len(self.shapes) == len(self.ops) + 1, f"stage {self.name!r} needs one shape per value")
         defined = {0}
+        types: dict[int, ValueType] = {0: "f32"}
         for op in self.ops:
             what = f"stage {self.name!r}, {type(op).__name__} v{op.output}"  # repr needs valid fields
             require(set(op.reads) <= defined, f"{what}: reads a value that is not defined before it")
             require(op.output not in defined and 0 < op.output < len(self.shapes), f"{what}: bad output")
             try:
                 shape = op.output_shape(*(self.shapes[value] for value in op.reads))
+                types[op.output] = op.output_type(*(types[value] for value in op.reads))
             except InvalidArgument as error:
                 raise InvalidArgument(f"{what}: {error}") from error
             require(shape == self.shapes[op.output], f"{what}: shape {self.shapes[op.output]}, not {shape}")
@@ -173,12 +200,17 @@ class StagePlan:
             )
         require({self.features, self.logits} <= defined, f"stage {self.name!r}: features or logits undefined")
         require(
+            types[self.features] == types[self.logits] == "f32",
+            f"stage {self.name!r}: features or logits are bytes; expected float32",
+        )
+        require(
             self.shapes[self.logits] == (num_classes,),
             f"stage {self.name!r} returns logits {self.shapes[self.logits]}; expected ({num_classes},)",
         )
 
     def __str__(self) -> str:
         head = f"stage {self.name!r} reads {self.input}, {self.macs:,} MACs"
+        head += ", int8" if self.is_quantized else ""
         tail = [] if self.selector is None else [f"  selector {self.selector}, {self.selector_macs:,} MACs"]
         if self.opaque_reason is not None:
             return "\n".join([f"{head}, opaque: {self.opaque_reason}", *tail])
@@ -245,6 +277,16 @@ class Plan:
             features = stage.shapes[stage.features] if stage.shapes else ()
 
     @property
+    def precision(self) -> tuple[Literal["fp32", "int8"], ...]:
+        """(K,) precision of the stages."""
+        return tuple(stage.precision for stage in self.stages)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any stage computes in int8."""
+        return any(stage.is_quantized for stage in self.stages)
+
+    @property
     def stage_weights(self) -> tuple[float | None, ...]:
         """(K,) weights of the stages in the combined probabilities; None for combine="last"."""
         return stage_weights(self.combine, len(self.stages))
@@ -259,8 +301,23 @@ class Plan:
     def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
         """(K−1,) float32 stop thresholds; see :meth:`fastcascade.Cascade.thresholds`."""
         return resolve_thresholds(
-            operating_point, self.operating_points, self.default_thresholds, len(self.stages)
+            operating_point,
+            self.operating_points,
+            self.default_thresholds,
+            len(self.stages),
+            self._measured_precision,
         )
+
+    @property
+    def usable_points(self) -> dict[str, OperatingPoint]:
+        """The operating points that were measured at the plan's precision."""
+        precision = self._measured_precision
+        return {name: p for name, p in self.operating_points.items() if p.precision == precision}
+
+    @property
+    def _measured_precision(self) -> tuple[str, ...]:
+        """As operating points record it."""
+        return self.precision if self.is_quantized else ()
 
     def save(self, directory: str | Path, overwrite: bool = False) -> str:
         """Save as JSON and safetensors; see :func:`fastcascade.load_plan`.

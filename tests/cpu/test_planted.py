@@ -22,11 +22,15 @@ from native import (
     LOST_CLASS,
     MISSING_PIXELS,
     MISSING_TILE,
+    ONE_MULTIPLIER,
     PADDED_SOFTMAX,
+    SATURATED_PAIRS,
     SHORT_SQUEEZE,
+    SILENT_NAN,
     UNCHECKED_CLASS,
     UNLIMITED_PIXELS,
     WIDE_EDGE,
+    ZERO_BORDER,
     Fault,
 )
 
@@ -102,6 +106,10 @@ def test_the_engine_built_again_passes(
                 (SHORT_SQUEEZE, "test_kernels.py", "test_global_pools and avx2"),
                 (EARLY_GATE, "test_kernels.py", "squeeze and avx2"),
                 (PADDED_SOFTMAX, "test_kernels.py", "test_other_layers and softmax and avx2"),
+                (ZERO_BORDER, "test_int8_kernels.py", "test_convolution and avx2 and 128"),
+                (SATURATED_PAIRS, "test_int8_kernels.py", "test_the_largest_sums and avx2"),
+                (ONE_MULTIPLIER, "test_int8_kernels.py", "test_convolution and avx2"),
+                (SILENT_NAN, "test_int8_kernels.py", "not_finite and avx2"),
             ]
         ),
     ],

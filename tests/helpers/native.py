@@ -145,6 +145,34 @@ UNLIMITED_PIXELS = Fault(
     "return std::isnan(x) ? nan : x;",
 )
 
+ZERO_BORDER = Fault(
+    "padding of bytes is 0, not the zero point",
+    "generic/int8.inl",
+    "fill_terms(to, row_terms, c.zero_point);",
+    "fill_terms(to, row_terms, 0);",
+    "int8_avx2.cpp",
+)
+SATURATED_PAIRS = Fault(
+    "pairs of products saturate at 16 bits",
+    "isa/int8_avx2.cpp",
+    "sum = add(sum, _mm256_madd_epi16(x, w));",
+    "const I pair = _mm256_madd_epi16(x, w), most = _mm256_set1_epi32(32767);\n"
+    "  sum = add(sum, _mm256_max_epi32(_mm256_min_epi32(pair, most), _mm256_set1_epi32(-32768)));",
+)
+ONE_MULTIPLIER = Fault(
+    "one multiplier serves all output channels",
+    "int8_steps.cpp",
+    "step.int8.multiplier = s.multiplier;",
+    "step.int8.multiplier.assign(s.multiplier.size(), s.multiplier[0]);",
+)
+SILENT_NAN = Fault(
+    "a NaN becomes a byte, and nobody is told",
+    "generic/int8.inl",
+    "__atomic_store_n(invalid + instance, 1, __ATOMIC_RELAXED);",
+    "__atomic_store_n(invalid + instance, 0, __ATOMIC_RELAXED);",
+    "int8_avx2.cpp",
+)
+
 
 def run(command: Sequence[str | Path]) -> tuple[int, str]:
     """The exit status and the output."""

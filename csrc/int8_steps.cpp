@@ -1,0 +1,184 @@
+#include "int8_steps.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "pack.h"
+
+namespace fastcascade {
+namespace {
+
+// Weights [group][panel][depth / terms][panel's lanes][terms] of the kernels' term type, where `terms` are those of a
+// dot product and a group has `blocks` vectors of outputs. The order of depth is (ky, kx, channel); each tap is rounded
+// up to whole dot products with zeros.
+template <class Term>
+Buffer pack_int8(const MergedWeights& m, int64_t tap_terms, int64_t blocks, const Int8Kernels& kernels) {
+  const int64_t lanes = kernels.lanes, terms = kernels.group, area = m.kh * m.kw, depth = area * tap_terms;
+  const int64_t per_group = m.out / m.groups;
+  const int64_t bytes = m.groups * blocks * lanes * depth * static_cast<int64_t>(sizeof(Term));
+  Buffer packed(round_up(bytes, 4) / 4);
+  Term* panel = reinterpret_cast<Term*>(packed.data());
+  for (int64_t g = 0; g < m.groups; ++g)
+    for (int64_t p = 0; p < int8_panels(blocks); ++p) {
+      const int64_t first = p * kInt8PanelBlocks * lanes,
+                    width = std::min(kInt8PanelBlocks * lanes, blocks * lanes - first);
+      for (int64_t o = first; o < std::min(first + width, per_group); ++o)
+        for (int64_t i = 0; i < m.in; ++i)
+          for (int64_t tap = 0; tap < area; ++tap) {
+            const int64_t at = tap * tap_terms + i;
+            panel[at / terms * width * terms + (o - first) * terms + at % terms] =
+                static_cast<Term>(m.weight[((g * per_group + o) * m.in + i) * area + tap]);
+          }
+      panel += depth * width;
+    }
+  return packed;
+}
+
+// The sums start where bytes that are all zero points, times the weights, end at zero.
+std::vector<int32_t> sum_starts(const OpSpec& op, int64_t pitch) {
+  std::vector<int32_t> starts(static_cast<size_t>(pitch), 0);
+  const size_t terms = op.weight.size() / static_cast<size_t>(op.weight_shape[0]);
+  for (size_t i = 0; i < op.weight.size(); ++i)
+    starts[i / terms] -= static_cast<int32_t>(op.int8.zero_point) * static_cast<int32_t>(op.weight[i]);
+  return starts;
+}
+
+Int8Epilogue pack_epilogue(Step& step, const OpSpec& op, int64_t pitch) {
+  const auto channels = static_cast<size_t>(pitch);
+  const Int8Spec& s = op.int8;
+  step.int8.start = sum_starts(op, pitch);
+  step.int8.multiplier = s.multiplier;
+  step.int8.multiplier.resize(channels, 0.f);
+  step.bias = op.bias;
+  step.bias.resize(channels, 0.f);
+  return {step.int8.start.data(),
+          step.int8.multiplier.data(),
+          step.bias.data(),
+          nullptr,
+          s.residual_scale,
+          static_cast<float>(s.residual_zero_point),
+          s.low,
+          s.high,
+          s.output_zero_point.has_value(),
+          static_cast<int32_t>(s.output_zero_point.value_or(0))};
+}
+
+void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t lanes) {
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  step.weights = Buffer(taps * g.pitch);
+  auto* weights = reinterpret_cast<int32_t*>(step.weights.data());
+  for (int64_t c = 0; c < op.weight_shape[0]; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      weights[c / lanes * lanes * taps + tap * lanes + c % lanes] = static_cast<int32_t>(op.weight[c * taps + tap]);
+  step.int8.padding.assign(static_cast<size_t>(g.in_pitch), static_cast<uint8_t>(op.int8.zero_point));
+  step.int8.scratch_floats = taps * kDepthwisePixels * static_cast<int64_t>(sizeof(uint8_t*) / sizeof(float));
+  Int8Depthwise& c = step.int8.depthwise;
+  c.weights = weights;
+  c.padding = step.int8.padding.data();
+  c.geometry = g;
+  c.epilogue = pack_epilogue(step, op, g.pitch);
+}
+
+// Groups are merged as far as the vectors that the pitch is a multiple of: then all channels of a pixel are written.
+void pack_product(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t pitch_lanes,
+                  const Int8Kernels& kernels) {
+  const MergedWeights merged = merge_groups(op, pitch_lanes);
+  Int8Conv& c = step.int8.conv;
+  c.geometry = g;
+  c.group_channels = merged.in;
+  c.tap_terms = round_up(merged.in, kernels.group);
+  c.blocks_per_group = g.pitch / kernels.lanes / merged.groups;
+  step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(merged, c.tap_terms, c.blocks_per_group, kernels)
+                                         : pack_int8<int8_t>(merged, c.tap_terms, c.blocks_per_group, kernels);
+  c.weights = step.weights.data();
+  c.zero_point = static_cast<uint8_t>(op.int8.zero_point);
+  c.epilogue = pack_epilogue(step, op, g.pitch);
+  step.panels = merged.groups * int8_panels(c.blocks_per_group);
+  step.int8.scratch_floats = round_up(int8_scratch_bytes(c, kernels), 4) / 4;
+}
+
+// float32 values of invalid instances become NaN.
+void invalidate(float* y, const Value& out, const int32_t* invalid, Range pixels, Range channels) {
+  const int64_t area = out.shape.h * out.shape.w;
+  for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel)
+    if (__atomic_load_n(invalid + pixel / area, __ATOMIC_RELAXED))
+      std::fill(y + pixel * out.pitch + channels.begin, y + pixel * out.pitch + channels.end,
+                std::numeric_limits<float>::quiet_NaN());
+}
+
+// The channels of some panels of a product.
+Range channels_of(const Int8Conv& c, Range panels, int64_t lanes) {
+  const int64_t per_group = int8_panels(c.blocks_per_group);
+  const auto channel = [&](int64_t panel) {
+    return (panel / per_group * c.blocks_per_group + panel % per_group * kInt8PanelBlocks) * lanes;
+  };
+  return {channel(panels.begin), channel(panels.end)};
+}
+
+template <class Layer>
+Layer placed(Layer c, const StepPlaces& at) {
+  c.input = reinterpret_cast<const uint8_t*>(at.input);
+  c.output = at.output;
+  c.epilogue.residual = reinterpret_cast<const uint8_t*>(at.residual);
+  return c;
+}
+
+}  // namespace
+
+bool is_int8_depthwise(const OpSpec& op, const Shape& in) {
+  return op.kind == OpKind::int8_conv2d && op.groups > 1 && op.groups == op.weight_shape[0] &&
+         op.weight_shape[1] == 1 && in.c == op.groups;
+}
+
+void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, int64_t pitch_lanes,
+                     const Int8Kernels& kernels) {
+  const ConvGeometry g{op.kernel[0],   op.kernel[1],  op.stride[0],  op.stride[1], op.dilation[0],
+                       op.dilation[1], op.padding[0], op.padding[2], in.shape.h,   in.shape.w,
+                       in.pitch,       out.shape.h,   out.shape.w,   out.pitch};
+  if (is_int8_depthwise(op, in.shape))
+    pack_depthwise_layer(step, op, g, kernels.lanes);
+  else
+    pack_product(step, op, g, pitch_lanes, kernels);
+}
+
+Int8Pool int8_pool_arguments(const OpSpec& op, const Value& in, const Value& out) {
+  Int8Pool c{};
+  c.rows = {in.shape.h, out.shape.h, op.kernel[0], op.stride[0], op.padding[0], op.padding[1]};
+  c.columns = {in.shape.w, out.shape.w, op.kernel[1], op.stride[1], op.padding[2], op.padding[3]};
+  c.pitch = out.pitch;
+  return c;
+}
+
+void run_int8_step(const Network& net, const Step& step, const StepPlaces& at, Range pixels, Range panels) {
+  const Int8Kernels& kernels = *net.int8_kernels;
+  const Value& out = net.values[step.output];
+  Range channels{0, out.pitch};
+  switch (step.kind) {
+    case StepKind::quantize:
+      return kernels.quantize(step.int8.grid, at.input, reinterpret_cast<uint8_t*>(at.output), at.invalid, pixels);
+    case StepKind::dequantize:
+      kernels.dequantize(step.int8.grid, reinterpret_cast<const uint8_t*>(at.input), at.output, pixels);
+      break;
+    case StepKind::int8_pool: {
+      Int8Pool c = step.int8.pool;
+      c.input = reinterpret_cast<const uint8_t*>(at.input);
+      c.output = reinterpret_cast<uint8_t*>(at.output);
+      return kernels.pool_max(c, pixels);
+    }
+    case StepKind::int8_depthwise: {
+      Int8Depthwise c = placed(step.int8.depthwise, at);
+      c.scratch = reinterpret_cast<const uint8_t**>(at.scratch);
+      kernels.depthwise(c, pixels);
+      break;
+    }
+    default: {
+      Int8Conv c = placed(step.int8.conv, at);
+      c.scratch = at.scratch;
+      kernels.conv(c, pixels, panels);
+      channels = channels_of(c, panels, kernels.lanes);
+    }
+  }
+  if (!out.bytes) invalidate(at.output, out, at.invalid, pixels, channels);
+}
+
+}  // namespace fastcascade

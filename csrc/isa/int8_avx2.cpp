@@ -1,0 +1,50 @@
+// Int8 kernels for x86-64 with AVX2: eight lanes, sixteen registers.
+//
+// Bytes are widened to 16 bits when they are gathered, and vpmaddwd multiplies two of them and adds up exactly.
+// vpmaddubsw would take bytes, but saturates: 2 · 255 · 127 exceeds 16 bits.
+#include "int8_region.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+
+namespace fastcascade {
+namespace avx2 {
+
+using Term = int16_t;
+constexpr int kLanes = 8, kGroup = 2, kRows = 6;
+
+#include "int8_avx2_operations.inl"
+
+FC_INLINE I dot(I sum, I x, I w) {
+  sum = add(sum, _mm256_madd_epi16(x, w));
+  asm volatile("" : "+x"(sum));  // or GCC computes all products first and spills the sums
+  return sum;
+}
+// Reads and writes by 16 terms.
+FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
+  for (int64_t i = 0; i < count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+}
+
+#include "../generic/int8.inl"
+
+}  // namespace avx2
+
+const Int8Kernels avx2_int8_kernels = avx2::make_int8_kernels("avx2");
+
+}  // namespace fastcascade
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
