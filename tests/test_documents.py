@@ -108,7 +108,7 @@ class FewImages:
 def test_the_quick_start_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = re.findall(r"## Quick start\s+```python\n(.*?)```", README, re.DOTALL)[0]
+    code = re.findall(r"## Quick start\n.*?```python\n(.*?)```", README, re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     few = FewImages(tmp_path / "few.npz")
     monkeypatch.setattr(fc, "load_data", lambda source, split: few)

@@ -33,6 +33,11 @@ _READ_BYTES = 2**18
 _MAX_CONTENTS_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**14
 _MAX_CLASSES = 2**20
+_END_BYTES = 22
+"""Of a zip file's last record, without its comment."""
+_COUNTED_ELSEWHERE = 0xFFFF
+"""The number of entries in the last record of a zip64 file."""
+
 # bz2 and lzma streams cannot be decompressed in bounded pieces; numpy writes neither.
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -73,8 +78,10 @@ class _BoundedReader(io.BufferedReader):
 
 
 def _load(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, split: str | None) -> ImageData:
+    # Damage must not hide an array.
+    _check_count(file, archive)
     for entry in archive.infolist():
-        archive.open(entry).close()  # compares the two copies of a name: damage must not hide an array
+        archive.open(entry).close()  # compares the two copies of a name
     names = {name.removesuffix(".npy") for name in archive.namelist()}
     image_key, label_key = _keys(path, names, split)
     headers = {key: _read_header(archive, key) for key in (image_key, label_key, "classes") if key in names}
@@ -89,6 +96,15 @@ def _load(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, split: 
         None if labels is None else _read_array(archive, labels).reshape(-1).astype(np.int64),
         None if classes is None else tuple(str(name) for name in _read_array(archive, classes)),
     )
+
+
+def _check_count(file: io.BufferedReader, archive: zipfile.ZipFile) -> None:
+    """The table of contents has as many entries as its last record says: a wrong length joins two of them."""
+    file.seek(-_END_BYTES - len(archive.comment), io.SEEK_END)
+    expected = int.from_bytes(file.read(_END_BYTES)[10:12], "little")
+    found = len(archive.infolist())
+    if expected not in (found, _COUNTED_ELSEWHERE):
+        raise zipfile.BadZipFile(f"its table of contents has {found} entries instead of {expected}")
 
 
 def _keys(path: Path, names: set[str], split: str | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,8 +129,7 @@ def _traces_and_times(
             if key(plan, k) not in programs:
                 programs[key(plan, k)] = compile(part, output="log_probs", threads=threads)
     logits = {
-        name: torch.cat([program(part) for part in images.split(BATCH)])
-        for name, program in programs.items()
+        name: torch.cat([program(part) for part in images.split(BATCH)]) for name, program in programs.items()
     }
     ms = _times(programs, images[:batch])
     traces, times = [], []
@@ -145,7 +145,7 @@ def _times(programs: dict[tuple[str, ...], CompiledCascade], images: Tensor) -> 
     seconds: dict[tuple[str, ...], list[float]] = {name: [] for name in programs}
     for _ in range(ROUNDS):
         for name, program in programs.items():
-            seconds[name].append(_seconds(lambda program=program: program(images)))
+            seconds[name].append(_seconds(partial(program, images)))
     return {name: 1e3 * statistics.median(values) / len(images) for name, values in seconds.items()}
 
 

@@ -302,7 +302,7 @@ def test_a_broken_import_is_not_taken_for_an_absent_device(
 
 
 def test_the_reference_says_what_it_cannot_do(plan: Plan) -> None:
-    with pytest.raises(BackendUnavailable, match="fp32 only, not fp16"):
+    with pytest.raises(BackendUnavailable, match="it runs fp32 and int8, not fp16"):
         choose_backend("reference", plan, precision="fp16", device=CPU)
     if not torch.cuda.is_available():
         with pytest.raises(BackendUnavailable, match="torch cannot use cuda"):

@@ -235,11 +235,11 @@ def test_wrong_answers_are_not_timed(cascade: fc.Cascade, images: torch.Tensor) 
     with torch.no_grad():
         cast(nn.Conv2d, cast(nn.Sequential, spoilt.stage(1).module)[0]).weight.mul_(1.1)
     plan, wrong = lower_plan(cascade), lower_plan(spoilt)
-    assert _check(fc.compile(plan, backend="reference"), images, "fp32") == 0
+    assert _check(fc.compile(plan, backend="reference"), images) == 0
     broken = fc.compile(wrong, backend="reference")
     broken.plan = plan
     with pytest.raises(FastCascadeError, match="so it was not timed"):
-        _check(broken, images, "fp32")
+        _check(broken, images)
 
 
 def test_plain_pytorch_is_timed_on_request(cascade: fc.Cascade, images: torch.Tensor) -> None:
