@@ -121,7 +121,7 @@ def names() -> dict[str, Any]:
     """What pages take for granted; also saves a cascade in run/model."""
     torch.manual_seed(0)
     cascade = fc.Cascade(
-        [fc.Stage(small(4), name="small"), fc.Stage(resnet_cifar(8), name="large")],
+        [fc.Stage(resnet_cifar(8, width=4), name="small"), fc.Stage(resnet_cifar(8), name="large")],
         fc.MLPSelector(),
         num_classes=10,
         input_shape=(3, 32, 32),
