@@ -1,8 +1,11 @@
-"""The example's training script runs, resumes to the same bits, and goes on in a second phase."""
+"""The training script of the example runs, resumes to the same bits, and goes on; other examples' configs run."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastcascade as fc
+from fastcascade import cli
 from fastcascade.evaluation.evaluation import Trace
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10"
 N = 60
+STAND_IN = {
+    r"train = \[.*\]": "train = [0, 32]",
+    r"validation = \[.*\]": "validation = [32, 48]",
+    r"calibration = \[.*\]": "calibration = [48, 64]",
+    "pretrain_epochs = .*": "pretrain_epochs = 1",
+    "joint_epochs = .*": "joint_epochs = 1",
+    "batch_size = .*": "batch_size = 16",
+}
+"""Settings that make a config run on 64 images."""
 
 
 def random_images() -> tuple[Tensor, Tensor]:
@@ -164,3 +182,31 @@ def test_calibrated_costs_leave_room_for_chance(monkeypatch: pytest.MonkeyPatch)
     costs = seen.exit_macs[seen.exits(point)]
     room = 1.645 * costs.std() * (1 / 400 + 1 / 10_000) ** 0.5
     assert 5_000 - 2 * room < point.mean_macs <= 5_000 - room
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # 16 images are too few for temperatures and comparisons
+@pytest.mark.parametrize("name", ["cifar100", "imagenet64"])
+def test_configs_for_the_papers_other_images_run_on_stand_in_data(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (EXAMPLE.parent / name / "config.toml").read_text()
+    given = tomllib.loads(text)["cascade"]
+    for pattern, setting in STAND_IN.items():
+        text, count = re.subn(f"(?m)^{pattern}", setting, text)
+        assert count == 1, pattern
+    (tmp_path / "config.toml").write_text(text)
+    draw = np.random.default_rng(0)
+    side, classes = given["input_shape"][1], given["num_classes"]
+    images = draw.integers(0, 256, (64, side, side, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x_train=images, y_train=draw.integers(0, classes, 64))
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # main replaces it
+    arguments = ["train", "config.toml", "images.npz", "--out", "run"]
+    monkeypatch.setattr(sys, "argv", ["fastcascade", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    trained = fc.load("run/model")
+    assert trained.num_classes == classes
+    assert "default" in trained.operating_points
