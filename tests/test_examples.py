@@ -1,4 +1,4 @@
-"""The training script of the example runs, resumes to the same bits, and goes on; other examples' configs run."""
+"""The example's training script runs, resumes to the same bits, and goes on; other configs run, too."""
 
 from __future__ import annotations
 
