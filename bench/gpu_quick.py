@@ -144,7 +144,7 @@ def forms(
 
 
 def is_core(name: str, batch: int, batches: tuple[int, ...]) -> bool:
-    """Whether an entry answers the first question: is the resident kernel faster than torch at its best?"""
+    """Whether an entry helps to show if the resident kernel is faster than torch at its best."""
     return batch == batches[0] and (name == "fastcascade, resident" or name.startswith("torch.compile"))
 
 

@@ -19,8 +19,9 @@ namespace avx512vnni {
 
 using F = __m512;
 using I = __m512i;
-using Term = uint8_t;  // the weights are signed
-constexpr int kLanes = 16, kGroup = 4, kRows = 12;
+constexpr int kLanes = 16, kRows = 12;
+
+#include "int8_vnni_terms.inl"
 
 // AVX-512 has fused multiply-adds, and GCC would contract a product and a sum.
 FC_INLINE F exact(F x) {
@@ -53,11 +54,6 @@ FC_INLINE I broadcast_terms(const Term* p) {
   return _mm512_set1_epi32(terms);
 }
 FC_INLINE I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
-// Reads and writes by 16 terms.
-FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
-  for (int64_t i = 0; i < count; i += 16)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-}
 
 #include "../generic/int8.inl"
 

@@ -1,5 +1,4 @@
-// Int8 kernels for x86-64 with AVX-VNNI: as AVX2, but vpdpbusd multiplies four unsigned bytes with four signed ones and
-// adds up in 32 bits.
+// Int8 kernels for x86-64 with AVX-VNNI: as AVX2, but with vpdpbusd.
 #include "int8_region.h"
 
 #if defined(__x86_64__)
@@ -15,8 +14,9 @@
 namespace fastcascade {
 namespace avxvnni {
 
-using Term = uint8_t;  // the weights are signed
-constexpr int kLanes = 8, kGroup = 4, kRows = 6;
+constexpr int kLanes = 8, kRows = 6;
+
+#include "int8_vnni_terms.inl"
 
 #include "int8_avx2_operations.inl"
 
@@ -24,11 +24,6 @@ FC_INLINE I dot(I sum, I x, I w) {
   sum = _mm256_dpbusd_avx_epi32(sum, x, w);
   asm volatile("" : "+x"(sum));  // or GCC reorders the products and spills the sums
   return sum;
-}
-// Reads and writes by 16 terms.
-FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
-  for (int64_t i = 0; i < count; i += 16)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
 }
 
 #include "../generic/int8.inl"

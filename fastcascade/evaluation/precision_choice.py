@@ -116,27 +116,21 @@ def _traces_and_times(
 ) -> tuple[list[Trace], list[tuple[float, ...]]]:
     """What every plan says about every image, and its exit times; stages that plans share run once."""
     programs: dict[tuple[str, ...], CompiledCascade] = {}
-
-    def key(plan: Plan, k: int) -> tuple[str, ...]:
-        first = k
-        while plan.stages[first].input == "previous":
-            first -= 1
-        return (str(k), *plan.precision[first : k + 1])
-
-    stages = range(len(plans[0].stages))
+    names: list[list[tuple[str, ...]]] = []  # of each plan's stages
     for plan in plans:
-        for k, part in zip(stages, stage_programs(plan), strict=True):
-            if key(plan, k) not in programs:
-                programs[key(plan, k)] = compile(part, output="log_probs", threads=threads)
+        parts = stage_programs(plan)
+        names.append([(str(k), *part.precision) for k, part in enumerate(parts)])
+        for name, part in zip(names[-1], parts, strict=True):
+            if name not in programs:
+                programs[name] = compile(part, output="log_probs", threads=threads)
     logits = {
         name: torch.cat([program(part) for part in images.split(BATCH)]) for name, program in programs.items()
     }
     ms = _times(programs, images[:batch])
     traces, times = [], []
-    for plan in plans:
-        own = torch.stack([logits[key(plan, k)] for k in stages])
-        traces.append(Trace.from_plan_logits(plan, own, labels))
-        times.append(_exit_times([ms[key(plan, k)] for k in stages], plan))
+    for plan, own in zip(plans, names, strict=True):
+        traces.append(Trace.from_plan_logits(plan, torch.stack([logits[name] for name in own]), labels))
+        times.append(_exit_times([ms[name] for name in own], plan))
     return traces, times
 
 
