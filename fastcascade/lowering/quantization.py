@@ -111,7 +111,7 @@ def quantize_plan(plan: Plan, images: Tensor, stages: Sequence[bool] | None = No
         >>> from fastcascade.model.resnet import resnet_cifar
         >>> plan = fc.plan(fc.Cascade([resnet_cifar(8)], None, num_classes=10, input_shape=(3, 32, 32)))
         >>> print(quantize_plan(plan, torch.rand(16, 3, 32, 32)).stages[0].ops[2])
-        int8 conv 3×3 16→16, error 0...%
+        int8 conv 3×3 16→16, error ...%
     """
     wanted = [True] * len(plan.stages) if stages is None else list(stages)
     if len(wanted) != len(plan.stages):
