@@ -169,12 +169,14 @@ def _row_range(text: str, n: int) -> range:
 
 
 def _load_model(directory: Path) -> Cascade | Plan:
-    """The saved cascade in a directory, or the plan if there is no cascade."""
+    """The saved cascade in a directory; its plan if there is no cascade, or one whose modules need code."""
     import fastcascade as fc
+    from fastcascade.engine import load_model
+    from fastcascade.model.store import cascade_exists, plan_note
 
-    if not (directory / "cascade.json").exists() and (directory / "plan.json").exists():
-        return fc.load_plan(directory)
-    return fc.load(directory)
+    if cascade_exists(directory):
+        return load_model(directory) if plan_note(directory).custom_modules else fc.load(directory)
+    return fc.load_plan(directory) if (directory / "plan.json").exists() else fc.load(directory)
 
 
 def _compile(
@@ -403,8 +405,10 @@ def calibrate(
 ) -> None:
     """Choose stop thresholds on held-out images, for one target, and store them in the saved model."""
     import fastcascade as fc
+    from fastcascade.model.store import cascade_exists
 
-    loaded = _load_model(model)
+    # A plan beside a cascade must not get points that the cascade lacks.
+    loaded = fc.load(model) if cascade_exists(model) else _load_model(model)
     images = _load_images(data, loaded, split, rows, resize)
     measured = loaded if isinstance(loaded, fc.Cascade) else fc.compile(loaded)
     point = fc.calibrate(
@@ -519,7 +523,7 @@ def report(
     curves = None if cascade is None else cost_accuracy_curves(cascade, images)
     diagnosis = diagnose(compiled, images, operating_point, cascade)
     if cascade is None:
-        say("note:", f"{model} is a plan, so the report has no cost–accuracy curve and no other temperatures")
+        say("note:", "from a plan, a report has no cost–accuracy curve and no reliability before temperature")
     title = model.resolve().name
     page = write_report(out, measured, evaluation, curves, diagnosis, title=title, overwrite=overwrite)
     print(printable(str(page)))

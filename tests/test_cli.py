@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from torch import nn
 
 import fastcascade as fc
 from fastcascade import cli
@@ -495,6 +496,21 @@ def test_train_under_torchrun_writes_one_model(training_arguments: list[str], tm
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "default" in fc.load(tmp_path / "run" / "model").operating_points
+
+
+def test_commands_that_only_measure_take_a_cascade_of_modules_without_their_code(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    networks = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)) for _ in range(2)]
+    preprocess = fc.Normalize((0.5,) * 3, (0.2,) * 3)
+    fc.Cascade(networks, fc.MLPSelector(), 3, (3, 8, 8), preprocess=preprocess).save(tmp_path / "own")
+    for command in (["evaluate", tmp_path / "own", images], ["inspect", tmp_path / "own"]):
+        done = run(*command)
+        assert done.status == 0, done.err
+        assert "stage" in done.out or "accuracy" in done.out
+    done = run("calibrate", tmp_path / "own", images, "--budget-macs", 1e9)
+    assert done.status == 1
+    assert "modules that the registry does not know" in done.err
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_measuring(
