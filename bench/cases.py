@@ -27,8 +27,10 @@ __all__ = [
     "NUM_CLASSES",
     "Case",
     "Reference",
+    "calibration_images",
     "cascade_images",
     "dense_network",
+    "images_of_shape",
     "load_model",
     "model_file",
     "noise",
@@ -73,6 +75,16 @@ _SEED = 20
 def noise(n: int, seed: int = 0) -> np.ndarray:
     """(n, 3, 32, 32) float32 standard normal: for timing, in place of normalised images."""
     return np.random.default_rng(seed).standard_normal((n, *INPUT_SHAPE), dtype=np.float32)
+
+
+def images_of_shape(shape: tuple[int, int, int], n: int, seed: int = 0) -> np.ndarray:
+    """(n, C, H, W) float32, like the images from which the networks of this shape have their batch norms."""
+    return noise(n, seed) if shape == INPUT_SHAPE else architectures.sample_images(n, shape, seed).numpy()
+
+
+def calibration_images(shape: tuple[int, int, int]) -> np.ndarray:
+    """What every engine quantises from: (256, 3, 32, 32), or 64 larger images."""
+    return images_of_shape(shape, 256 if shape == INPUT_SHAPE else 64, seed=5)
 
 
 def dense_network(name: str) -> ResNet:
