@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import nn
 
-from bench.cases import calibration_images, model_file
+from bench.cases import model_file
 from bench.peers import OnnxRuntime, OpenVino, Peer, export_onnx
 
-__all__ = ["INT8_PEERS", "INT8_TOLERANCE"]
+__all__ = ["INT8_PEERS", "INT8_TOLERANCE", "QuantizedPeer"]
 
 INT8_TOLERANCE = 8.0
 """Rounding moves the log-probabilities of random networks, which nobody trained to be far from ties, by more
 than bf16 does. This tells a quantised network from a wrong one, no more."""
 
 
-class OnnxRuntimeInt8(OnnxRuntime):
+class QuantizedPeer(Peer):
+    """A peer that quantises the network when it is built.
+
+    Attributes:
+        calibration: (n, C, H, W) float32, set before :meth:`build`.
+    """
+
+    tolerance = INT8_TOLERANCE
+    counts_as_fp32 = False
+    calibration: np.ndarray
+
+
+class OnnxRuntimeInt8(QuantizedPeer, OnnxRuntime):
     """ONNX Runtime on a QDQ model of ``quantize_static``: s8 weights per channel, u8 activations."""
 
     name = "ONNX Runtime int8"
-    tolerance = INT8_TOLERANCE
-    counts_as_fp32 = False
 
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -38,7 +49,7 @@ class OnnxRuntimeInt8(OnnxRuntime):
         quantize_static(
             prepared,
             partial,
-            _Images(calibration_images(input_shape)),
+            _Images(self.calibration),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -68,29 +79,27 @@ def _has_vnni() -> bool:
     return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
-class OpenVinoInt8(OpenVino):
+class OpenVinoInt8(QuantizedPeer, OpenVino):
     """OpenVINO on a network that NNCF quantised, with its default settings for post-training quantisation."""
 
     name = "OpenVINO int8"
     requires: ClassVar[tuple[str, ...]] = (*OpenVino.requires, "nncf")
-    tolerance = INT8_TOLERANCE
-    counts_as_fp32 = False
 
     def convert(self, model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         super().convert(model, input_shape)
         quantised = model_file(model, ".int8.xml")
         if not quantised.exists():
-            self._quantise(quantised, input_shape)
+            self._quantise(quantised)
         self.path = quantised
 
-    def _quantise(self, target: Any, input_shape: tuple[int, int, int]) -> None:
+    def _quantise(self, target: Path) -> None:
         import nncf
         import openvino
 
-        images = calibration_images(input_shape)
-        dataset = nncf.Dataset(images, lambda image: image[None])
-        quantised = nncf.quantize(self.core.read_model(self.path), dataset, subset_size=len(images))
+        dataset = nncf.Dataset(self.calibration, lambda image: image[None])
+        model = self.core.read_model(self.path)
+        quantised = nncf.quantize(model, dataset, subset_size=len(self.calibration))
         openvino.save_model(quantised, target, compress_to_fp16=False)
 
 
-INT8_PEERS: tuple[type[Peer], ...] = (OnnxRuntimeInt8, OpenVinoInt8)
+INT8_PEERS: tuple[type[QuantizedPeer], ...] = (OnnxRuntimeInt8, OpenVinoInt8)

@@ -215,6 +215,8 @@ def _title(key: str) -> str:
     model, _, rest = key.partition(" batch ")
     name = "cascade" if model.startswith("cascade:") else model.replace("resnet_cifar:", "ResNet-")
     name = name.removeprefix("torchvision:")
+    if name.startswith("last:"):
+        name = f"last network of {name.removeprefix('last:').removesuffix('/model')}"
     return f"{name}, batch {rest.split()[0]}"
 
 
