@@ -61,6 +61,12 @@ def load(directory: str | Path, threads: int | None = None) -> Runtime:
         >>> runtime(np.zeros((4, 3, 32, 32), np.float32)).probs.shape
         (4, 10)
     """
+    directory = Path(directory)
+    if (directory / "cascade.json").exists() and not (directory / "plan.json").exists():
+        raise FileFormatError(
+            f"{directory} holds a cascade without its plan; save that where torch is installed, with "
+            "cascade.save(directory, plan=True, overwrite=True)"
+        )
     content, arrays = load_arrays(directory, PLAN_FORMAT)
     try:
         return Runtime(content, arrays, threads)
