@@ -66,8 +66,8 @@ class TeamSchedule {
   void run_shares(size_t stage, Team::Member& member, int64_t share) const {
     const int64_t tile = network(stage).tile_instances;
     const int64_t most = kMaxPartsPerThread - 2, part = tile * ((share + tile * most - 1) / (tile * most));
-    const int64_t whole = std::max<int64_t>(0, (share - part / 2 - 1) / part),
-                  halves = share <= part || member.size == 1 ? 1 : 2;
+    const int64_t whole = std::max<int64_t>(0, (share - part / 2 - 1) / part);
+    const int64_t halves = share <= part || member.size == 1 ? 1 : 2;
     const auto begin_of = [&](int64_t i) {
       return i <= whole ? i * part : whole * part + (share - whole * part) * (i - whole) / halves;
     };
