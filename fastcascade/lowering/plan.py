@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -314,7 +315,7 @@ class Plan:
         precision = self._measured_precision
         return {name: p for name, p in self.operating_points.items() if p.precision == precision}
 
-    @property
+    @cached_property  # every call with thresholds of its own asks
     def _measured_precision(self) -> tuple[str, ...]:
         """As operating points record it."""
         return self.precision if self.is_quantized else ()
