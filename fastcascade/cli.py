@@ -142,8 +142,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 Backend = Annotated[str, typer.Option(help="auto, or a name from `fastcascade doctor`")]
 Precision = Annotated[
-    Literal["fp32", "fp16", "int8"] | None,
-    typer.Option(help="precision of the stages; int8 needs a model from `fastcascade quantize`"),
+    Literal["fp32", "fp16", "bf16", "int8"] | None,
+    typer.Option(
+        help="precision of the stages; fp16 is for GPUs, bf16 for CPUs with AVX512-BF16, int8 for models from "
+        "`fastcascade quantize`"
+    ),
 ]
 
 
@@ -279,7 +282,7 @@ def predict(
     if output is not None and to_file:
         check_destination(output, overwrite)
     compiled = _compile(model, backend, precision, threads)
-    compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
+    compiled.thresholds(operating_point)  # fails on an unknown name before the inputs are read
     images = load_inputs(inputs[0] if len(inputs) == 1 else inputs, compiled.plan.input.shape, resize, split)
     chosen = None if rows is None else _row_range(rows, len(images))
     if chosen is not None:
@@ -362,9 +365,9 @@ def evaluate(
         if not isinstance(loaded, fc.Cascade):
             raise InvalidArgument(f"{model} is a plan; the curve needs a saved cascade")
     compiled = _compile(loaded, backend, precision, threads)
-    names: list[str | None] = list(operating_point or compiled.plan.usable_points) or [None]
+    names: list[str | None] = list(operating_point or compiled.usable_points) or [None]
     for name in names:
-        compiled.plan.thresholds(name)  # fails on an unknown name before the images are read
+        compiled.thresholds(name)  # fails on an unknown name before the images are read
     images = _load_images(data, compiled.plan, split, rows, resize)
     table = Table("operating point", "accuracy", "mean MACs", "of dense", "exit shares", "exit accuracy")
     for name in names:
