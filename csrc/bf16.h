@@ -21,7 +21,7 @@ struct Bf16Rounding {
 };
 
 struct Bf16Kernels {
-  int lanes;                                                      // output channels of a vector
+  int lanes;                                                         // output channels of a vector
   void (*conv_direct)(const DirectConv&, Range rows, Range panels);  // see KernelTable::conv_direct_f32
   void (*round)(const Bf16Rounding&, Range pixels);
 };

@@ -82,7 +82,7 @@ struct Step {
   int64_t work_items = 0;                   // per instance: rows, pixels, Winograd tiles, or 1
   int64_t min_items = 1;                    // that keep a thread's register tiles full
   int64_t panels = 1;                       // of output channels, that threads may divide among them
-  DirectConv direct{};  // also of direct_bf16
+  DirectConv direct{};                      // also of direct_bf16
   Bf16Rounding rounding{};
   Winograd winograd{};
   DepthwiseConv depthwise{};

@@ -184,8 +184,8 @@ class StepBuilder {
     op.output = rounded_[value] = add_value(in.shape);
     Value& out = net_.values[op.output];
     out.set_pitch(out.pitch / 2);
-    add_step(StepKind::round_bf16, op, "round to bf16", "round_bf16").rounding = {nullptr, nullptr, in.shape.c, in.pitch,
-                                                                                   out.pitch};
+    add_step(StepKind::round_bf16, op, "round to bf16", "round_bf16").rounding = {nullptr, nullptr, in.shape.c,
+                                                                                  in.pitch, out.pitch};
     return op.output;
   }
 

@@ -144,8 +144,8 @@ Backend = Annotated[str, typer.Option(help="auto, or a name from `fastcascade do
 Precision = Annotated[
     Literal["fp32", "fp16", "bf16", "int8"] | None,
     typer.Option(
-        help="precision of the stages; fp16 is for GPUs, bf16 for CPUs with AVX512-BF16, int8 for models from "
-        "`fastcascade quantize`"
+        help="precision of the stages; fp16 is for GPUs, bf16 for CPUs with AVX512-BF16, int8 for models "
+        "from `fastcascade quantize`"
     ),
 ]
 
@@ -405,6 +405,10 @@ def calibrate(
     split: Split = None,
     rows: RowRange = None,
     resize: Resize = False,
+    precision: Annotated[
+        Literal["bf16"] | None,
+        typer.Option(help="measure in bf16, for which alone the operating point then serves"),
+    ] = None,
 ) -> None:
     """Choose stop thresholds on held-out images, for one target, and store them in the saved model."""
     import fastcascade as fc
@@ -412,12 +416,15 @@ def calibrate(
 
     # A plan beside a cascade must not get points that the cascade lacks.
     loaded = fc.load(model) if cascade_exists(model) else _load_model(model)
+    as_it_is = isinstance(loaded, fc.Cascade) and precision is None
+    measured = loaded if as_it_is else _compile(loaded, "auto", precision, None)
     images = _load_images(data, loaded, split, rows, resize)
-    measured = loaded if isinstance(loaded, fc.Cascade) else fc.compile(loaded)
     point = fc.calibrate(
         measured, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
     )
-    saved = measured if isinstance(measured, fc.Cascade) else measured.plan
+    if isinstance(loaded, fc.Cascade):
+        loaded.operating_points[name] = point
+    saved = loaded if isinstance(loaded, fc.Cascade) else measured.plan
     saved.save(model, overwrite=True)
     Console().print(operating_points_table({name: point}, loaded.dense_macs))
 
@@ -478,6 +485,7 @@ def bench(
     loaded = _load_model(model)
     if data is None and (split is not None or rows is not None or resize):
         raise InvalidArgument("--split, --rows and --resize choose images; name the data, too")
+    _compile(loaded, backend, precision, None)  # what cannot run fails before the images are read
     images = None if data is None else _load_images(data, loaded, split, rows, resize)
     measured = _measure(loaded, images, settings)
     if measured.busy_note is not None:
@@ -515,12 +523,12 @@ def report(
         _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
     )
     loaded = _load_model(model)
-    loaded.thresholds(operating_point)
+    compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
+    compiled.thresholds(operating_point)
     images = _load_images(data, loaded, split, rows, resize)
     if images.labels is None:
         raise DataError(f"{data} has no labels; a report needs them")
     measured = _measure(loaded, images, settings)
-    compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
     evaluation = fc.evaluate(compiled, images, operating_point)
     cascade = loaded if isinstance(loaded, fc.Cascade) else None
     curves = None if cascade is None else cost_accuracy_curves(cascade, images)
@@ -710,6 +718,7 @@ def doctor() -> None:
     )
     isa = torch.backends.cpu.get_cpu_capability()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU with {isa}")
+    console.print(plain(f"bf16: {_bf16_state()}"))
     for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_STAGES"):
         if variable in os.environ:
             console.print(plain(f"{variable}={os.environ[variable]} is set and overrides the choice"))
@@ -721,6 +730,16 @@ def doctor() -> None:
         packages.add_row(name, _version(name) or "missing", use)
     console.print(backends)
     console.print(packages)
+
+
+def _bf16_state() -> str:
+    """Whether the engine can run in bf16, or why not."""
+    try:
+        from fastcascade import _C
+
+        return _C.bf16_refusal() or "ready"
+    except (ImportError, ValueError) as error:
+        return str(error)
 
 
 def _version(package: str) -> str | None:

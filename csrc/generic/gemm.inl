@@ -1,6 +1,7 @@
 // The GEMM micro-kernel of every convolution: R rows of input, a constant step apart, times a panel of weights that is
-// B vectors wide. `dot` adds the product of two vectors to a third: of floats, or in bf16 of a pair in each lane. Its R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index
-// sequences make every index a compile-time constant.
+// B vectors wide. `dot` adds the products of two vectors to a third: one in each lane, or in bf16 those of a pair. The
+// R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index sequences make every
+// index a compile-time constant.
 
 template <int R, int B>
 struct Accumulators {

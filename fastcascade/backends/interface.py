@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-"""Of the stages. "int8" stands for a quantised plan, of which some stages may be in fp32. In "bf16" the products of
-some layers are rounded, see docs/bf16.md."""
+"""Of the stages. "int8" stands for a quantised plan, of which some stages may be in fp32. "bf16" leaves some
+layers in fp32 (docs/bf16.md)."""
 
 
 class ExitResults(NamedTuple):
