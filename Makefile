@@ -125,12 +125,15 @@ $(VENV)/.peers: $(VENV)/.installed
 # The benchmarks also measure the installed wheel; only bench/ itself comes from this checkout.
 bench_folder := mkdir -p $(outside) && ln -sfn $(CURDIR)/bench $(outside)/bench && cd $(outside)
 
-.PHONY: bench bench-docs bench-serving bench-suite bench-compare coverage
+.PHONY: bench bench-docs bench-int8 bench-serving bench-suite bench-compare coverage
 bench: $(VENV)/.peers  ## measure against other runtimes, and show every target
 	@$(bench_folder) && $(bin)/python -m bench.run $(ARGS)
 
 bench-docs: install  ## update the tables in docs/performance.md from the newest results
 	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
+
+bench-int8: $(VENV)/.peers  ## measure int8 against OpenVINO's and ONNX Runtime's
+	@$(bench_folder) && $(bin)/python -m bench.int8 $(ARGS)
 
 bench-serving: install  ## measure requests per second with fc.Batcher and with one call per request
 	@$(bench_folder) && $(bin)/python -m bench.serving $(ARGS)

@@ -27,10 +27,12 @@ __all__ = [
     "NUM_CLASSES",
     "Case",
     "Reference",
+    "calibration_images",
     "cascade_images",
     "dense_network",
     "load_model",
     "model_file",
+    "network_images",
     "noise",
     "reference_exits",
 ]
@@ -73,6 +75,34 @@ _SEED = 20
 def noise(n: int, seed: int = 0) -> np.ndarray:
     """(n, 3, 32, 32) float32 standard normal: for timing, in place of normalised images."""
     return np.random.default_rng(seed).standard_normal((n, *INPUT_SHAPE), dtype=np.float32)
+
+
+def network_images(model: str, n: int) -> np.ndarray:
+    """(n, C, H, W) float32 for a single network: the example's first test images for "last:FOLDER".
+
+    For random networks, images like those from which their batch norms have statistics.
+    """
+    if model.startswith("last:"):
+        return _example_images(model.replace("last:", "cascade:"), range(n))
+    if model.startswith(("torchvision:", "timm:")):
+        return architectures.sample_images(n, load_model(model).input.shape, seed=0).numpy()
+    return noise(n)
+
+
+def calibration_images(model: str) -> np.ndarray:
+    """What every engine quantises from, others than those of :func:`network_images`."""
+    if model.startswith("last:"):
+        return _example_images(model.replace("last:", "cascade:"), range(1500, 2000))
+    if model.startswith(("torchvision:", "timm:")):
+        return architectures.sample_images(64, load_model(model).input.shape, seed=5).numpy()
+    return noise(256, seed=5)
+
+
+def _example_images(cascade: str, rows: range) -> np.ndarray:
+    loaded = load_model(cascade)
+    images = load_data(EXAMPLE_IMAGES, classes=loaded.classes).take(rows).images
+    floats: np.ndarray = loaded.images(np.array(images)).numpy()
+    return floats
 
 
 def dense_network(name: str) -> ResNet:
@@ -121,10 +151,7 @@ def cascade_images(model: str, batch: int) -> np.ndarray:
     count = min(64 * batch, 2000)
     if model.endswith(":random"):
         return noise(count)
-    cascade = load_model(model)
-    images = load_data(EXAMPLE_IMAGES, classes=cascade.classes).take(range(count - count % batch)).images
-    floats: np.ndarray = cascade.images(np.array(images)).numpy()
-    return floats
+    return _example_images(model, range(count - count % batch))
 
 
 def model_file(network: nn.Module, suffix: str) -> Path:

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from bench.cases import model_file
 from fastcascade.model.resnet import PadShortcut
 
-__all__ = ["PEERS", "WHOLE", "Peer", "Schedule", "make_peer"]
+__all__ = [
+    "PEERS",
+    "WHOLE",
+    "Forward",
+    "OnnxRuntime",
+    "OpenVino",
+    "Peer",
+    "Schedule",
+    "export_onnx",
+    "make_peer",
+]
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LARGE_BATCH = 64
@@ -450,7 +460,9 @@ def make_peer(name: str) -> Peer:
     Raises:
         RuntimeError: a package that it needs is missing.
     """
-    peer = next(peer for peer in PEERS if peer.name == name)
+    from bench.quantized_peers import INT8_PEERS  # made from these
+
+    peer = next(peer for peer in (*PEERS, *INT8_PEERS) if peer.name == name)
     reason = peer.unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"{reason}; `make bench` installs it where there is a build for this Python")

@@ -15,11 +15,14 @@ from typing import Any
 
 from bench.engines import BEST_LAST, FP32_PEERS, OURS, PYTORCH
 from bench.machine import ROOT
+from bench.quantized_peers import INT8_PEERS
+from bench.ratios import ratio
 from bench.targets import target_rows
+from bench.worker import OURS_INT8
 
 __all__ = ["TABLES", "main", "markdown_table", "write_tables"]
 
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "int8.md", ROOT / "README.md")
 _SECTION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = Mapping[str, Any]
@@ -188,10 +191,32 @@ def paced_table(results: Results) -> str:
     return markdown_table((f"ms, {facts['calls']} calls", *engines), rows) + note
 
 
+def int8_table(results: Results) -> str:
+    """Images/s in int8: ours and the other runtimes', and ours in fp32."""
+    cases = results.get("int8")
+    if not cases:
+        return "Not measured yet."
+    peers = [peer.name for peer in INT8_PEERS]
+    rows = []
+    for key, entry in cases.items():
+        engines = {name: e for name, e in entry["engines"].items() if "refused" not in e}
+        rates = [engines[n]["images_per_s"] if n in engines else None for n in (OURS, OURS_INT8, *peers)]
+        others = [name for name in peers if name in engines]
+        compared = "–"
+        if others and OURS_INT8 in engines:
+            best = max(others, key=lambda name: float(engines[name]["images_per_s"]))
+            compared = str(ratio(engines[OURS_INT8]["seconds_per_image"], engines[best]["seconds_per_image"]))
+        rows.append((_title(key), *("–" if r is None else f"{r:,.0f}" for r in rates), compared))
+    return markdown_table(("case", "fastcascade fp32", OURS_INT8, *peers, "over the best"), rows)
+
+
 def _title(key: str) -> str:
     """A case as readers know it."""
     model, _, rest = key.partition(" batch ")
     name = "cascade" if model.startswith("cascade:") else model.replace("resnet_cifar:", "ResNet-")
+    name = name.removeprefix("torchvision:")
+    if name.startswith("last:"):
+        name = f"last network of {name.removeprefix('last:').removesuffix('/model')}"
     return f"{name}, batch {rest.split()[0]}"
 
 
@@ -205,6 +230,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "stages": stages_table,
     "time": time_table,
     "paced": paced_table,
+    "int8": int8_table,
 }
 
 

@@ -7,6 +7,7 @@ images, or time it. Only the process that carries out a command runs; the others
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -19,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.cases import load_model
+from bench.cases import calibration_images, load_model
 from bench.handmade import PeerCascade
 from bench.peers import WHOLE, Peer, Schedule, make_peer
+from bench.quantized_peers import QuantizedPeer
 
-__all__ = ["OURS", "main"]
+__all__ = ["OURS", "OURS_INT8", "main"]
 
-OURS = "fastcascade"
+OURS, OURS_INT8 = "fastcascade", "fastcascade int8"
 TUNING_BATCHES, TUNING_IMAGES = 3, 256
 """A cascade's schedules are tuned on so many batches at least, and so many images."""
 FINALISTS = 4
@@ -61,6 +63,8 @@ class PeerNetwork(Subject):
     def __init__(self, peer: str, model: str, threads: int) -> None:
         self.peer: Peer = make_peer(peer)
         single = load_model(model)
+        if isinstance(self.peer, QuantizedPeer):
+            self.peer.calibration = calibration_images(model)
         self.peer.build(single.stage(0).module, single.input.shape, threads)
         self.chosen: dict[int, Schedule] = {}
 
@@ -122,10 +126,18 @@ class PeerCascadeSubject(Subject):
 class Ours(Subject):
     """One network, or a whole cascade, on fastcascade."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, int8: bool = False) -> None:
         import fastcascade as fc
 
-        self.engine = fc.compile(load_model(model), backend="auto", threads=threads)
+        cascade = load_model(model)
+        arguments: dict[str, Any] = {}  # older versions know no calibration data
+        if int8:
+            from fastcascade.lowering import quantization
+
+            # Random networks are so sensitive that no layer of theirs would be quantised.
+            quantization.MAX_DIVERGENCE = math.inf
+            arguments = {"precision": "int8", "calibration_data": calibration_images(model)}
+        self.engine = fc.compile(cascade, backend="auto", threads=threads, **arguments)
         self.stops_early = len(self.engine.plan.stages) > 1
 
     def run(self, x: np.ndarray) -> Any:
@@ -187,8 +199,8 @@ class Commands:
         """Build a model; see :func:`bench.cases.load_model`."""
         start = time.perf_counter()
         self.subject = None  # frees the previous one
-        if self.engine == OURS:
-            self.subject = Ours(model, self.threads)
+        if self.engine in (OURS, OURS_INT8):
+            self.subject = Ours(model, self.threads, int8=self.engine == OURS_INT8)
         elif model.startswith("cascade:"):
             self.subject = PeerCascadeSubject(self.engine, model, self.threads)
         else:

@@ -535,7 +535,7 @@ def report(
     diagnosis = diagnose(compiled, images, operating_point, cascade)
     if cascade is None:
         say("note:", "from a plan, a report has no cost–accuracy curve and no reliability before temperature")
-    title = model.resolve().name
+    title = "/".join(model.resolve().parts[-2:])  # "model" alone says little
     page = write_report(out, measured, evaluation, curves, diagnosis, title=title, overwrite=overwrite)
     print(printable(str(page)))
 

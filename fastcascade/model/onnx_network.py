@@ -49,6 +49,7 @@ class OnnxNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.nodes = _with_last_reads(nodes, output)
+        self.calls = nn.ModuleDict({f"{i} {_title(node)}": _Call(node) for i, node in enumerate(nodes)})
         self.input, self.output = input, output
         self.input_shape: tuple[int, int, int] | None = None
         self.arrays: dict[str, NDArray[Any]] = {}
@@ -73,9 +74,9 @@ class OnnxNetwork(nn.Module):
         """(n, C, H, W) → (n, classes)."""
         values: dict[str, Value] = {self.input: x, **self.arrays}
         values |= {name: getattr(self, attribute) for name, attribute in self.tensors.items()}
-        for node in self.nodes:
+        for node, call in zip(self.nodes, self.calls.values(), strict=True):
             inputs = [values[name] if name else None for name in node.inputs]
-            values |= dict(zip(node.outputs, run_node(node, inputs), strict=False))
+            values |= dict(zip(node.outputs, call(*inputs), strict=False))
             for name in node.dead:
                 del values[name]
         result = values[self.output]
@@ -85,6 +86,22 @@ class OnnxNetwork(nn.Module):
     def extra_repr(self) -> str:
         kinds = Counter(node.kind for node in self.nodes)
         return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+class _Call(nn.Module):
+    """A node as a module, because error messages and plans name the module in which an operator is."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+
+    def forward(self, *inputs: Value) -> list[Value]:
+        return run_node(self.node, inputs)
+
+
+def _title(node: Node) -> str:
+    """The operator and the node's name, without the dots that separate modules."""
+    return f"ONNX {node.kind} {node.name}".replace(".", "_").strip()
 
 
 def _with_last_reads(nodes: Sequence[Node], output: str) -> list[Node]:

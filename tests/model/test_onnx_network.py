@@ -356,6 +356,15 @@ def export(module: nn.Module, path: Path, opset: int = 17, fixed: bool = False, 
     return path
 
 
+def test_an_operator_without_an_operation_is_named_with_its_node(tmp_path: Path) -> None:
+    make = onnx.helper.make_node
+    nodes = flat(make("Relu", ["x"], ["r"], "first"), make("Softmax", ["r"], [""], "head/over.rows", axis=2))
+    stage = fc.Stage.from_onnx(write(tmp_path / "model.onnx", nodes))
+    reason = fc.plan(fc.Cascade([stage], None, math.prod(SHAPE), SHAPE)).stages[0].opaque_reason
+    assert reason is not None
+    assert "ONNX Softmax head/over_rows" in reason
+
+
 def assert_lowers_as(module: nn.Module, stage: fc.Stage) -> None:
     """The stage has the operations of the module that was exported."""
     plans = [fc.plan(fc.Cascade([s], None, 5, (3, 20, 18))) for s in (module, fc.Stage(stage.module))]
