@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -195,6 +195,16 @@ def _compile(
             "--precision int8 needs a quantised model; `fastcascade quantize MODEL DATA --out DIR` makes one"
         )
     return fc.compile(model, backend=backend, precision=precision, threads=threads)
+
+
+def _check_run(
+    model: Cascade | Plan, backend: str, precision: Precision, operating_point: str | None
+) -> None:
+    """Fail before images are read where bf16 cannot run, or where the operating point cannot serve."""
+    if precision == "bf16":
+        _compile(model, backend, precision, None).thresholds(operating_point)
+    else:
+        model.thresholds(operating_point)
 
 
 ##### Commands
@@ -416,16 +426,20 @@ def calibrate(
 
     # A plan beside a cascade must not get points that the cascade lacks.
     loaded = fc.load(model) if cascade_exists(model) else _load_model(model)
-    as_it_is = isinstance(loaded, fc.Cascade) and precision is None
-    measured = loaded if as_it_is else _compile(loaded, "auto", precision, None)
+    measured: Cascade | CompiledCascade
+    if isinstance(loaded, fc.Cascade) and precision is None:
+        measured = loaded
+    else:
+        measured = _compile(loaded, "auto", precision, None)
     images = _load_images(data, loaded, split, rows, resize)
     point = fc.calibrate(
         measured, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
     )
     if isinstance(loaded, fc.Cascade):
         loaded.operating_points[name] = point
-    saved = loaded if isinstance(loaded, fc.Cascade) else measured.plan
-    saved.save(model, overwrite=True)
+    else:
+        loaded = replace(loaded, operating_points={**loaded.operating_points, name: point})
+    loaded.save(model, overwrite=True)
     Console().print(operating_points_table({name: point}, loaded.dense_macs))
 
 
@@ -485,7 +499,7 @@ def bench(
     loaded = _load_model(model)
     if data is None and (split is not None or rows is not None or resize):
         raise InvalidArgument("--split, --rows and --resize choose images; name the data, too")
-    _compile(loaded, backend, precision, None)  # what cannot run fails before the images are read
+    _check_run(loaded, backend, precision, operating_point)
     images = None if data is None else _load_images(data, loaded, split, rows, resize)
     measured = _measure(loaded, images, settings)
     if measured.busy_note is not None:
@@ -523,12 +537,12 @@ def report(
         _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
     )
     loaded = _load_model(model)
-    compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
-    compiled.thresholds(operating_point)
+    _check_run(loaded, backend, precision, operating_point)
     images = _load_images(data, loaded, split, rows, resize)
     if images.labels is None:
         raise DataError(f"{data} has no labels; a report needs them")
     measured = _measure(loaded, images, settings)
+    compiled = _compile(loaded, backend, precision, next(iter(settings.threads), None))
     evaluation = fc.evaluate(compiled, images, operating_point)
     cascade = loaded if isinstance(loaded, fc.Cascade) else None
     curves = None if cascade is None else cost_accuracy_curves(cascade, images)
