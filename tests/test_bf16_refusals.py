@@ -7,22 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import fastcascade as fc
 from fastcascade import _C, cli, runtime
 from fastcascade.errors import BackendUnavailable, InvalidArgument
 from fastcascade.lowering.plan import Plan
+from fastcascade.model.registry import build_network
 
 SHAPE = (3, 8, 8)
 IMAGES = torch.randn(20, *SHAPE)
-
-
-def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +26,9 @@ def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cascade() -> fc.Cascade:
-    return fc.Cascade([network(), network()], fc.ThresholdSelector("margin"), 5, SHAPE)
+    return fc.Cascade(
+        [build_network("resnet_cifar:8", 5) for _ in range(2)], fc.ThresholdSelector("margin"), 5, SHAPE
+    )
 
 
 def assert_says_why(message: str) -> None:
