@@ -213,10 +213,10 @@ Shape infer(const std::string& where, const OpSpec& op, const std::vector<Shape>
   fail(where, "unknown operation");
 }
 
-// Zero points are 0 and 128; a kernel may rely on rounded outputs being bytes, and on sums fitting in an int32.
+// Zero points are bytes; a kernel may rely on rounded outputs being bytes, and on sums fitting in an int32.
 void check_zero_point(const std::string& where, int64_t zero_point) {
-  if (zero_point != 0 && zero_point != 128)
-    fail(where, "the zero point is " + std::to_string(zero_point) + ", expected 0 or 128");
+  if (zero_point < 0 || zero_point > 255)
+    fail(where, "the zero point is " + std::to_string(zero_point) + ", expected 0 to 255");
 }
 
 void check_byte_weights(const std::string& where, const OpSpec& op) {

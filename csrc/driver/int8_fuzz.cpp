@@ -76,13 +76,13 @@ Case make_case(uint64_t seed) {
   }
   op.weight_shape = {op.groups * out_per_group, in_per_group, op.kernel[0], op.kernel[1]};
   add_weights(random, op);
-  op.int8.zero_point = 128 * random.between(0, 1);
+  op.int8.zero_point = random.between(0, 255);
   op.int8.residual_scale = random.real(1.f);
-  op.int8.residual_zero_point = 128 * random.between(0, 1);
+  op.int8.residual_zero_point = random.between(0, 255);
   op.int8.low = -std::numeric_limits<float>::infinity();
   op.int8.high = -op.int8.low;
   if (random.chance(60)) {
-    op.int8.output_zero_point = 128 * random.between(0, 1);
+    op.int8.output_zero_point = random.between(0, 255);
     op.int8.low = static_cast<float>(-*op.int8.output_zero_point);
     op.int8.high = static_cast<float>(255 - *op.int8.output_zero_point);
   }

@@ -127,16 +127,15 @@ def write_tables(text: str, report: dict[str, Any]) -> str:
     return text
 
 
-def record_look(report: dict[str, Any]) -> None:
-    """Append the date, the commit and the accuracies seen to test-looks.jsonl."""
+def record_look(script: str, accuracy: dict[str, Any]) -> None:
+    """Append the date, the commit and the accuracies that a script has seen to test-looks.jsonl."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    seen = {point["operating_point"]: point["accuracy"] for point in report["operating_points"]}
     look = {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "commit": commit or None,
-        "script": "measure.py",
-        "accuracy": {"last network": report["last_network"], **seen},
+        "script": script,
+        "accuracy": accuracy,
     }
     with (HERE / "test-looks.jsonl").open("a") as file:
         file.write(json.dumps(look) + "\n")
@@ -153,7 +152,8 @@ def main() -> None:
     logits = all_logits(cascade, arguments.source)
     save_file(logits, HERE / "logits.safetensors")
     report = report_of(cascade, logits)
-    record_look(report)
+    seen = {point["operating_point"]: point["accuracy"] for point in report["operating_points"]}
+    record_look("measure.py", {"last network": report["last_network"], **seen})
     write_atomically(HERE / "results.json", (json.dumps(report, indent=1) + "\n").encode())
     for document in DOCUMENTS:
         document.write_text(write_tables(document.read_text(), report))

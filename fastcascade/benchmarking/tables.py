@@ -116,7 +116,7 @@ def paced_cells(measured: Benchmark) -> list[tuple[str, ...]]:
         (
             timing.pattern,
             str(timing.calls),
-            *(f"{timing.latency_ms[name]:.3g}" for name in ("p50", "p95", "p99")),
+            *(f"{timing.latency_ms[name]:.2f}" for name in ("p50", "p95", "p99")),
             f"{timing.latency_ms['p50'] / medians[loop_of(timing.pattern)]:.2f}×",
         )
         for timing in measured.paced

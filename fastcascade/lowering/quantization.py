@@ -65,7 +65,7 @@ CORRECTION_IMAGES = 64
 BATCH = 32
 SAMPLE = 1 << 16  # elements of a value, of all images together
 OUTLIERS = 1e-4  # share of a sample
-SHRINK = 0.95 ** torch.arange(80)  # clipping points to try, as shares of the largest value: down to 1.7 %
+SHRINK = 0.95 ** torch.arange(80)  # clipping points to try, as shares of the extremes: down to 1.7 %
 CLAMPS: dict[ActivationKind, tuple[float, float]] = {
     "none": (-math.inf, math.inf),
     "relu": (0.0, math.inf),
@@ -223,12 +223,12 @@ def _best_grid(sample: Tensor, is_signed: bool) -> Grid:
     """The grid with the least mean squared error on a finite sample, a few outliers left out."""
     outliers = int(OUTLIERS * sample.numel())
     sample = sample[sample.abs().argsort()[: sample.numel() - outliers]]
-    zero_point = 128 if is_signed else 0
-    # A negative value has 128 steps, a positive one 255 or 127.
-    largest = max(float(sample.max()) / (255 - zero_point), float(-sample.min()) / 128)
-    if largest < torch.finfo(torch.float32).tiny:
-        return Grid(1.0, zero_point)
-    scales = (largest * SHRINK.double()).float().tolist()
+    low, high = (min(0.0, float(sample.min())) if is_signed else 0.0), max(0.0, float(sample.max()))
+    step = high / 255 - low / 255  # not (high − low) / 255, which may overflow
+    if step < torch.finfo(torch.float32).tiny:
+        return Grid(1.0, 128 if is_signed else 0)
+    zero_point = round(-low / step)
+    scales = (step * SHRINK.double()).float().tolist()
     errors = [float((Grid(scale, zero_point).round(sample) - sample).square().mean()) for scale in scales]
     return Grid(scales[errors.index(min(errors))], zero_point)
 

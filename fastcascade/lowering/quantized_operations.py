@@ -1,7 +1,7 @@
 """The operations of an int8 stage.
 
 A value is float32, or *quantised*: a byte q from 0 to 255 that stands for (q − zero_point) · scale. The zero
-point is 0 where no value is negative, else 128, so 0 is always exact. Weights are signed bytes from −127 to
+point is a byte as well, so 0 is always exact. Weights are signed bytes from −127 to
 127 with a scale per output channel.
 
 Products are summed as integers, without rounding. The sum then becomes a float32, and every step after it
@@ -27,7 +27,7 @@ from fastcascade.lowering.operations import (
 
 __all__ = ["MAX_SUM", "Dequantize", "Quantize", "QuantizedConv2d", "QuantizedLinear"]
 
-ZERO_POINTS = (0, 128)
+BYTES = range(256)
 
 MAX_SUM = 2**31 - 1
 """Largest sum of products that an int32 holds."""
@@ -35,8 +35,8 @@ MAX_SUM = 2**31 - 1
 
 def _require_grid(scale: float, zero_point: int, what: str) -> None:
     require(
-        0 < scale < math.inf and zero_point in ZERO_POINTS,
-        f"{what} with scale {scale} and zero point {zero_point}; expected a positive scale and 0 or 128",
+        0 < scale < math.inf and zero_point in BYTES,
+        f"{what} with scale {scale} and zero point {zero_point}; expected a positive scale and 0 to 255",
     )
 
 
@@ -119,7 +119,7 @@ class QuantizedConv2d(Op):
         require(self.weight.ndim == 4, f"conv2d weight has shape {tuple(self.weight.shape)}; expected 4 axes")
         _check_sums(self)
         require(
-            math.isfinite(self.residual_scale) and self.residual_zero_point in ZERO_POINTS,
+            math.isfinite(self.residual_scale) and self.residual_zero_point in BYTES,
             f"int8 conv with residual scale {self.residual_scale}, zero point {self.residual_zero_point}",
         )
         shape = conv_shape(
@@ -193,11 +193,11 @@ def _check_sums(op: QuantizedConv2d | QuantizedLinear) -> None:
     output = op.output_zero_point
     lowest, highest = (-math.inf, math.inf) if output is None else (-output, 255 - output)
     require(
-        op.zero_point in ZERO_POINTS
-        and output in (None, *ZERO_POINTS)
+        op.zero_point in BYTES
+        and (output is None or output in BYTES)
         and lowest <= op.low <= op.high <= highest,
         f"int8 layer with zero points {op.zero_point} and {output}, clamped to {op.low} … {op.high}; "
-        f"expected 0 or 128, and limits within {lowest} … {highest}",
+        f"expected 0 to 255, and limits within {lowest} … {highest}",
     )
 
 

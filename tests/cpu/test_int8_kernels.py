@@ -80,7 +80,7 @@ def as_bytes(layer: QuantizedConv2d, zero_point: int) -> QuantizedConv2d:
     return replace(layer, output_zero_point=zero_point, **limits)
 
 
-@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 2)])
 @pytest.mark.parametrize("image", [(1, 1), (5, 7), (17, 16)])
 def test_convolution(
@@ -95,7 +95,7 @@ def test_convolution(
             assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
 def test_windows_of_every_kind(run_ops: RunOps, kernels: str, zero_point: int) -> None:
     windows: list[dict[str, Any]] = [
         {"padding": (2, 0, 3, 1), "dilation": (2, 1)},
@@ -108,7 +108,7 @@ def test_windows_of_every_kind(run_ops: RunOps, kernels: str, zero_point: int) -
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (2, 7)])
 def test_depthwise(run_ops: RunOps, kernels: str, kernel: tuple[int, int], zero_point: int) -> None:
     for channels, stride, dilation in product([2, 16, 17, 65], [(1, 1), (2, 2)], [(1, 1), (2, 1)]):
@@ -164,7 +164,7 @@ def test_linear(run_ops: RunOps, kernels: str, channels: int, out: int) -> None:
 @pytest.mark.parametrize("groups", [1, 40])
 def test_the_largest_sums(run_ops: RunOps, kernels: str, value: int, weight: int, groups: int) -> None:
     """Pairs of such products do not fit in 16 bits."""
-    for zero_point in (0, 128):
+    for zero_point in (0, 7, 128, 255):
         layer = random_layer(40, 40, (3, 3), groups=groups, padding=(1, 1, 1, 1), zero_point=zero_point)
         layer.weight.fill_(weight)
         x = torch.full((1, 40, 5, 5), float(value))
@@ -190,7 +190,7 @@ def test_max_pool(run_ops: RunOps, kernels: str, pool: Pool) -> None:
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
 @pytest.mark.parametrize("scale", [1.0, 0.1, 3e-5, 7e4])
 def test_rounding(run_ops: RunOps, kernels: str, scale: float, zero_point: int) -> None:
     """Halves round to even; values beyond the range are its ends, however large."""
@@ -261,7 +261,7 @@ def test_kernels_that_cannot_run_are_refused(run_ops: RunOps, kernel: str, isa: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"zero_point": 3}, "zero point is 3, expected 0 or 128"),
+        ({"zero_point": 256}, "zero point is 256, expected 0 to 255"),
         ({"multiplier": torch.full((4,), math.inf)}, "multiplier or bias is not finite"),
         ({"multiplier": torch.ones(3)}, "multiplier has 3 numbers, expected 4"),
         ({"low": 2.0, "high": 1.0}, "clamped to 2.0* to 1.0*"),
