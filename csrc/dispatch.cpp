@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "isa/bf16_region.h"
 #include "isa/int8_region.h"
 #include "isa/region.h"
 
@@ -47,21 +48,31 @@ bool has_avxvnni() {
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, kAvxvnni);
 }
 
+bool has_avx512bf16() {
+  constexpr unsigned kAvx512bw = 1u << 30, kAvx512bf16 = 1u << 5;
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && has_bits(b, kAvx512bw) &&
+         __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, kAvx512bf16);
+}
+
 const KernelTable* const kAvx512 = &avx512_kernels;
 const KernelTable* const kAvx2 = &avx2_kernels;
 const Int8Kernels* const kAvx512vnniInt8 = &avx512vnni_int8_kernels;
 const Int8Kernels* const kAvxvnniInt8 = &avxvnni_int8_kernels;
 const Int8Kernels* const kAvx2Int8 = &avx2_int8_kernels;
+const Bf16Kernels* const kAvx512Bf16 = &avx512_bf16_kernels;
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 const KernelTable* const kAvx512 = nullptr;
 bool has_avx512vnni() { return false; }
 bool has_avxvnni() { return false; }
+bool has_avx512bf16() { return false; }
 const KernelTable* const kAvx2 = nullptr;
 const Int8Kernels* const kAvx512vnniInt8 = nullptr;
 const Int8Kernels* const kAvxvnniInt8 = nullptr;
 const Int8Kernels* const kAvx2Int8 = nullptr;
+const Bf16Kernels* const kAvx512Bf16 = nullptr;
 #endif
 
 bool always() { return true; }
@@ -119,6 +130,21 @@ const Int8Kernels& choose_int8_kernels(const KernelTable& kernels, const std::st
     return *isa.kernels;
   }
   throw std::invalid_argument("unknown kernels '" + forced + "'; expected one of " + known);
+}
+
+std::string bf16_refusal(const KernelTable& kernels) {
+  const std::string others = "; fp32 and int8 run here";
+  if (!has_avx512bf16())
+    return "bf16 needs AVX-512 F, BW and BF16, which this processor or its operating system lacks" + others;
+  if (kernels.lanes != kAvx512Bf16->lanes)
+    return std::string("bf16 needs instruction set 'avx512', but '") + kernels.isa + "' was chosen" + others;
+  return "";
+}
+
+const Bf16Kernels& choose_bf16_kernels(const KernelTable& kernels) {
+  const std::string refusal = bf16_refusal(kernels);
+  if (!refusal.empty()) throw std::invalid_argument(refusal);
+  return *kAvx512Bf16;
 }
 
 const KernelTable& choose_isa(const std::string& name) {

@@ -73,8 +73,9 @@ struct Tap {
   int64_t offset, y, x;
 };
 
-// Direct convolution. Each tap takes `depth` consecutive floats of the input: the channels of a group, or, where
-// columns are joined, those of all pixels under a row of the kernel. A 1×1 convolution without stride and a linear
+// Direct convolution. Each tap takes `depth` consecutive terms of the input: the channels of a group, or, where
+// columns are joined, those of all pixels under a row of the kernel. A term is a float; in bf16 it is a pair (bf16.h),
+// and the input's pitch and a group's channels are counted in pairs. A 1×1 convolution without stride and a linear
 // layer have maps of one column, so that all pixels of an image are a constant step apart.
 struct DirectConv {
   const float* input;

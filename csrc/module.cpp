@@ -320,14 +320,17 @@ auto allocate_batch(int64_t instances, Allocate allocate) {
 class Cascade {
  public:
   Cascade(const py::list& stages, const py::list& selectors, int64_t classes, const std::vector<float>& stage_weights,
-          int threads, const std::string& isa, const std::string& kernel) {
+          int threads, const std::string& isa, const std::string& kernel, const std::string& precision) {
     if (classes < 1 || classes > kMaxClasses) fail("classes is " + std::to_string(classes));
+    if (precision != "fp32" && precision != "bf16")
+      fail("precision is '" + precision.substr(0, kMaxRepr) + "'; expected fp32 or bf16");
     CascadeSpec spec;
     for (const py::handle& stage : stages) spec.stages.push_back(read_stage(as_dict(stage, "a stage")));
     for (const py::handle& selector : selectors) spec.selectors.push_back(read_selector(selector));
     spec.classes = classes;
     spec.stage_weights = stage_weights;
     spec.threads = threads;
+    spec.in_bf16 = precision == "bf16";
     spec.isa = isa;
     spec.forced_kernel = kernel;
     py::gil_scoped_release release;
@@ -480,6 +483,12 @@ py::list int8_kernels() {
   return list;
 }
 
+// Why precision "bf16" cannot run here on an instruction set, or None.
+py::object bf16_refusal_here(const std::string& isa) {
+  const std::string refusal = bf16_refusal(choose_isa(isa));
+  return refusal.empty() ? py::object(py::none()) : py::object(py::str(refusal));
+}
+
 }  // namespace
 }  // namespace fastcascade
 
@@ -488,13 +497,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU engine. Use it through fastcascade.backends.cpu.";
   m.def("instruction_sets", &instruction_sets);
   m.def("int8_kernels", &int8_kernels);
+  m.def("bf16_refusal", &bf16_refusal_here, py::arg("isa") = "");
   m.def("chosen_isa", [](const std::string& name) { return choose_isa(name).isa; }, py::arg("name") = "");
   py::class_<Cascade>(m, "Cascade")
       .def(py::init<const py::list&, const py::list&, int64_t, const std::vector<float>&, int, const std::string&,
-                    const std::string&>(),
+                    const std::string&, const std::string&>(),
            py::arg("stages"), py::arg("selectors"), py::arg("classes"), py::kw_only(),
            py::arg("stage_weights") = std::vector<float>(), py::arg("threads") = 1, py::arg("isa") = "",
-           py::arg("kernel") = "")
+           py::arg("kernel") = "", py::arg("precision") = "fp32")
       .def("run", &Cascade::run, py::arg("images"), py::arg("table"), py::arg("thresholds").noconvert())
       .def("run_stage", &Cascade::run_stage, py::arg("stage"), py::arg("rows"), py::arg("table") = py::none())
       .def("time_steps", &Cascade::time_steps, py::arg("stage"), py::arg("rows"), py::arg("table"), py::arg("seconds"))

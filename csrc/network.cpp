@@ -91,7 +91,8 @@ int64_t kept_weight_bytes(const Network& net) {
 
 }  // namespace
 
-Network build_network(StageSpec spec, const KernelTable& kernels, const std::string& forced) {
+Network build_network(StageSpec spec, const KernelTable& kernels, const Bf16Kernels* bf16_kernels,
+                      const std::string& forced) {
   const Int8Kernels& int8_kernels = choose_int8_kernels(kernels, forced);
   const std::string forced_f32 = forced.rfind(kInt8Prefix, 0) == 0 ? "" : forced;
   check_forced_kernel(forced_f32);
@@ -99,7 +100,7 @@ Network build_network(StageSpec spec, const KernelTable& kernels, const std::str
   const std::vector<bool> bytes = infer_bytes(spec, shapes.size());
   fuse_operations(spec, shapes);
   fuse_max_pools(spec, shapes, kernels, forced_f32);
-  Network net = build_steps(spec, shapes, bytes, kernels, int8_kernels, forced_f32);
+  Network net = build_steps(spec, shapes, bytes, kernels, int8_kernels, bf16_kernels, forced_f32);
   set_work(net);
   plan_memory(net);
   net.min_rows_per_thread = weights_are_rarely_used(net) ? kMinRowsPerThread : 1;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bf16.h"
 #include "int8.h"
 #include "kernels.h"
 #include "memory.h"
@@ -17,7 +18,7 @@ namespace fastcascade {
 // sub-tile of their segment.
 struct Value {
   Shape shape;
-  int64_t pitch = 0;   // channels as stored
+  int64_t pitch = 0;   // channels as stored; of a value in bf16, pairs of them
   int64_t floats = 0;  // per instance; four bytes to a float
   bool bytes = false;  // quantised
   bool holds_tile = false;
@@ -32,6 +33,8 @@ struct Value {
 enum class StepKind {
   load,
   direct,
+  direct_bf16,
+  round_bf16,
   winograd,
   depthwise,
   pool,
@@ -80,7 +83,8 @@ struct Step {
   int64_t work_items = 0;                   // per instance: rows, pixels, Winograd tiles, or 1
   int64_t min_items = 1;                    // that keep a thread's register tiles full
   int64_t panels = 1;                       // of output channels, that threads may divide among them
-  DirectConv direct{};
+  DirectConv direct{};                      // also of direct_bf16
+  Bf16Rounding rounding{};
   Winograd winograd{};
   DepthwiseConv depthwise{};
   Pool pool{};
@@ -107,6 +111,7 @@ struct Network {
   std::string name;
   const KernelTable* kernels;
   const Int8Kernels* int8_kernels;
+  const Bf16Kernels* bf16_kernels;  // null where nothing is to be computed in bf16
   StageInput input_kind;
   std::vector<Value> values;
   std::vector<Step> steps;  // the first loads value 0
@@ -125,9 +130,10 @@ struct Network {
   const Shape& shape(int64_t value) const { return values[value].shape; }
 };
 
-// Checks a stage, chooses its kernels and packs its weights. `forced` is as in choose_conv_kernel or
-// choose_int8_kernels. Throws
-// std::invalid_argument where the stage is inconsistent or too large.
-Network build_network(StageSpec spec, const KernelTable& kernels, const std::string& forced);
+// Checks a stage, chooses its kernels and packs its weights. Direct convolutions are in bf16 where its kernels are
+// given. `forced` is as in choose_conv_kernel or choose_int8_kernels. Throws std::invalid_argument where the stage is
+// inconsistent or too large.
+Network build_network(StageSpec spec, const KernelTable& kernels, const Bf16Kernels* bf16_kernels,
+                      const std::string& forced);
 
 }  // namespace fastcascade

@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 
@@ -24,6 +25,37 @@ void for_each_channel(int64_t channels, const KernelTable& kernels, Put put) {
 // Where an unpaired tail block keeps term i of its channel.
 int64_t tail_offset(int64_t channel, int64_t i, int64_t lanes) {
   return i / 2 * 2 * lanes + channel / 2 % 2 * lanes + channel / 4 * 4 + channel % 2 * 2 + i % 2;
+}
+
+// The upper half of the nearest number that has no lower one; of halves the even one. NaN stays.
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// As pack_direct, with `terms` terms of a tap side by side in each lane; `convert` makes a term of a weight.
+template <class Term, class Convert>
+Buffer pack_panels(const MergedWeights& m, int64_t lanes, int64_t terms, Convert convert) {
+  const int64_t per_group = m.out / m.groups, blocks = round_up(per_group, lanes) / lanes, area = m.kh * m.kw;
+  const int64_t depth = round_up(m.in, terms);
+  Buffer packed(m.groups * blocks * lanes * area * depth / terms);
+  Term* panel = reinterpret_cast<Term*>(packed.data());
+  for (int64_t g = 0; g < m.groups; ++g)
+    for (int64_t p = 0; p < panel_count(blocks); ++p) {
+      const int64_t first = panel_begin(blocks, p) * lanes, width = panel_begin(blocks, p + 1) * lanes - first;
+      for (int64_t o = first; o < std::min(first + width, per_group); ++o) {
+        const float* weight = &m.weight[(g * per_group + o) * m.in * area];
+        for (int64_t tap = 0; tap < area; ++tap)
+          for (int64_t i = 0; i < m.in; ++i) {
+            const int64_t at = tap * depth + i;
+            panel[at / terms * width * terms + (o - first) * terms + at % terms] = convert(weight[i * area + tap]);
+          }
+      }
+      panel += area * depth * width;
+    }
+  return packed;
 }
 
 }  // namespace
@@ -52,21 +84,10 @@ MergedWeights merge_groups(const OpSpec& op, int64_t lanes) {
 }
 
 Buffer pack_direct(const MergedWeights& m, int64_t lanes) {
-  const int64_t per_group = m.out / m.groups, blocks = round_up(per_group, lanes) / lanes, area = m.kh * m.kw;
-  Buffer packed(m.groups * blocks * lanes * area * m.in);
-  float* panel = packed.data();
-  for (int64_t g = 0; g < m.groups; ++g)
-    for (int64_t p = 0; p < panel_count(blocks); ++p) {
-      const int64_t first = panel_begin(blocks, p) * lanes, width = panel_begin(blocks, p + 1) * lanes - first;
-      for (int64_t o = first; o < std::min(first + width, per_group); ++o) {
-        const float* weight = &m.weight[(g * per_group + o) * m.in * area];
-        for (int64_t tap = 0; tap < area; ++tap)
-          for (int64_t i = 0; i < m.in; ++i) panel[(tap * m.in + i) * width + o - first] = weight[i * area + tap];
-      }
-      panel += area * m.in * width;
-    }
-  return packed;
+  return pack_panels<float>(m, lanes, 1, [](float weight) { return weight; });
 }
+
+Buffer pack_direct_bf16(const MergedWeights& m, int64_t lanes) { return pack_panels<uint16_t>(m, lanes, 2, to_bf16); }
 
 WinogradWeights pack_winograd(const MergedWeights& m, const KernelTable& kernels) {
   const int64_t lanes = kernels.lanes, per_group = m.out / m.groups, depth = winograd_depth(m.in);

@@ -25,6 +25,9 @@ int64_t neighbours_to_merge(const OpSpec& op, int64_t lanes);
 // a pixel of the kernel or a row of them. A slice of a tap's terms is contiguous, as the direct kernel reads it.
 Buffer pack_direct(const MergedWeights& merged, int64_t lanes);
 
+// The same in bf16: [group][panel][tap][pairs of terms][panel's lanes][2], with a 0 where a tap's terms are odd.
+Buffer pack_direct_bf16(const MergedWeights& merged, int64_t lanes);
+
 // Weights of a Winograd convolution as vectors, group by group: [panel][depth][blocks of the panel], panels of
 // nr_blocks, zero where depth exceeds `in`. An unpaired tail block is [depth / 2][2] instead: the first vector holds
 // channels 0 and 1 of every four, the second 2 and 3, each with two terms side by side. pairwise_add puts the sums back

@@ -104,9 +104,10 @@ int64_t Program::batch_bytes(int64_t instances) const {
 Program build_program(const CascadeSpec& spec) {
   check_spec(spec);
   Program program{&choose_isa(spec.isa), {}, spec.selectors, spec.classes, spec.threads, spec.stage_weights, 1};
+  const Bf16Kernels* bf16_kernels = spec.in_bf16 ? &choose_bf16_kernels(*program.kernels) : nullptr;
   for (const StageSpec& stage : spec.stages) {
     check_input(program, stage);
-    program.networks.push_back(build_network(stage, *program.kernels, spec.forced_kernel));
+    program.networks.push_back(build_network(stage, *program.kernels, bf16_kernels, spec.forced_kernel));
     check_logits(program.networks.back(), spec.classes);
     program.max_tile = std::max(program.max_tile, program.networks.back().tile_instances);
   }

@@ -17,6 +17,7 @@ struct CascadeSpec {
   int64_t classes = 0;
   std::vector<float> stage_weights;  // of the mean over stages, positive; empty where each exit answers alone
   int threads = 1;
+  bool in_bf16 = false;       // direct convolutions and linear layers, where the machine can
   std::string isa;            // "" for FASTCASCADE_ISA or the best
   std::string forced_kernel;  // as in choose_conv_kernel
 };

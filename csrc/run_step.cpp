@@ -40,12 +40,21 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
                     std::min(step.work_items, part.positions.end - above)});
       }
       return;
-    case StepKind::direct: {
+    case StepKind::direct:
+    case StepKind::direct_bf16: {
       DirectConv c = step.direct;
       c.input = x;
       c.output = y;
       set_residual(c.epilogue, residual);
-      return kernels.conv_direct_f32(c, part.positions, part.panels);
+      const bool is_f32 = step.kind == StepKind::direct;
+      const auto conv_direct = is_f32 ? kernels.conv_direct_f32 : net.bf16_kernels->conv_direct;
+      return conv_direct(c, part.positions, part.panels);
+    }
+    case StepKind::round_bf16: {
+      Bf16Rounding c = step.rounding;
+      c.input = x;
+      c.output = y;
+      return net.bf16_kernels->round(c, part.positions);
     }
     case StepKind::winograd: {
       Winograd c = step.winograd;

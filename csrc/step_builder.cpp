@@ -1,6 +1,7 @@
 #include "step_builder.h"
 
 #include <algorithm>
+#include <map>
 
 #include "fusion.h"
 #include "int8_steps.h"
@@ -27,11 +28,13 @@ std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) 
 class StepBuilder {
  public:
   StepBuilder(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
-              const KernelTable& kernels, const Int8Kernels& int8_kernels, const std::string& forced)
+              const KernelTable& kernels, const Int8Kernels& int8_kernels, const Bf16Kernels* bf16_kernels,
+              const std::string& forced)
       : spec_(spec), kernels_(kernels), forced_(forced) {
     net_.name = spec.name;
     net_.kernels = &kernels;
     net_.int8_kernels = &int8_kernels;
+    net_.bf16_kernels = bf16_kernels;
     net_.input_kind = spec.input_kind;
     net_.features = spec.keeps_features ? spec.features : -1;
     net_.logits = spec.logits;
@@ -51,6 +54,7 @@ class StepBuilder {
   const KernelTable& kernels_;
   const std::string forced_;
   Network net_;
+  std::map<int64_t, int64_t> rounded_;  // values that have been rounded to bf16, and the results
 
   int64_t add_value(const Shape& shape, bool bytes = false) {
     Value value;
@@ -162,11 +166,38 @@ class StepBuilder {
             op.padding[2], in.shape.h,   in.shape.w,   in.pitch,     out.shape.h,    out.shape.w,    out.pitch};
   }
 
+  // Not layers that read the image or make the logits, and not groups of odd numbers of channels, whose last pair would
+  // reach into the next group.
+  bool multiplies_in_bf16(const OpSpec& op, const MergedWeights& merged) const {
+    const bool reads_image = op.inputs[0] == 0 && net_.input_kind == StageInput::image;
+    const bool has_pairs = merged.groups == 1 || merged.in % 2 == 0;
+    return net_.bf16_kernels && has_pairs && !reads_image && op.output != net_.logits;
+  }
+
+  // A value rounded to bf16, once for all layers that read it.
+  int64_t rounded(int64_t value) {
+    const auto known = rounded_.find(value);
+    if (known != rounded_.end()) return known->second;
+    const Value in = net_.values[value];
+    OpSpec op;
+    op.inputs = {value};
+    op.output = rounded_[value] = add_value(in.shape);
+    Value& out = net_.values[op.output];
+    out.set_pitch(out.pitch / 2);
+    add_step(StepKind::round_bf16, op, "round to bf16", "round_bf16").rounding = {nullptr, nullptr, in.shape.c,
+                                                                                  in.pitch, out.pitch};
+    return op.output;
+  }
+
   void add_direct(const OpSpec& op) {
-    const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
     const MergedWeights merged = merge_groups(op, kernels_.lanes);
-    Step& step = add_step(StepKind::direct, op, operation_text(op, in.shape),
-                          op.kind == OpKind::linear ? "linear_f32" : "conv_direct_f32");
+    const bool in_bf16 = multiplies_in_bf16(op, merged);
+    const int64_t input = in_bf16 ? rounded(op.inputs[0]) : op.inputs[0], per_term = in_bf16 ? 2 : 1;
+    const Value in = net_.values[input], out = net_.values[op.output];
+    const std::string kernel = op.kind == OpKind::linear ? "linear" : "conv_direct";
+    Step& step = add_step(in_bf16 ? StepKind::direct_bf16 : StepKind::direct, op, operation_text(op, in.shape),
+                          kernel + (in_bf16 ? "_bf16" : "_f32"));
+    step.inputs = {input};
     DirectConv& c = step.direct;
     ConvGeometry& g = c.geometry;
     g = geometry(op, in, out);
@@ -175,16 +206,16 @@ class StepBuilder {
       g.in_height = g.height = out.shape.h * out.shape.w;
       g.in_width = g.width = 1;
     }
-    // Without padded channels, the pixels under one row of the kernel are consecutive floats.
-    c.joins_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch == in.shape.c;
-    c.depth = c.joins_columns ? merged.kw * merged.in : merged.in;
-    step.weights = pack_direct(merged, kernels_.lanes);
+    // Without padded channels, the pixels under one row of the kernel are consecutive terms.
+    c.joins_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch * per_term == in.shape.c;
+    c.group_channels = round_up(merged.in, per_term) / per_term;
+    c.depth = c.joins_columns ? merged.kw * c.group_channels : c.group_channels;
+    step.weights = in_bf16 ? pack_direct_bf16(merged, kernels_.lanes) : pack_direct(merged, kernels_.lanes);
     c.weights = step.weights.data();
     step.taps = taps_of(op, in, c.joins_columns);
     c.taps = step.taps.data();
     c.tap_count = static_cast<int64_t>(step.taps.size());
     c.blocks_per_group = out.pitch / kernels_.lanes / merged.groups;
-    c.group_channels = merged.in;
     c.epilogue = epilogue(step, op);
     step.work_items = g.height;
     step.min_items = std::max<int64_t>(1, kMinPixels / g.width);
@@ -294,8 +325,9 @@ class StepBuilder {
 }  // namespace
 
 Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
-                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const std::string& forced) {
-  return StepBuilder(spec, shapes, bytes, kernels, int8_kernels, forced).build();
+                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const Bf16Kernels* bf16_kernels,
+                    const std::string& forced) {
+  return StepBuilder(spec, shapes, bytes, kernels, int8_kernels, bf16_kernels, forced).build();
 }
 
 }  // namespace fastcascade

@@ -9,8 +9,9 @@
 namespace fastcascade {
 
 // The network's values and steps. Memory is not planned yet. `shapes` and `bytes` are those of infer_shapes and
-// infer_bytes.
+// infer_bytes; `bf16_kernels` and `forced` are as in build_network.
 Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
-                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const std::string& forced);
+                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const Bf16Kernels* bf16_kernels,
+                    const std::string& forced);
 
 }  // namespace fastcascade

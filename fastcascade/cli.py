@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -143,8 +143,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 Backend = Annotated[str, typer.Option(help="auto, or a name from `fastcascade doctor`")]
 Precision = Annotated[
-    Literal["fp32", "fp16", "int8"] | None,
-    typer.Option(help="precision of the stages; int8 needs a model from `fastcascade quantize`"),
+    Literal["fp32", "fp16", "bf16", "int8"] | None,
+    typer.Option(
+        help="precision of the stages; fp16 is for GPUs, bf16 for CPUs with AVX512-BF16, int8 for models "
+        "from `fastcascade quantize`"
+    ),
 ]
 
 
@@ -193,6 +196,16 @@ def _compile(
             "--precision int8 needs a quantised model; `fastcascade quantize MODEL DATA --out DIR` makes one"
         )
     return fc.compile(model, backend=backend, precision=precision, threads=threads)
+
+
+def _check_run(
+    model: Cascade | Plan, backend: str, precision: Precision, operating_point: str | None
+) -> None:
+    """Fail before images are read where bf16 cannot run, or where the operating point cannot serve."""
+    if precision == "bf16":
+        _compile(model, backend, precision, None).thresholds(operating_point)
+    else:
+        model.thresholds(operating_point)
 
 
 ##### Commands
@@ -280,7 +293,7 @@ def predict(
     if output is not None and to_file:
         check_destination(output, overwrite)
     compiled = _compile(model, backend, precision, threads)
-    compiled.plan.thresholds(operating_point)  # fails on an unknown name before the inputs are read
+    compiled.thresholds(operating_point)  # fails on an unknown name before the inputs are read
     images = load_inputs(inputs[0] if len(inputs) == 1 else inputs, compiled.plan.input.shape, resize, split)
     chosen = None if rows is None else _row_range(rows, len(images))
     if chosen is not None:
@@ -363,12 +376,12 @@ def evaluate(
         if not isinstance(loaded, fc.Cascade):
             raise InvalidArgument(f"{model} is a plan; the curve needs a saved cascade")
     compiled = _compile(loaded, backend, precision, threads)
-    names: list[str | None] = list(operating_point or compiled.plan.usable_points) or [None]
-    others = compiled.plan.operating_points.keys() - compiled.plan.usable_points.keys()
+    names: list[str | None] = list(operating_point or compiled.usable_points) or [None]
+    others = compiled.plan.operating_points.keys() - compiled.usable_points.keys()
     if others and not operating_point:
         say("note:", f"without {', '.join(sorted(others))}: measured at another precision")
     for name in names:
-        compiled.plan.thresholds(name)  # fails on an unknown name before the images are read
+        compiled.thresholds(name)  # fails on an unknown name before the images are read
     images = _load_images(data, compiled.plan, split, rows, resize)
     table = Table("operating point", "accuracy", "mean MACs", "of dense", "exit shares", "exit accuracy")
     for name in names:
@@ -406,6 +419,10 @@ def calibrate(
     split: Split = None,
     rows: RowRange = None,
     resize: Resize = False,
+    precision: Annotated[
+        Literal["bf16"] | None,
+        typer.Option(help="measure in bf16, for which alone the operating point then serves"),
+    ] = None,
 ) -> None:
     """Choose stop thresholds on held-out images, for one target, and store them in the saved model."""
     import fastcascade as fc
@@ -413,13 +430,20 @@ def calibrate(
 
     # A plan beside a cascade must not get points that the cascade lacks.
     loaded = fc.load(model) if cascade_exists(model) else _load_model(model)
+    measured: Cascade | CompiledCascade
+    if isinstance(loaded, fc.Cascade) and precision is None:
+        measured = loaded
+    else:
+        measured = _compile(loaded, "auto", precision, None)
     images = _load_images(data, loaded, split, rows, resize)
-    measured = loaded if isinstance(loaded, fc.Cascade) else fc.compile(loaded)
     point = fc.calibrate(
         measured, images, name, budget_macs=budget_macs, min_accuracy=min_accuracy, max_risk=max_risk
     )
-    saved = measured if isinstance(measured, fc.Cascade) else measured.plan
-    saved.save(model, overwrite=True)
+    if isinstance(loaded, fc.Cascade):
+        loaded.operating_points[name] = point
+    else:
+        loaded = replace(loaded, operating_points={**loaded.operating_points, name: point})
+    loaded.save(model, overwrite=True)
     Console().print(operating_points_table({name: point}, loaded.dense_macs))
 
 
@@ -479,6 +503,7 @@ def bench(
     loaded = _load_model(model)
     if data is None and (split is not None or rows is not None or resize):
         raise InvalidArgument("--split, --rows and --resize choose images; name the data, too")
+    _check_run(loaded, backend, precision, operating_point)
     images = None if data is None else _load_images(data, loaded, split, rows, resize)
     measured = _measure(loaded, images, settings)
     if measured.busy_note is not None:
@@ -516,7 +541,7 @@ def report(
         _numbers("--batch", batch), operating_point, backend, precision, _numbers("--threads", threads), peers
     )
     loaded = _load_model(model)
-    loaded.thresholds(operating_point)
+    _check_run(loaded, backend, precision, operating_point)
     images = _load_images(data, loaded, split, rows, resize)
     if images.labels is None:
         raise DataError(f"{data} has no labels; a report needs them")
@@ -579,7 +604,7 @@ def inspect(model: Model) -> None:
         console.print("classes:", plain(", ".join(described.classes)))
     if described.operating_points:
         console.print(operating_points_table(described.operating_points, described.dense_macs))
-        others = described.operating_points.keys() - described.usable_points.keys()
+        others = described.operating_points.keys() - described.usable_points().keys()
         if others:
             console.print(
                 "measured at another precision, to be calibrated anew:", plain(", ".join(sorted(others)))
@@ -719,6 +744,7 @@ def doctor() -> None:
     )
     isa = torch.backends.cpu.get_cpu_capability()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU with {isa}")
+    console.print(plain(f"bf16: {_bf16_state()}"))
     for variable in ("FASTCASCADE_BACKEND", "FASTCASCADE_ISA", "FASTCASCADE_STAGES"):
         if variable in os.environ:
             console.print(plain(f"{variable}={os.environ[variable]} is set and overrides the choice"))
@@ -730,6 +756,16 @@ def doctor() -> None:
         packages.add_row(name, _version(name) or "missing", use)
     console.print(backends)
     console.print(packages)
+
+
+def _bf16_state() -> str:
+    """Whether the engine can run in bf16, or why not."""
+    try:
+        from fastcascade import _C
+
+        return _C.bf16_refusal() or "ready"
+    except (ImportError, ValueError) as error:
+        return str(error)
 
 
 def _version(package: str) -> str | None:

@@ -67,9 +67,10 @@ def compile(
             the folder of a saved cascade or plan.
         backend: "auto" for the fastest one that can run the cascade, or a name, without fallback.
             FASTCASCADE_BACKEND in the environment overrides "auto".
-        precision: of the stages; exit decisions are always fp32. "int8" is for the CPU and needs
-            ``calibration_data``, see :func:`quantize`. One per stage, as in ["int8", "fp32"], mixes fp32 and
-            int8. None means what a plan is quantised to, else "fp32".
+        precision: of the stages; exit decisions are always fp32. "fp16" is for GPUs. "bf16" is for CPUs with
+            AVX512-BF16, which others refuse. "int8" is for the CPU and needs ``calibration_data``, see
+            :func:`quantize`. One per stage, as in ["int8", "fp32"], mixes fp32 and int8. None means what a
+            plan is quantised to, else "fp32".
         device: of the images and the output; by default the cascade's device, the CPU for a plan.
         threads: CPU threads; by default torch's number.
         output: "cascade" returns a :class:`fastcascade.CascadeOutput`, "log_probs" one (N, C) tensor.
@@ -82,7 +83,7 @@ def compile(
         InvalidArgument: an unknown backend, precision, device or output, or threads below 1; int8 without
             enough calibration data, or another precision than a quantised plan has.
         LoweringError: int8 for an opaque stage.
-        BackendUnavailable: the backend cannot run on this machine or cannot run this plan.
+        BackendUnavailable: the backend cannot run on this machine, or not this plan at this precision.
         FileFormatError: the folder holds neither, or a cascade of custom modules without its plan.
 
     Example:
@@ -356,10 +357,21 @@ class CompiledCascade(nn.Module):
         """
         # Names are cached, which is measurable at batch size 1.
         if operating_point is not None and not isinstance(operating_point, str):
-            return self.plan.thresholds(operating_point)
+            return self.plan.thresholds(operating_point, self.recorded_precision)
         if operating_point not in self._named_thresholds:
-            self._named_thresholds[operating_point] = self.plan.thresholds(operating_point)
+            found = self.plan.thresholds(operating_point, self.recorded_precision)
+            self._named_thresholds[operating_point] = found
         return self._named_thresholds[operating_point]
+
+    @property
+    def usable_points(self) -> dict[str, OperatingPoint]:
+        """The plan's operating points that were measured at the precision that runs."""
+        return self.plan.usable_points(self.recorded_precision)
+
+    @property
+    def recorded_precision(self) -> tuple[str, ...]:
+        """(K,) of the stages as operating points record it; () for fp32, and for fp16 on GPUs."""
+        return ("bf16",) * len(self.plan.stages) if self.precision == "bf16" else self.plan.recorded_precision
 
     @property
     def source(self) -> Cascade | None:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +40,19 @@ class Output(NamedTuple):
     cost_macs: NDArray[np.int64]
 
 
-def load(directory: str | Path, threads: int | None = None) -> Runtime:
+def load(
+    directory: str | Path, threads: int | None = None, precision: Literal["bf16"] | None = None
+) -> Runtime:
     """Load a plan that ``plan.save`` wrote, for the CPU engine.
 
     Args:
         threads: CPU threads of a call; by default as many as the process may run on.
+        precision: "bf16" on a CPU with AVX512-BF16; None for what the plan is quantised to, else fp32.
 
     Raises:
         FileFormatError: missing, damaged, not a valid plan, or written by a newer version.
-        BackendUnavailable: the engine cannot run here, or refuses the plan.
+        BackendUnavailable: the engine cannot run here, or not at this precision, or refuses the plan.
+        InvalidArgument: another precision, or bf16 for a quantised plan.
 
     Example:
         >>> import tempfile
@@ -61,6 +65,10 @@ def load(directory: str | Path, threads: int | None = None) -> Runtime:
         >>> runtime(np.zeros((4, 3, 32, 32), np.float32)).probs.shape
         (4, 10)
     """
+    if precision not in (None, "bf16"):
+        raise InvalidArgument(f"precision is {precision!r}; expected 'bf16', or None for the plan's own")
+    if precision == "bf16":
+        _require_bf16()
     directory = Path(directory)
     if (directory / "cascade.json").exists() and not (directory / "plan.json").exists():
         raise FileFormatError(
@@ -69,7 +77,9 @@ def load(directory: str | Path, threads: int | None = None) -> Runtime:
         )
     content, arrays = load_arrays(directory, PLAN_FORMAT)
     try:
-        return Runtime(content, arrays, threads)
+        return Runtime(content, arrays, threads, precision)
+    except InvalidArgument:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FileFormatError(f"{directory} does not contain a valid plan: {reason}") from error
@@ -81,19 +91,25 @@ class Runtime:
     Attributes:
         input_shape: (C, H, W) of an image.
         classes: names of the classes, or None.
-        operating_points: stored name → thresholds, of the points measured at the plan's precision.
+        operating_points: stored name → thresholds, of the points measured at the precision that runs.
     """
 
-    def __init__(self, content: Fields, arrays: Mapping[str, Array], threads: int | None) -> None:
+    def __init__(
+        self,
+        content: Fields,
+        arrays: Mapping[str, Array],
+        threads: int | None,
+        precision: Literal["bf16"] | None = None,
+    ) -> None:
         stages: Sequence[Fields] = content["stages"]
         self.input_shape: tuple[int, ...] = tuple(content["input"]["shape"])
         self.classes: list[str] | None = content["classes"]
         points: Mapping[str, Fields] = content["operating_points"]
-        precision = _precision(stages)
+        recorded = _recorded_precision(stages, precision)
         self.operating_points = {
             name: [float(t) for t in point["thresholds"]]
             for name, point in points.items()
-            if point.get("precision", []) == precision
+            if point.get("precision", []) == recorded
         }
         self._unusable = set(points) - set(self.operating_points)
         default = content["default_thresholds"]
@@ -101,7 +117,8 @@ class Runtime:
         self._table = _table(content["input"]["preprocess"])
         costs = [(stage["macs"], stage["selector_macs"]) for stage in stages]
         self._exit_macs = np.cumsum(np.array(costs, np.int64).sum(1))
-        self._engine = _engine(content, stages, arrays, threads or len(os.sched_getaffinity(0)))
+        count = threads or len(os.sched_getaffinity(0))
+        self._engine = _engine(content, stages, arrays, count, precision or "fp32")
 
     def __call__(self, images: Array, operating_point: str | Sequence[float] | Array | None = None) -> Output:
         """Classify images.
@@ -128,7 +145,7 @@ class Runtime:
         name = "default" if operating_point is None else operating_point
         if isinstance(name, str) and name in self._unusable:
             raise InvalidArgument(
-                f"operating point {name!r} was measured at another precision than the plan's, which shifts "
+                f"operating point {name!r} was measured at another precision than runs here, which shifts "
                 "the stop scores; measure it anew with fc.calibrate"
             )
         if operating_point is None:
@@ -158,12 +175,22 @@ class Runtime:
         return images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
 
 
-def _precision(stages: Sequence[Fields]) -> list[str]:
+def _require_bf16() -> None:
+    refusal = _compiled_module().bf16_refusal()
+    if refusal is not None:
+        raise BackendUnavailable(f"precision 'bf16' was asked for, but {refusal}")
+
+
+def _recorded_precision(stages: Sequence[Fields], precision: Literal["bf16"] | None) -> list[str]:
     """Of each stage, as operating points record it: [] where all are in fp32; see ``Plan.precision``."""
     of_stages = [
         "int8" if any(op["op"] in ("QuantizedConv2d", "QuantizedLinear") for op in stage["ops"]) else "fp32"
         for stage in stages
     ]
+    if "int8" in of_stages and precision is not None:
+        raise InvalidArgument(f"the plan is quantised to {of_stages}, which cannot become {precision!r}")
+    if precision is not None:
+        return [precision] * len(stages)
     return of_stages if "int8" in of_stages else []
 
 
@@ -175,19 +202,32 @@ def _table(preprocess: Fields | None) -> NDArray[np.float32] | None:
     return (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std  # type: ignore[no-any-return]
 
 
-def _engine(content: Fields, stages: Sequence[Fields], arrays: Mapping[str, Array], threads: int) -> Any:
-    """The compiled engine for a plan, which checks every field."""
+def _compiled_module() -> Any:
     try:
         from fastcascade import _C
     except ImportError as error:
         raise BackendUnavailable(f"the compiled engine cannot be loaded: {error}") from error
+    return _C
+
+
+def _engine(
+    content: Fields, stages: Sequence[Fields], arrays: Mapping[str, Array], threads: int, precision: str
+) -> Any:
+    """The compiled engine for a plan, which checks every field."""
     feeds_next = [stage["input"] == "previous" for stage in stages[1:]] + [False]
     specs = [_stage(stage, arrays, feeds) for stage, feeds in zip(stages, feeds_next, strict=True)]
     selectors = [_selector(stage["selector"], arrays) for stage in stages]
     combine = content["combine"]
     weights = [] if combine == "last" else [1.0] * len(stages) if combine == "mean" else combine
     try:
-        return _C.Cascade(specs, selectors, content["num_classes"], stage_weights=weights, threads=threads)
+        return _compiled_module().Cascade(
+            specs,
+            selectors,
+            content["num_classes"],
+            stage_weights=weights,
+            threads=threads,
+            precision=precision,
+        )
     except MemoryError as error:
         raise BackendUnavailable(f"the engine refuses the plan: {error}") from error
 

@@ -318,7 +318,7 @@ def test_quantize_saves_a_plan_that_commands_run(run: Run, model: Path, images: 
     assert "`fastcascade quantize MODEL DATA --out DIR`" in refused.err
     refused = run("quantize", model, images, "--out", out, "--precision", "int4,int8")
     assert refused.status == 1
-    assert "precision is ['int4', 'int8']; expected one of ('fp32', 'fp16', 'int8')" in refused.err
+    assert "precision is ['int4', 'int8']; expected one of ('fp32', 'fp16', 'bf16', 'int8')" in refused.err
 
 
 def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Check the machine code of the engine: no spilled accumulators, and no VEX code outside the target regions.
 
-Exits with status 1 if an AVX-512 product kernel moves vectors to or from the stack, or if a function outside
-the AVX2, AVX-512 and VNNI regions uses VEX or EVEX instructions. Prints the functions at fault.
+Exits with status 1 if an AVX-512 product kernel moves vectors to or from the stack, if one for bf16 does not
+multiply by vdpbf16ps, or if a function outside the regions of the AVX instruction sets uses VEX or EVEX
+instructions. Prints the functions at fault.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 
 from driver import compile_engine
 
-NO_SPILLS = re.compile(r"fastcascade::avx512::(winograd_product|direct_tiles)<")
-PRODUCT_KERNELS = 51  # Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3 vectors
-IN_REGION = re.compile(r"fastcascade::avx(2|512|vnni|512vnni)::")
+NO_SPILLS = re.compile(r"fastcascade::avx512(bf16)?::(winograd_product|direct_tiles)<")
+PRODUCT_KERNELS = 51 + 35  # Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3
+IN_BF16 = re.compile(r"fastcascade::avx512bf16::direct_tiles<")
+IN_REGION = re.compile(r"fastcascade::avx(2|512|vnni|512vnni|512bf16)::")
 FRAME = re.compile(r"mov\s+%rsp,%rbp")
 STACK, STACK_OR_FRAME = re.compile(r"\(%rsp"), re.compile(r"\(%r[sb]p")
 VECTOR = re.compile(r"^(?!.*vbroadcast).*%zmm")  # a scalar of the epilogue may wait on the stack
@@ -45,6 +47,8 @@ def faults(name: str, instructions: list[str]) -> list[str]:
     stack = STACK_OR_FRAME if any(FRAME.search(line) for line in instructions) else STACK
     if NO_SPILLS.search(name) and any(stack.search(line) and VECTOR.search(line) for line in instructions):
         found.append(f"{name}: spills vectors to the stack")
+    if IN_BF16.search(name) and not any("vdpbf16ps" in line for line in instructions):
+        found.append(f"{name}: does not multiply by vdpbf16ps")
     if not IN_REGION.search(name) and any(VEX.search(line.split("\t")[-1]) for line in instructions):
         found.append(f"{name}: VEX code outside a target region")
     return found

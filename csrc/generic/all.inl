@@ -2,6 +2,7 @@
 // clang-format off
 #include "functions.inl"
 #include "epilogue.inl"
+FC_INLINE V dot(V x, V w, V sum) { return fma(x, w, sum); }
 #include "gemm.inl"
 #include "pixel_runs.inl"
 #include "direct.inl"
@@ -18,7 +19,7 @@ static constexpr KernelTable make_table(const char* isa) {
           kLanes,
           kMr,
           kNrBlocks,
-          conv_direct_f32,
+          conv_direct,
           conv3x3_winograd_f32,
           transform_weights_f32,
           conv_depthwise_f32,

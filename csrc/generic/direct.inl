@@ -1,4 +1,5 @@
-// Direct convolution with any kernel size, stride, dilation and groups; also 1×1 convolutions and linear layers.
+// Direct convolution with any kernel size, stride, dilation and groups; also 1×1 convolutions and linear layers. A
+// term is a float, or a pair in bf16.
 //
 // A register tile is a few output pixels of a row × one panel of output channels. A chunk of pixels, whose inputs stay
 // in the second-level cache, runs through panel after panel, and each panel adds up its sums part by part: the weights
@@ -126,7 +127,7 @@ static int64_t chunk_rows(const ConvGeometry& g) {
   return std::max({kChunkFloats / inputs, kMinChunkPixels / g.width, int64_t{1}});
 }
 
-static void conv_direct_f32(const DirectConv& c, Range rows, Range panels) {
+static void conv_direct(const DirectConv& c, Range rows, Range panels) {
   const int64_t per_group = panel_count(c.blocks_per_group), chunk = chunk_rows(c.geometry);
   for (int64_t row = rows.begin; row < rows.end; row += chunk)
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {

@@ -1,6 +1,7 @@
 // The GEMM micro-kernel of every convolution: R rows of input, a constant step apart, times a panel of weights that is
-// B vectors wide. Its R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index
-// sequences make every index a compile-time constant.
+// B vectors wide. `dot` adds the products of two vectors to a third: one in each lane, or in bf16 those of a pair. The
+// R × B accumulators must stay in registers. GCC spills arrays that it unrolls late, so index sequences make every
+// index a compile-time constant.
 
 template <int R, int B>
 struct Accumulators {
@@ -41,7 +42,7 @@ FC_INLINE V broadcast_terms(const float* p) {
 template <int Terms, int R, int B, size_t... I>
 FC_INLINE void multiply_add(Accumulators<R, B>& acc, const InputRows<R>& rows, int64_t i, const V (&w)[B],
                             std::index_sequence<I...>) {
-  ((acc.v[I] = fma(broadcast_terms<Terms>(rows.first[I / B / 3] + static_cast<int64_t>(I / B % 3) * rows.step + i),
+  ((acc.v[I] = dot(broadcast_terms<Terms>(rows.first[I / B / 3] + static_cast<int64_t>(I / B % 3) * rows.step + i),
                    w[I % B], acc.v[I])),
    ...);
 }

@@ -1,4 +1,4 @@
-"""The CPU backend: a plan on the compiled engine, depth-first, in fp32 or int8.
+"""The CPU backend: a plan on the compiled engine, depth-first, in fp32, bf16 or int8.
 
 If the engine knows all stages and selectors of a plan, a batch is one call of it. If a stage is opaque, or a
 selector is the user's module, the program goes stage by stage over the active rows: known stages on the
@@ -91,13 +91,16 @@ class CpuProgram:
 
     device = torch.device("cpu")
 
-    def __init__(self, plan: Plan, threads: int, isa: str = "", kernel: str = "") -> None:
+    def __init__(
+        self, plan: Plan, threads: int, isa: str = "", kernel: str = "", *, precision: Precision = "fp32"
+    ) -> None:
         """Lower a plan.
 
         Args:
             isa: force an instruction set; "" for FASTCASCADE_ISA or the best one.
             kernel: force "conv_direct_f32" or "conv3x3_winograd_f32" where either can run, or the int8
                 kernels of an instruction set, such as "int8_avx2"; "" for the measured choice.
+            precision: "bf16", or another for what the plan's operations say.
         """
         self.plan = plan
         self._cascade = _engine()(
@@ -108,6 +111,7 @@ class CpuProgram:
             threads=threads,
             isa=isa,
             kernel=kernel,
+            precision=_of_products(precision),
         )
         self._table = _table(plan)
 
@@ -149,6 +153,11 @@ class CpuProgram:
         return self._cascade.memory_bytes()
 
 
+def _of_products(precision: Precision) -> str:
+    """The precision in which the engine multiplies floats."""
+    return "bf16" if precision == "bf16" else "fp32"
+
+
 def _table(plan: Plan) -> NDArray[np.float32] | None:
     return None if plan.input.preprocess is None else plan.input.preprocess.table().numpy()
 
@@ -168,13 +177,15 @@ def _report(stage: StagePlan, report: dict[str, Any]) -> StageReport:
 class _EngineStage(nn.Module):
     """One stage on the engine with an opaque stage's call: a batch → (features, logits)."""
 
-    def __init__(self, plan: Plan, k: int, threads: int) -> None:
+    def __init__(self, plan: Plan, k: int, threads: int, precision: Precision) -> None:
         super().__init__()
         self.stage = plan.stages[k]
         spec = stage_spec(self.stage, _feeds_next(plan, k))
         if self.stage.input == "previous":
             spec["input"] = "features"
-        self.engine = _engine()([spec], [None], plan.num_classes, threads=threads)
+        self.engine = _engine()(
+            [spec], [None], plan.num_classes, threads=threads, precision=_of_products(precision)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _EngineStage:
         return self  # constant data, safe to share
@@ -194,9 +205,9 @@ class _EngineStage(nn.Module):
 class MixedProgram(ReferenceProgram):
     """A plan with stages or selectors that only torch can run: the reference's loop over the active rows."""
 
-    def __init__(self, plan: Plan, threads: int) -> None:
+    def __init__(self, plan: Plan, threads: int, precision: Precision) -> None:
         modules = [
-            _EngineStage(plan, k, threads)
+            _EngineStage(plan, k, threads, precision)
             if stage.module is None
             else in_best_layout(stage.module, stage.shapes[0])
             for k, stage in enumerate(plan.stages)
@@ -238,8 +249,12 @@ class CpuBackend:
         """Why the engine cannot run this plan so; None if it can."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
+        if precision == "bf16":
+            from fastcascade import _C
+
+            return _C.bf16_refusal()
         if precision not in ("fp32", "int8"):
-            return f"it computes in fp32 and int8, not in {precision}"
+            return f"it computes in fp32, bf16 and int8, not in {precision}"
         return None
 
     def lower(
@@ -249,7 +264,9 @@ class CpuBackend:
         threads = torch.get_num_threads() if threads is None else threads
         opaque = any(s.module or (s.selector and s.selector.module) for s in plan.stages)
         try:
-            return MixedProgram(plan, threads) if opaque else CpuProgram(plan, threads)
+            if opaque:
+                return MixedProgram(plan, threads, precision)
+            return CpuProgram(plan, threads, precision=precision)
         except (ValueError, MemoryError) as error:
             raise BackendUnavailable(f"backend 'cpu' refuses the plan: {error}") from error
 

@@ -21,8 +21,9 @@ __all__ = [
     "TimesSteps",
 ]
 
-Precision = Literal["fp32", "fp16", "int8"]
-"""Of the stages. "int8" stands for a quantised plan, of which some stages may be in fp32."""
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""Of the stages. "int8" stands for a quantised plan, of which some stages may be in fp32. "bf16" leaves some
+layers in fp32 (docs/bf16.md)."""
 
 
 class ExitResults(NamedTuple):

@@ -145,8 +145,8 @@ def what_ifs(programs: Programs) -> Iterator[WhatIf]:
     """Every other stored operating point, every stage left out that can be, every other precision."""
     plan, build = programs.plan, programs.build
     everything = list(range(len(plan.stages)))
-    for name, point in plan.usable_points.items():
-        thresholds = plan.thresholds(point)
+    for name, point in programs.program.usable_points.items():
+        thresholds = programs.program.thresholds(point)
         if not torch.equal(thresholds, programs.thresholds):
             change = f"operating point {name}"
             yield _what_if(programs, change, programs.program, thresholds, everything, programs.alone)

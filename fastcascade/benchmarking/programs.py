@@ -50,7 +50,7 @@ class Programs:
     ) -> None:
         self.program, self.images, self.sizes, self.build = program, images, sizes, build
         self.plan = plan = program.plan
-        self.thresholds = plan.thresholds(operating_point)
+        self.thresholds = program.thresholds(operating_point)
         self.exits = self.exits_of(program, self.thresholds)
 
         stages = range(len(plan.stages))

@@ -45,7 +45,7 @@ MAX_IMAGES = 4096
 """More images than this only make a run longer."""
 
 _CHECKED_IMAGES = 32
-_LARGEST_ERROR = {"fp32": 1e-3, "fp16": 5e-2, "int8": 5e-2}
+_LARGEST_ERROR = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 5e-2, "int8": 5e-2}
 """Of a probability at a forced exit. A program with a larger error computes something else."""
 
 
@@ -112,7 +112,7 @@ def benchmark(
         program = build(plan)
         compile_s = time.perf_counter() - start
         images = images.to(program.device)
-        largest, thresholds = images[: sizes[-1]], plan.thresholds(operating_point)
+        largest, thresholds = images[: sizes[-1]], program.thresholds(operating_point)
         first_call_s = seconds_of(lambda: program(largest, thresholds), program.device)
         max_error = _check(program, images[:_CHECKED_IMAGES])
         programs = Programs(program, images, operating_point, sizes, build)

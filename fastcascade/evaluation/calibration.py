@@ -130,8 +130,7 @@ def calibrate(
     if isinstance(cascade, Cascade):
         cascade.operating_points[name] = point
         return point
-    if cascade.plan.is_quantized:
-        point = replace(point, precision=cascade.plan.precision)
+    point = replace(point, precision=cascade.recorded_precision)
     cascade.store_operating_point(point)
     return point
 

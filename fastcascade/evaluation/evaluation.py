@@ -302,7 +302,8 @@ def trace(cascade: Cascade | CompiledCascade, data: Data, progress: bool = True)
     """Run every stage on every instance once and keep what each exit would say.
 
     Args:
-        cascade: a cascade, or a compiled one, which runs at its own precision, on the CPU.
+        cascade: a cascade, or a compiled one, which runs at its own precision, on the CPU; fp16 there in
+            fp32.
         data: a Dataset, a DataLoader, or (images, labels).
         progress: draw a bar on standard error if it takes longer than a second.
 
@@ -311,7 +312,8 @@ def trace(cascade: Cascade | CompiledCascade, data: Data, progress: bool = True)
     """
     if isinstance(cascade, Cascade):
         return traces(cascade, data, [None], progress)[0]
-    plan, run = cascade.plan, plan_logits(cascade.plan)
+    plan = cascade.plan
+    run = plan_logits(plan, "bf16" if cascade.precision == "bf16" else None)
     parts: list[Trace] = []
     with LateBar("running the stages", count_images(data), progress) as bar:
         for images, true_labels in batches(data, BATCH_SIZE, plan.num_classes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -83,11 +84,14 @@ def stage_logits(cascade: Cascade, compiled: bool) -> Callable[[Tensor], Tensor]
     return lambda images: tempered(images) * temperatures
 
 
-def plan_logits(whole: Plan) -> Callable[[Tensor], Tensor]:
+def plan_logits(whole: Plan, precision: Literal["bf16"] | None = None) -> Callable[[Tensor], Tensor]:
     """A function from images (n, …) on the CPU to the logits (K, n, C) of all stages of a plan, divided by
     their temperatures, up to a constant per row; stages that read the image run once each, alone.
+
+    Args:
+        precision: None for the plan's own.
     """
-    fast = [compile(part, output="log_probs") for part in stage_programs(whole)]
+    fast = [compile(part, precision=precision, output="log_probs") for part in stage_programs(whole)]
     return lambda images: torch.stack([program(images) for program in fast])
 
 

@@ -171,8 +171,7 @@ def _best(
             continue
         target = {"budget_ms": budget, "exit_ms": list(exit_ms)}
         point = measure_point(seen, thresholds, f"{budget:g} ms", target)
-        if plan.is_quantized:
-            point = replace(point, precision=plan.precision)
+        point = replace(point, precision=plan.recorded_precision)
         mean = sum(share * ms for share, ms in zip(point.exit_shares, exit_ms, strict=True))
         choice = PrecisionChoice(budget, plan.precision, point, mean, exit_ms)
         if best is None or _merit(choice) > _merit(best):

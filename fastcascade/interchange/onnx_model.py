@@ -228,7 +228,7 @@ def _model(
 
 def _metadata(plan: Plan) -> Mapping[str, Any]:
     """What a user needs to call the models: thresholds by operating point, costs, class names."""
-    points = {name: [str(t) for t in point.thresholds] for name, point in plan.operating_points.items()}
+    points = {name: [str(t) for t in point.thresholds] for name, point in plan.usable_points().items()}
     if plan.default_thresholds is not None:
         points.setdefault("default", [str(t) for t in plan.default_thresholds.tolist()])
     return {"thresholds": points, "exit_macs": plan.exit_macs.tolist(), "classes": plan.classes}

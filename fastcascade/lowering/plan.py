@@ -299,25 +299,30 @@ class Plan:
         selectors = torch.tensor([stage.selector_macs for stage in self.stages]).cumsum(0)
         return stages + selectors
 
-    def thresholds(self, operating_point: OperatingPointLike = None) -> Tensor:
-        """(K−1,) float32 stop thresholds; see :meth:`fastcascade.Cascade.thresholds`."""
+    def thresholds(
+        self, operating_point: OperatingPointLike = None, precision: tuple[str, ...] | None = None
+    ) -> Tensor:
+        """(K−1,) float32 stop thresholds; see :meth:`fastcascade.Cascade.thresholds`.
+
+        Args:
+            precision: (K,) in which the stages run, as operating points record it; None for the plan's own.
+        """
         return resolve_thresholds(
             operating_point,
             self.operating_points,
             self.default_thresholds,
             len(self.stages),
-            self._measured_precision,
+            self.recorded_precision if precision is None else precision,
         )
 
-    @property
-    def usable_points(self) -> dict[str, OperatingPoint]:
-        """The operating points that were measured at the plan's precision."""
-        precision = self._measured_precision
-        return {name: p for name, p in self.operating_points.items() if p.precision == precision}
+    def usable_points(self, precision: tuple[str, ...] | None = None) -> dict[str, OperatingPoint]:
+        """The operating points that were measured at a precision; None for the plan's own."""
+        wanted = self.recorded_precision if precision is None else precision
+        return {name: p for name, p in self.operating_points.items() if p.precision == wanted}
 
     @cached_property  # every call with thresholds of its own asks
-    def _measured_precision(self) -> tuple[str, ...]:
-        """As operating points record it."""
+    def recorded_precision(self) -> tuple[str, ...]:
+        """(K,) as operating points record it; () where all stages are in fp32."""
         return self.precision if self.is_quantized else ()
 
     def save(self, directory: str | Path, overwrite: bool = False) -> str:

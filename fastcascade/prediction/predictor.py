@@ -84,6 +84,6 @@ def predict_batches(
     Args:
         waits: updated with where the time goes.
     """
-    model.plan.thresholds(operating_point)  # fails on an unknown name before anything is read
+    model.thresholds(operating_point)  # fails on an unknown name before anything is read
     batches, _ = open_inputs(inputs, model.plan.input, resize)
     yield from classified(model, batches, operating_point, top_k, waits)

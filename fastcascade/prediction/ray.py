@@ -77,7 +77,7 @@ def predict(
     ray = _ray()
     _require_pool(workers, cpus)
     compiled = model if isinstance(model, CompiledCascade) else compile(model)
-    thresholds = compiled.plan.thresholds(operating_point).tolist()
+    thresholds = compiled.thresholds(operating_point).tolist()
     travelling = _TravellingModel.of(compiled, cpus, "cuda" if gpus else "cpu")
     # By default the pool grows while there is room, because reading the images needs CPUs, too.
     size = {"size": workers} if workers else {"min_size": 1, "max_size": _room(cpus, gpus)}
@@ -155,7 +155,7 @@ def predict_to_folder(
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False)
                 ray.data.DataContext.get_current().enable_progress_bars = False  # the run has its own
-            thresholds = model.plan.thresholds(operating_point).tolist()
+            thresholds = model.thresholds(operating_point).tolist()
             travelling = _TravellingModel.of(model, cpus, str(model.device))
             work = _Work(images, _fingerprint(data), thresholds, options, os.getcwd(), str(folder))
             numbers = [{"part": number} for number in pending]

@@ -214,7 +214,7 @@ def opened_run(
     options: RunOptions,
 ) -> Iterator[Run]:
     """The run in a folder, which is locked meanwhile."""
-    thresholds = model.plan.thresholds(operating_point)
+    thresholds = model.thresholds(operating_point)
     if options.rows_per_file < 1:
         raise InvalidArgument(f"rows_per_file is {options.rows_per_file}; expected at least 1")
     require_format(options.format)

@@ -103,6 +103,15 @@ def test_spills_are_found(tmp_path: Path) -> None:
     assert any("spills vectors" in found for found in check_disassembly.all_faults(objects))
 
 
+@INTEL
+def test_bf16_kernels_that_multiply_otherwise_are_found(tmp_path: Path) -> None:
+    _needs("objdump")
+    product = "_mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x)"
+    fault = Fault("fp32 products", "isa/bf16_avx512.cpp", product, "_mm512_fmadd_ps(x, w, sum)")
+    objects = fault.plant([], tmp_path)
+    assert any("does not multiply by vdpbf16ps" in found for found in check_disassembly.all_faults(objects))
+
+
 # ---- helper threads ----
 
 AFFINITY = pytest.mark.skipif(

@@ -6,14 +6,9 @@ compiled and found in seconds run every time; test_native.py plants two more.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-import driver
 import pytest
 from native import (
     BF16_LAYER,
@@ -33,52 +28,10 @@ from native import (
     WIDE_EDGE,
     ZERO_BORDER,
     Fault,
+    run_tests,
 )
 
 pytestmark = COMPILER
-HERE = Path(__file__).parent
-PLUGIN = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("fastcascade._C", {path!r})
-sys.modules["fastcascade._C"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["fastcascade._C"])
-"""
-
-
-@pytest.fixture(scope="module")
-def module_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine's Python module, compiled fast: it does no work of its own."""
-    pybind11 = pytest.importorskip("pybind11")
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    if not (Path(includes[1]) / "Python.h").exists():
-        pytest.skip("Python's headers are not installed")
-    flags = [*driver.PACKAGE_FLAGS, "-O0", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
-    return driver.compile_file(driver.SOURCE / "module.cpp", tmp_path_factory.mktemp("module"), flags)
-
-
-def run_tests(objects: Sequence[Path], folder: Path, tests: str, name: str) -> tuple[int, str]:
-    """Run the tests of one file whose names hold ``name`` on an engine made of these objects."""
-    engine = folder / "_C.so"
-    subprocess.run(["g++", "-shared", *objects, "-pthread", "-o", engine], check=True)
-    (folder / "planted.py").write_text(PLUGIN.format(path=str(engine)))
-    options = [
-        "-x",
-        "-p",
-        "planted",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        HERE.parents[1] / "pyproject.toml",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-k", name, HERE / tests],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.slow

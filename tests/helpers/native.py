@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,15 @@ import pytest
 COMPILER = pytest.mark.skipif(
     driver.missing_tools("g++") is not None, reason=str(driver.missing_tools("g++"))
 )
+
+
+TESTS = Path(__file__).parents[1]
+PLUGIN = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("fastcascade._C", {path!r})
+sys.modules["fastcascade._C"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["fastcascade._C"])
+"""
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,18 @@ class Fault:
         """The engine's objects, with the faulty file compiled into ``folder``."""
         source = folder / "csrc"
         shutil.copytree(driver.SOURCE, source)
+        spoilt = self.spoil(source)
+        unit = source / "isa" / self.unit if self.unit else spoilt
+        target = driver.compile_file(unit, folder, driver.PACKAGE_FLAGS)
+        return [target, *(o for o in objects if o.name != target.name)]
+
+    def spoil(self, source: Path) -> Path:
+        """Plant the fault in a copy of the engine's sources; returns the file."""
         spoilt = source / self.file
         text = spoilt.read_text()
         assert text.count(self.old) == 1, f"{self.file} no longer holds {self.old!r} once; plant it elsewhere"
         spoilt.write_text(text.replace(self.old, self.new))
-        unit = source / "isa" / self.unit if self.unit else spoilt
-        target = driver.compile_file(unit, folder, driver.PACKAGE_FLAGS)
-        return [target, *(o for o in objects if o.name != target.name)]
+        return spoilt
 
 
 MISSING_TILE = Fault(
@@ -177,9 +193,70 @@ SILENT_NAN = Fault(
     "__atomic_store_n(invalid + instance, 0, __ATOMIC_RELAXED);",
     "int8_avx2.cpp",
 )
+TRUNCATED_WEIGHTS = Fault(
+    "weights are cut off to bf16, not rounded",
+    "pack.cpp",
+    "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
+    "bits >> 16",
+)
+SWAPPED_PAIR = Fault(
+    "the terms of a pair of weights are swapped",
+    "pack.cpp",
+    "+ (o - first) * terms + at % terms]",
+    "+ (o - first) * terms + (terms - 1 - at % terms)]",
+)
+OPEN_PAIR = Fault(
+    "the last pair of an odd number of channels ends in the next pixel's first",
+    "generic/bf16.inl",
+    "if (c.channels % 2)",
+    "if (c.channels < 0)",
+)
+SPLIT_PAIR = Fault(
+    "groups of odd numbers of channels count in pairs",
+    "step_builder.cpp",
+    "merged.groups == 1 || merged.in % 2 == 0;",
+    "true;",
+)
+STALE_ROUNDING = Fault(
+    "all layers read the first value that was rounded",
+    "step_builder.cpp",
+    "const auto known = rounded_.find(value);",
+    "const auto known = rounded_.begin();",
+)
+BF16_LOGITS = Fault(
+    "the layer that makes the logits multiplies in bf16",
+    "step_builder.cpp",
+    "&& op.output != net_.logits;",
+    ";",
+)
 
 
 def run(command: Sequence[str | Path]) -> tuple[int, str]:
     """The exit status and the output."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def run_tests(objects: Sequence[Path], folder: Path, tests: str, name: str) -> tuple[int, str]:
+    """Run the tests of one file whose names hold ``name`` on an engine made of these objects."""
+    engine = folder / "_C.so"
+    subprocess.run(["g++", "-shared", *objects, "-pthread", "-o", engine], check=True)
+    (folder / "planted.py").write_text(PLUGIN.format(path=str(engine)))
+    options = [
+        "-x",
+        "-p",
+        "planted",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        TESTS.parent / "pyproject.toml",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-k", name, TESTS / "cpu" / tests],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
     return done.returncode, done.stdout + done.stderr
