@@ -1,4 +1,4 @@
-// The schedule for large batches: threads take tiles, without a barrier between stages.
+// The schedule for large batches where stages read features: threads take tiles, without a barrier between stages.
 #pragma once
 
 #include "cascade_run.h"

@@ -57,7 +57,7 @@ void Executor::run(const Images& images, const float* thresholds, const Results&
   if (images.count == 0) return;
   std::unique_ptr<RunContext> context = take_context(images.count);
   const CascadeRun run(program_, *context, images, thresholds, results);
-  if (images.count <= program_.threads * program_.max_tile)
+  if (images.count <= program_.team_instances())
     run_team_schedule(run);
   else
     run_depth_first_schedule(run);

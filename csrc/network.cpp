@@ -28,6 +28,7 @@ constexpr int64_t kWorkPerFloat = 16;  // multiplications that take as long as r
 void set_work(Network& net) {
   for (Step& step : net.steps) {
     int64_t floats = net.values[step.output].floats;
+    for (int64_t v : step.inputs) step.input_floats += net.values[v].floats;
     for (int64_t v : step.reads()) floats += net.values[v].floats;
     step.work = step.macs + kWorkPerFloat * floats;
   }

@@ -74,6 +74,7 @@ struct Step {
   int64_t output = 0, residual = -1;
   std::string operation, kernel;  // for describe()
   int64_t macs = 0;               // per instance, as the plan counts them, whatever the kernel does
+  int64_t input_floats = 0;       // per instance
   int64_t work = 0;               // per instance: macs, and reading and writing values counted as macs
   std::vector<float> bias;
   std::vector<Tap> taps;

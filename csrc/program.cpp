@@ -76,6 +76,10 @@ void check_memory(const Program& program) {
 
 }  // namespace
 
+bool Program::saves_features() const {
+  return std::any_of(networks.begin(), networks.end(), [](const Network& net) { return net.features >= 0; });
+}
+
 Shape Program::features_shape(size_t stage) const {
   const Network& net = networks[stage];
   return net.features < 0 ? Shape{0, 0, 0} : net.shape(net.features);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,9 @@ struct CascadeSpec {
 };
 
 struct Program {
+  static constexpr int64_t kTilesPerWindow = 16;  // of a thread
+  static constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
+
   const KernelTable* kernels;
   std::vector<Network> networks;
   std::vector<Selector> selectors;
@@ -29,8 +33,17 @@ struct Program {
   std::vector<float> stage_weights;
   int64_t max_tile;  // instances
 
+  bool saves_features() const;
   // The shape of the features that a stage saves for the next; all zero where it saves none.
   Shape features_shape(size_t stage) const;
+  // Instances that a team takes through the first stage before it goes on to the next. Where survivors have features,
+  // the memory for them sets the limit, and larger batches go depth first.
+  int64_t window_instances() const { return (saves_features() ? 1 : kTilesPerWindow) * threads * max_tile; }
+  int64_t team_instances() const { return saves_features() ? window_instances() : kUnlimited; }
+  // Instances that can be in a stage's queue in a window: less than a tile per thread has waited for each stage before.
+  int64_t queue_instances() const {
+    return window_instances() + static_cast<int64_t>(networks.size()) * threads * max_tile;
+  }
   // Rows of features that can be in use between two stages: a tile being read and one being written by every thread,
   // and less than a tile that waits.
   int64_t feature_slots(int64_t with_threads) const { return (2 * with_threads + 1) * max_tile; }

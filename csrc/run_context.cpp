@@ -4,17 +4,15 @@
 #include <limits>
 #include <numeric>
 
-#include "step_parts.h"
-
 namespace fastcascade {
 
 RunContext::RunContext(const Program& program)
     : buffers(program.threads),
-      team(max_parts(program.threads)),
+      team(kMaxPartsPerThread * program.threads),
       tiles(program.threads),
       queues(program.networks.size()),
       free_slots(program.networks.size()),
-      survives(static_cast<size_t>(program.threads * program.max_tile)) {
+      survives(static_cast<size_t>(program.queue_instances())) {
   int64_t arena = 0, scratch = 0;
   for (const Network& net : program.networks) {
     arena = std::max(arena, net.arena_floats);

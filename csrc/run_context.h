@@ -29,6 +29,10 @@ struct InstanceQueue {
     instances.push_back(instance);
     slots.push_back(slot);
   }
+  void erase_first(int64_t count) {
+    instances.erase(instances.begin(), instances.begin() + count);
+    slots.erase(slots.begin(), slots.begin() + count);
+  }
   int64_t size() const { return static_cast<int64_t>(instances.size()); }
 };
 
@@ -39,7 +43,7 @@ struct RunContext {
   std::vector<InstanceQueue> queues;             // per stage
   std::vector<Buffer> features;                  // per stage that saves features: [slot][floats]
   std::vector<std::vector<int64_t>> free_slots;  // per stage that saves features
-  std::vector<uint8_t> survives;                 // per instance of a small batch
+  std::vector<uint8_t> survives;                 // per instance of the queue that a team runs
   // Tables of the exit head, per instance of the batch.
   std::vector<float> log_sum, weight_sum;
   std::vector<int32_t> previous_label;

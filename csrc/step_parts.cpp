@@ -5,8 +5,21 @@
 namespace fastcascade {
 namespace {
 
-// A part must take much longer than its threads need to agree that it is done, some 0.2 µs.
-constexpr int64_t kMinPartWork = 200'000;  // multiplications: about 4 µs
+// Multiplications. A part must take much longer than its threads need to agree that it is done, some 0.2 µs.
+constexpr int64_t kMinPartWork = 200'000;  // about 4 µs
+
+// From this on a thread's share is cut in two, so that a thread that is late leaves one part to the others.
+constexpr int64_t kMinShareWork = 2'000'000;
+
+// Weights of more floats do not stay in a thread's second-level cache from one part to the next.
+constexpr int64_t kCachedWeights = 96 << 10;
+
+// Every part along positions reads all weights, and may transform them; every part along panels does so with inputs.
+bool is_cut_along_panels(const Step& step, int64_t instances, int64_t threads) {
+  const bool few_positions = step.work_items * instances < threads * step.min_items;  // for full register tiles
+  const bool large_weights = step.weights.size() > std::max(kCachedWeights, 4 * step.input_floats * instances);
+  return step.panels >= threads && (few_positions || large_weights);
+}
 
 // The index-th of some parts of `count` items. All but the last end at a multiple of `unit`.
 Range nth_of(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
@@ -18,14 +31,11 @@ Range nth_of(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
 
 StepCut cut_step(const Step& step, int64_t instances, int64_t threads) {
   if (threads == 1) return {1, false};
-  const int64_t positions = step.work_items * instances;
-  // Panels where positions are too few to fill the register tiles of all threads.
-  const bool along_panels = positions < threads * step.min_items && step.panels >= threads;
-  const int64_t cuttable = along_panels ? step.panels : positions;
-  const int64_t worth = std::max<int64_t>(1, step.work * instances / kMinPartWork);
-  // Two parts per thread, so that a thread that is late leaves one to the others, unless they would be too small.
-  const int64_t most = along_panels || positions >= 2 * threads * step.min_items ? max_parts(threads) : threads;
-  return {std::min({cuttable, worth, most}), along_panels};
+  const int64_t positions = step.work_items * instances, work = step.work * instances;
+  const int64_t worth = std::max<int64_t>(1, work / kMinPartWork);
+  if (is_cut_along_panels(step, instances, threads)) return {std::min(threads, worth), true};
+  const bool twice = positions >= 2 * threads * step.min_items && work >= threads * kMinShareWork;
+  return {std::min({positions, worth, twice ? 2 * threads : threads}), false};
 }
 
 StepPart part_of(const Step& step, int64_t instances, StepCut cut, int64_t index) {

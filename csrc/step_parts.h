@@ -16,7 +16,6 @@ inline StepPart whole_step(const Step& step, int64_t instances) {
 
 // A step cut into parts along positions, or along panels of channels. A fixed function of the step and the numbers of
 // instances and threads.
-constexpr int64_t max_parts(int64_t threads) { return 2 * threads; }
 struct StepCut {
   int64_t parts;
   bool along_panels;

@@ -10,7 +10,7 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr auto kPatience = 200us;  // beyond the time worked; members that begin a call wait for no good reason, too
-constexpr auto kSpinTime = 50us;   // then the processor goes to others: perhaps to the thread that is waited for
+constexpr auto kSpinTime = 1ms;    // then the processor goes to others: perhaps to the thread that is waited for
 constexpr int kSpinsPerCheck = 64;
 
 }  // namespace

@@ -8,6 +8,8 @@
 
 namespace fastcascade {
 
+constexpr int64_t kMaxPartsPerThread = 16;  // of a phase
+
 // A phase is a number of parts that any member may run, in any order; it ends when all are done, and only then does the
 // next begin. Every member calls run_phase for the same phases. Nobody is waited for: a part goes to whoever claims it
 // first, and a member that comes late passes the phases that have ended.

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -376,6 +377,9 @@ def evaluate(
             raise InvalidArgument(f"{model} is a plan; the curve needs a saved cascade")
     compiled = _compile(loaded, backend, precision, threads)
     names: list[str | None] = list(operating_point or compiled.usable_points) or [None]
+    others = compiled.plan.operating_points.keys() - compiled.usable_points.keys()
+    if others and not operating_point:
+        say("note:", f"without {', '.join(sorted(others))}: measured at another precision")
     for name in names:
         compiled.thresholds(name)  # fails on an unknown name before the images are read
     images = _load_images(data, compiled.plan, split, rows, resize)
@@ -388,7 +392,7 @@ def evaluate(
             f"{result.mean_macs:,.0f}",
             f"{result.mean_macs / compiled.plan.dense_macs:.1%}",
             " ".join(f"{share:.1%}" for share in result.exit_shares),
-            " ".join(f"{accuracy:.1%}" for accuracy in result.exit_accuracy),
+            " ".join("–" if math.isnan(a) else f"{a:.1%}" for a in result.exit_accuracy),
         )
     Console().print(table)
     if curve is not None and isinstance(loaded, fc.Cascade):
@@ -600,6 +604,11 @@ def inspect(model: Model) -> None:
         console.print("classes:", plain(", ".join(described.classes)))
     if described.operating_points:
         console.print(operating_points_table(described.operating_points, described.dense_macs))
+        others = described.operating_points.keys() - described.usable_points.keys()
+        if others:
+            console.print(
+                "measured at another precision, to be calibrated anew:", plain(", ".join(sorted(others)))
+            )
 
 
 def comparison_table(comparison: SelectorComparison) -> Table:
@@ -649,6 +658,8 @@ def quantize(
         )
     Console().print(table)
     say("saved:", str(out))
+    if plan.operating_points:
+        say("note:", f"its operating points are those of fp32; now run: fastcascade calibrate {out} DATA …")
 
 
 @app.command(epilog="Example: fastcascade export model/ --onnx exported/")
@@ -712,6 +723,7 @@ OPTIONAL = {
     "Pillow": "image files",
     "simplejpeg": "faster decoding of JPEG",
     "matplotlib": "pictures of the cost–accuracy curve",
+    "onnx": "ONNX files, read and written",
     "triton": "the triton backend",
     "cupy": "the cuda backend",
     "cuda-bindings": "torch stages on the GPU without reading a count back",

@@ -162,8 +162,8 @@ def _planned(
     if plan.is_quantized:
         if wanted != plan.precision and precision != "int8":
             raise InvalidArgument(
-                f"the plan is quantised to {plan.precision}, which cannot become {precision!r}; leave "
-                "precision out, or compile the cascade or its float32 plan"
+                f"the plan is quantised to {' '.join(plan.precision)}, which cannot become {precision!r}; "
+                "leave precision out, or compile the cascade or its float32 plan"
             )
         return plan
     if "int8" not in wanted:

@@ -69,6 +69,12 @@ def load(
         raise InvalidArgument(f"precision is {precision!r}; expected 'bf16', or None for the plan's own")
     if precision == "bf16":
         _require_bf16()
+    directory = Path(directory)
+    if (directory / "cascade.json").exists() and not (directory / "plan.json").exists():
+        raise FileFormatError(
+            f"{directory} holds a cascade without its plan; save that where torch is installed, with "
+            "cascade.save(directory, plan=True, overwrite=True)"
+        )
     content, arrays = load_arrays(directory, PLAN_FORMAT)
     try:
         return Runtime(content, arrays, threads, precision)

@@ -304,7 +304,8 @@ def resolve_thresholds(
         measured, runs = (" ".join(p) or "fp32" for p in (wanted.precision, precision))
         raise InvalidArgument(
             f"operating point {wanted.name!r} was measured with stages in {measured}, but they run in "
-            f"{runs}, which shifts the stop scores; measure it anew with fc.calibrate on what runs"
+            f"{runs}, which shifts the stop scores; measure it anew on what runs, with "
+            "fc.calibrate or `fastcascade calibrate`"
         )
     numbers = wanted.thresholds if isinstance(wanted, OperatingPoint) else wanted
     thresholds = torch.as_tensor(numbers, dtype=torch.float32).detach().cpu()

@@ -177,7 +177,8 @@ struct Case {
   float threshold;
 };
 
-// In the two cascades some images stop at the first exit. "cascade" runs depth first, "few" as a team.
+// In the two cascades some images stop at the first exit. Threads have shares of whole tiles in "cascade"; in "few"
+// they also share steps.
 std::vector<Case> cases() {
   return {
       {"winograd", {winograd_stage()}, 6, false, 0.f},

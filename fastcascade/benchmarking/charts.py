@@ -129,7 +129,7 @@ class Plot:
         for x, y, radius, words in sorted(points, key=lambda point: -point[1]):
             at = height * (1 - self.y.percent(y) / 100)
             lowest = max(at, lowest + _LABEL_PX)
-            left = self.x.percent(x) > 60
+            left = self.x.percent(x) > 50
             self.label(x, y, words, left, round(radius) + 5, round(lowest - at) + 4)
 
     def svg(self) -> str:

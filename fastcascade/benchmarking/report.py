@@ -171,10 +171,16 @@ def _tiles(measured: Benchmark, evaluation: Evaluation | None) -> str:
 
 
 def _flow(measured: Benchmark, evaluation: Evaluation | None) -> str:
-    everything = measured.stages[0].images_in
+    if evaluation is None:  # the images that were timed
+        everything = measured.stages[0].images_in
+        stops = [stage.images_in - stage.images_out for stage in measured.stages]
+    else:
+        everything = evaluation.n
+        stops = [round(share * everything) for share in evaluation.exit_shares]
+    going_on = everything
     rows = []
-    for k, stage in enumerate(measured.stages):
-        stopped, going_on = stage.images_in - stage.images_out, stage.images_out
+    for k, (stage, stopped) in enumerate(zip(measured.stages, stops, strict=True)):
+        going_on -= stopped
         right_share = None if evaluation is None else evaluation.exit_accuracy[k]
         if right_share is None or math.isnan(right_share):
             parts = [(stopped, "c0", f"{stopped:,} stop here")]

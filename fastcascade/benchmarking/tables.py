@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastcascade.benchmarking.pacing import loop_of
@@ -16,12 +17,12 @@ KERNEL_COLUMNS = (
     "stage",
     "kernel",
     "steps",
-    "µs/image",
+    "µs",
     "of stage",
     "GFLOP/s",
     "of peak",
     "GB/s",
-    "of bandwidth",
+    "of copy",
 )
 
 PACED_COLUMNS = ("pattern", "calls", "p50 ms", "p95 ms", "p99 ms", "over the loop")
@@ -45,19 +46,26 @@ def bench_tables(measured: Benchmark) -> list[Table]:
 
 
 def _new(title: str, columns: Sequence[str], caption: str | None = None, text_columns: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,  # ten columns in eighty characters
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < text_columns else "right")
+        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
     return table
 
 
 def _stages(measured: Benchmark) -> Table:
     peaks = measured.peaks
-    columns = "stage|images in|out|ms|exit µs/image|images/s|GFLOP/s|of peak|KB/image|of bandwidth"
+    columns = "stage|images in|out|ms|exit µs|images/s|GFLOP/s|of peak|KB|of copy"
     table = _new(
         f"Each stage alone, {measured.backend} {measured.precision}, {measured.images:,} images",
         columns.split("|"),
-        f"peaks measured in this run: {peaks.gflops:,.0f} GFLOP/s (matrix product), "
+        f"exit µs and KB per image; peaks in this run: {peaks.gflops:,.0f} GFLOP/s (matrix product), "
         f"{peaks.copy_gbs:.0f} GB/s (copy); warm-up: packing {1e3 * measured.compile_s:.0f} ms, first "
         f"call {measured.first_call_ms:.1f} ms; largest error against the reference {measured.max_error:.0e}",
     )
@@ -155,7 +163,8 @@ def _kernels(measured: Benchmark) -> Table:
     table = _new(
         "Kernels: the steps of each stage alone, all threads at work",
         KERNEL_COLUMNS,
-        "bytes read and written, mostly in cache, so a step can exceed the bandwidth of the copy",
+        "µs per image; bytes read and written, mostly in cache, so a step can exceed the speed of the copy; "
+        "a Winograd convolution multiplies less than is counted, so it can exceed the peak",
         text_columns=2,
     )
     for stage, *cells in kernel_cells(measured):

@@ -120,7 +120,9 @@ def _check_file(path: Path, layout: Layout, sha256: str | None) -> tuple[Records
             labels, found = _read_labels(file, layout)
             records = Records.of(path, file, 0, layout.record_bytes, count)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}; `fastcascade download` gets these data sets"
+        ) from error
     if sha256 is not None and found != sha256:
         raise DataError(f"{path} is damaged: its sha256 is not the one in SHA256SUMS; download it again")
     if len(labels) != count or labels.max() >= layout.num_classes:

@@ -106,8 +106,8 @@ def pixels(
     if size is not None and upright.size != size[::-1]:
         if not resize:
             raise DataError(
-                f"is {upright.height} × {upright.width} pixels; expected {size[0]} × {size[1]} "
-                "(allow resizing to scale it)"
+                f"is {upright.width} pixels wide and {upright.height} high; expected {size[1]} and {size[0]} "
+                "(resize=True, --resize, scales it)"
             )
         upright = upright.resize(size[::-1], pillow.Resampling.BILINEAR)
     return np.asarray(upright).reshape(upright.height, upright.width, channels)

@@ -121,7 +121,7 @@ def find_files(root: Path) -> list[str]:
         raise DataError(f"{root} holds no images; expected files ending in {', '.join(SUFFIXES)}")
     if others:
         warnings.warn(
-            f"{root}: skipped {len(others)} files that are not images, for example {min(others)!r}",
+            f"{root}: left out what is not an image, {len(others)} in all, for example {min(others)!r}",
             stacklevel=2,
         )
     return sorted(names)

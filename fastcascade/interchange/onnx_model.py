@@ -65,8 +65,8 @@ def export_onnx(plan: Plan, directory: str | Path, overwrite: bool = False) -> l
         raise InvalidArgument("exporting needs onnx: pip install 'fastcascade[onnx]'")
     if plan.is_quantized:
         raise LoweringError(
-            f"the plan is quantised to {plan.precision}, and ONNX models are exported in float32: export the "
-            "cascade or its float32 plan, and quantise with the tools of the runtime"
+            f"the plan is quantised to {' '.join(plan.precision)}, and ONNX models are exported in float32: "
+            "export the cascade or its float32 plan, and quantise with the tools of the runtime"
         )
     models = {f"stage-{k}.onnx": _stage_model(plan, k) for k in range(len(plan.stages))}
     models["cascade.onnx"] = _cascade_model(plan)

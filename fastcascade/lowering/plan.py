@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -319,7 +320,7 @@ class Plan:
         wanted = self.recorded_precision if precision is None else precision
         return {name: p for name, p in self.operating_points.items() if p.precision == wanted}
 
-    @property
+    @cached_property  # every call with thresholds of its own asks
     def recorded_precision(self) -> tuple[str, ...]:
         """(K,) as operating points record it; () where all stages are in fp32."""
         return self.precision if self.is_quantized else ()

@@ -57,7 +57,7 @@ Layer: TypeAlias = Conv2d | Linear
 FEWEST_IMAGES, MOST_IMAGES = 16, 512
 """Calibration images: fewer are refused, more are not used."""
 
-MAX_DIVERGENCE = 0.01
+MAX_DIVERGENCE = 0.0025
 """Mean KL divergence, in nats, of a stage's probabilities in float32 from those in int8."""
 
 LARGEST_FACTOR = 2.0  # on logits, and its inverse

@@ -342,7 +342,7 @@ class Run:
         if found := sorted(path.name for path in self.folder.glob("part-*")):
             raise InvalidArgument(
                 f"{self.folder} holds {found[0]!r} of a run without a description; choose another folder, or "
-                "overwrite it"
+                "pass --overwrite"
             )
         return {}
 
@@ -360,7 +360,7 @@ class Run:
         ]
         raise InvalidArgument(
             f"{self.folder} holds a run with another {', '.join(differences)}; choose another folder, "
-            "repeat the command as it was, or overwrite the run"
+            "repeat the command as it was, or replace the run with --overwrite"
         )
 
     def _find_parts(self, description: Mapping[str, Any]) -> None:

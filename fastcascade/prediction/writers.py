@@ -63,7 +63,7 @@ def check_destination(path: Path, overwrite: bool) -> Format:
     if name not in WRITERS:
         raise InvalidArgument(f"cannot write {path}: the name must end in one of .{', .'.join(WRITERS)}")
     if os.path.lexists(path) and not overwrite:
-        raise InvalidArgument(f"{path} exists; choose another name, or overwrite it")
+        raise InvalidArgument(f"{path} exists; choose another name, or pass --overwrite")
     require_format(cast(Format, name))
     return cast(Format, name)
 

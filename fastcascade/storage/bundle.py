@@ -152,7 +152,8 @@ def save_bundle(
 def _require_free(directory: Path, bundle: BundleFormat) -> None:
     if bundle_exists(directory, bundle):
         raise InvalidArgument(
-            f"{bundle.document_path(directory)} exists; choose another directory, or pass overwrite=True"
+            f"{bundle.document_path(directory)} exists; choose another directory, or pass "
+            "overwrite=True (--overwrite)"
         )
 
 

@@ -112,7 +112,7 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
             os.replace(temporary, path)
     except FileExistsError:
         raise InvalidArgument(
-            f"{path} exists; choose another name, or allow overwriting with overwrite=True"
+            f"{path} exists; choose another name, or pass overwrite=True (--overwrite)"
         ) from None
 
 

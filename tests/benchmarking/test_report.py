@@ -118,7 +118,7 @@ def measured() -> Benchmark:
     )
 
 
-EVALUATION = Evaluation(0.93, 3.4e7, (0.7, 0.3), (0.97, 0.84), 100, 0)
+EVALUATION = Evaluation(0.93, 3.4e7, (0.7, 0.3), (0.97, 0.84), 200, 0)
 CURVES = Curves(
     {"cascade": [replace(EVALUATION, mean_macs=1e7), EVALUATION]}, [(10_000_000, 0.9)], {"p": EVALUATION}
 )
@@ -202,7 +202,7 @@ def test_names_from_outside_are_text(page: Page) -> None:
 
 def test_page_shows_the_lead_figures(page: Page) -> None:
     for figure, words in (
-        ("93.00%", "accuracy on 100 images"),
+        ("93.00%", "accuracy on 200 images"),
         ("10,064", "images per second at batch 64"),
         ("2.0×", "as fast as the last exit on every image"),
         ("40%", "of the multiplications"),
@@ -223,7 +223,7 @@ def test_a_busy_machine_is_mentioned(tmp_path: Path, measured: Benchmark, page: 
 
 def test_stops_are_counted_right_and_wrong(page: Page) -> None:
     assert "70.0% stop here, 97.0% right" in page.text
-    for hover in ("68 stop here, right", "2 stop here, wrong", "30 go on", "25 stop here, right"):
+    for hover in ("136 stop here, right", "4 stop here, wrong", "60 go on", "50 stop here, right"):
         assert hover in page.hovers
 
 

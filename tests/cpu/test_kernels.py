@@ -290,6 +290,21 @@ def test_threads_give_the_same_bits(share_ops: Callable[..., Tensor], isa: str, 
         assert torch.equal(one, share_ops(x, ops, isa, "", threads))
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_divide_large_weights(share_ops: Callable[..., Tensor], isa: str, threads: int) -> None:
+    """Also where rows are many, by channels, if weights do not fit the second-level cache."""
+    ops: list[Op] = [
+        random_conv(72, 136, padding=(1, 1, 1, 1)),
+        _moved(random_conv(136, 340, (1, 1), stride=(2, 2)), 2),
+        _moved(random_conv(340, 330, (1, 1)), 3),
+    ]
+    ops = [Conv2d(**{**vars(op), "input": i}) for i, op in enumerate(ops)]
+    x = torch.randn(1, 72, 17, 15)
+    one = share_ops(x, ops, isa)
+    for _ in range(20):
+        assert torch.equal(one, share_ops(x, ops, isa, "", threads))
+
+
 def _layers(channels: int) -> dict[str, list[Op]]:
     vector = torch.randn(channels)
     return {

@@ -14,6 +14,7 @@ from native import (
     BF16_LAYER,
     COMPILER,
     EARLY_GATE,
+    LEFT_WAITING,
     LOST_CLASS,
     MISSING_PIXELS,
     MISSING_TILE,
@@ -63,6 +64,7 @@ def test_the_engine_built_again_passes(
                 (SATURATED_PAIRS, "test_int8_kernels.py", "test_the_largest_sums and avx2"),
                 (ONE_MULTIPLIER, "test_int8_kernels.py", "test_convolution and avx2"),
                 (SILENT_NAN, "test_int8_kernels.py", "not_finite and avx2"),
+                (LEFT_WAITING, "test_program.py", "test_large_batches"),
             ]
         ),
     ],

@@ -166,6 +166,18 @@ def test_bits_do_not_depend_on_the_schedule(isa: str, build: Callable[..., fc.Ca
     assert_same_bits(ExitResults(*map(torch.cat, zip(*parts, strict=True))), expected)
 
 
+def test_large_batches_lose_nobody() -> None:
+    """Survivors of one window wait for those of the next, and all of them run in the last."""
+    plan, x = plan_of(independent()), images(900)
+    thresholds = balanced_thresholds(independent(), images(30))
+    program = CpuProgram(plan, 1)
+    parts = [program.run(part, thresholds) for part in x.split(15)]
+    expected = ExitResults(*map(torch.cat, zip(*parts, strict=True)))
+    assert len(expected.exit_stage.unique()) == 3
+    for threads in (1, 2, 3):
+        assert_same_bits(run(plan, x, thresholds, threads), expected)
+
+
 def test_program_gives_the_same_bits_again() -> None:
     cascade = segments()
     plan, x = plan_of(cascade), images(200)

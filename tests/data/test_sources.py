@@ -403,7 +403,7 @@ def test_one_bad_image_is_one_error_row_and_stops_nothing(tmp_path: Path) -> Non
     assert [row.ids for row in rows] == [[f"{i}.png" for i in part] for part in ((0, 1, 2), (3, 4, 5), (6,))]
     errors = [error for row in rows for error in row.errors]
     assert [error is None for error in errors] == [True, True, False, False, False, True, True]
-    assert errors[4] == "is 9 × 32 pixels; expected 32 × 32 (allow resizing to scale it)"
+    assert errors[4] == "is 32 pixels wide and 9 high; expected 32 and 32 (resize=True, --resize, scales it)"
     assert torch.equal(torch.cat([row.images for row in rows]), tensors[0][[0, 1, 5, 6]])
     with pytest.warns(UserWarning, match="left out unreadable images: .*is damaged"):
         parts = list(batches(data, 3))
@@ -471,12 +471,12 @@ def test_what_is_not_an_image_file_is_told_or_refused(tmp_path: Path) -> None:
     (tmp_path / "cat" / "notes.txt").write_text("hello")
     (tmp_path / ".hidden").mkdir()
     with pytest.warns(
-        UserWarning, match=r"skipped 1 files that are not images, for example 'cat/notes\.txt'"
+        UserWarning, match=r"left out what is not an image, 1 in all, for example 'cat/notes\.txt'"
     ):
         assert load_data(tmp_path).classes == ("cat",)
     pillow.fromarray(IMAGES[0]).save(tmp_path / "loose.png")
     with (
-        pytest.warns(UserWarning, match="skipped"),
+        pytest.warns(UserWarning, match="left out"),
         pytest.raises(DataError, match=r"both directly \('loose\.png'\) and in sub-folders"),
     ):
         load_data(tmp_path)

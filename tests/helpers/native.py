@@ -76,11 +76,16 @@ MISSING_PIXELS = Fault(
 )
 WASTED_FIFTH = Fault(
     "a fifth of every tile runs twice",
-    "depth_first_schedule.cpp",
-    "buffers.scratch.data(), tile.size());",
-    "buffers.scratch.data(), tile.size());\n"
-    "run_steps(network(stage), run_.source(stage, tile.instances.data(), tile.slots.data()),"
-    " buffers.arena.data(), buffers.scratch.data(), (tile.size() + 4) / 5);",
+    "team_schedule.cpp",
+    "buffers.scratch.data(), tile);",
+    "buffers.scratch.data(), tile);\n"
+    "run_steps(net, source(stage, first), buffers.arena.data(), buffers.scratch.data(), (tile + 4) / 5);",
+)
+LEFT_WAITING = Fault(
+    "survivors that fill no tiles are left when a batch ends",
+    "team_schedule.cpp",
+    "if (stage == 0 || next_instance_ == run_.images.count) return waiting;",
+    "if (stage == 0) return waiting;",
 )
 EXTRA_PASS = Fault(
     "one more pass over the input",

@@ -104,7 +104,7 @@ def test_bad_inputs_are_rows_with_an_error(
     found = rows(model, load_data(tmp_path, shape=(3, 8, 8), classes=CLASSES), [0.0])
     assert [p.id for p in found] == ["0.png", "0b.png", "1.png", "1b.png", "2.png"]
     assert [p.error is None for p in found] == [True, False, True, False, True]
-    assert "9 × 8" in str(found[3].error)
+    assert "8 pixels wide and 9 high" in str(found[3].error)
     assert found[1][1:6] == found[3][1:6] == (None,) * 5
     assert [p.label for p in found if p.error is None] == cascade(good, [0.0]).label.tolist()
 
