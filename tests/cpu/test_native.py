@@ -98,7 +98,7 @@ def test_vex_code_is_found(tmp_path: Path) -> None:
 @INTEL
 def test_spills_are_found(tmp_path: Path) -> None:
     _needs("objdump")
-    fault = Fault("too many rows", "isa/avx512.cpp", "kMr = 8", "kMr = 17")
+    fault = Fault("too many rows", "isa/avx512_operations.inl", "kMr = 8", "kMr = 17", "avx512.cpp")
     objects = fault.plant([], tmp_path)
     assert any("spills vectors" in found for found in check_disassembly.all_faults(objects))
 
