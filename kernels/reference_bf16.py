@@ -23,6 +23,7 @@ def rounded(x: Tensor) -> Tensor:
     """Any shape, float32 → the nearest bfloat16 numbers as float32; halves go to even, NaN stays.
 
     Example:
+        >>> import torch
         >>> rounded(torch.tensor([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 3.4e38])).tolist()
         [1.0, 1.0, 1.015625, inf]
     """
@@ -42,6 +43,7 @@ def conv2d(
     ``padding`` is (top, bottom, left, right).
 
     Example:
+        >>> import torch
         >>> conv2d(torch.full((1, 1, 1, 1), 1.001), torch.ones(1, 1, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
         tensor([[[[1.]]]])
     """
