@@ -65,6 +65,7 @@ ACTIVATIONS = {
     "leaky relu": lambda x: F.leaky_relu(x, 0.2),
     "elu": lambda x: F.elu(x, 0.7),
     "mish": F.mish,
+    "squared relu": lambda x: torch.square(F.relu(x)),
     "tanh": torch.tanh,
     "clamp": lambda x: x.clamp(-0.5, 1.25),
     "squares": lambda x: x**2,

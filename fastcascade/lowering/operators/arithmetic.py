@@ -103,6 +103,12 @@ def power(t: Translator, input: Any, exponent: Any) -> Value:
     return t.emit_elementwise(Activation, input, kind="sqrt" if exponent == 0.5 else "reciprocal")
 
 
+@lowers(aten.square)
+def square(t: Translator, input: Value) -> Value:
+    """input²."""
+    return power(t, input, 2)  # type: ignore[no-any-return]
+
+
 @lowers(aten.addcmul)
 def addcmul(t: Translator, input: Any, tensor1: Any, tensor2: Any, value: float) -> Value:
     """input + value·tensor1·tensor2."""
