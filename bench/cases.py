@@ -77,24 +77,24 @@ def noise(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, *INPUT_SHAPE), dtype=np.float32)
 
 
-def network_images(model: str, n: int) -> np.ndarray:
-    """(n, C, H, W) float32 for a single network: the example's first test images for "last:FOLDER".
+def network_images(model: str, shape: tuple[int, int, int], n: int) -> np.ndarray:
+    """(n, *shape) float32 for a single network: the example's first test images for "last:FOLDER".
 
     For random networks, images like those from which their batch norms have statistics.
     """
     if model.startswith("last:"):
         return _example_images(model.replace("last:", "cascade:"), range(n))
     if model.startswith(("torchvision:", "timm:")):
-        return architectures.sample_images(n, load_model(model).input.shape, seed=0).numpy()
+        return architectures.sample_images(n, shape, seed=0).numpy()
     return noise(n)
 
 
-def calibration_images(model: str) -> np.ndarray:
-    """What every engine quantises from, others than those of :func:`network_images`."""
+def calibration_images(model: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """(n, *shape) float32: what every engine quantises from, others than those of :func:`network_images`."""
     if model.startswith("last:"):
         return _example_images(model.replace("last:", "cascade:"), range(1500, 2000))
     if model.startswith(("torchvision:", "timm:")):
-        return architectures.sample_images(64, load_model(model).input.shape, seed=5).numpy()
+        return architectures.sample_images(64, shape, seed=5).numpy()
     return noise(256, seed=5)
 
 

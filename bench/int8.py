@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import groupby
-from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from bench.cases import Case, network_images
+from bench.cases import Case, load_model, network_images
 from bench.engines import OURS
-from bench.fma_peaks import fma_peaks
 from bench.machine import ROOT, THREADS, machine, machine_slug
-from bench.measure import Engine, Worker, measure
+from bench.measure import Engine
 from bench.quantized_peers import INT8_PEERS, INT8_TOLERANCE
-from bench.run import load_results, results_table
+from bench.run import load_results, measure_cases, results_table
 from bench.worker import OURS_INT8
 
 __all__ = ["main"]
@@ -47,30 +43,6 @@ ENGINES = (
 )
 
 
-def measure_cases(
-    cases: list[Case], rounds: int, seconds: float, tuning: float
-) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Measure cases in order; engines stay loaded for all batch sizes of a network."""
-    for model, group in groupby(cases, key=lambda case: case.model):
-        with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(engine, THREADS)) for engine in ENGINES]
-            for worker in workers:
-                worker.load(model)
-            for case in group:
-                peaks = fma_peaks(case.threads)
-                images = network_images(model, case.batch)
-                timings = measure(case, workers, images, rounds, seconds, tuning)
-                entry = {
-                    "batch": case.batch,
-                    "threads": case.threads,
-                    "rounds": rounds,
-                    "peaks": peaks,
-                    "engines": {timing.engine: timing.as_json() for timing in timings},
-                    "left_out": (),
-                }
-                yield case, entry
-
-
 def main() -> None:
     """Measure, and store the results after every case."""
     parser = argparse.ArgumentParser(prog="python -m bench.int8", description=__doc__.splitlines()[0])
@@ -84,7 +56,13 @@ def main() -> None:
     stored = results.setdefault("int8", {})
     cases = [Case(network, batch, THREADS) for network, batches in NETWORKS.items() for batch in batches]
     wanted = [c for c in cases if arguments.only is None or any(part in c.key for part in arguments.only)]
-    for case, entry in measure_cases(wanted, arguments.rounds, arguments.seconds, arguments.tuning):
+    shapes = {model: load_model(model).input.shape for model in {case.model for case in wanted}}
+
+    def images(case: Case) -> np.ndarray:
+        return network_images(case.model, shapes[case.model], case.batch)
+
+    settings = (arguments.rounds, arguments.seconds, arguments.tuning)
+    for case, entry in measure_cases(dict.fromkeys(wanted, ENGINES), images, *settings):
         stored[case.key] = entry
         path.write_text(json.dumps(results, indent=1) + "\n")
         Console().print(results_table(entry, case.key))

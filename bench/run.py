@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -44,16 +45,19 @@ def standard_cases(threads: int, cascade: Path, everything: bool) -> list[Case]:
 
 
 def measure_cases(
-    cases: list[Case], everyone: bool, names: list[str] | None, rounds: int, seconds: float, tuning: float
+    engines: Mapping[Case, Sequence[Engine]],
+    images_of: Callable[[Case], np.ndarray],
+    rounds: int,
+    seconds: float,
+    tuning: float,
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Measure cases in order; engines stay loaded for all batch sizes of a model.
+    """Measure the engines of cases in order; they stay loaded for all batch sizes of a model.
 
     Yields:
         each case with its entry of the results file, when it is measured.
     """
-    for model, group in groupby(cases, key=lambda case: case.model):
+    for _, group in groupby(engines, key=lambda case: case.model):
         sizes = list(group)
-        engines = {case: _engines(case, everyone, names) for case in sizes}
         with ExitStack() as stack:
             workers = {}
             for engine in {engine.name: engine for case in sizes for engine in engines[case]}.values():
@@ -62,7 +66,7 @@ def measure_cases(
                 worker.load(worker.engine.model(sizes[0]))
             for case in sizes:
                 start, peaks = time.perf_counter(), fma_peaks(case.threads)
-                images = cascade_images(model, case.batch) if case.is_cascade else noise(case.batch)
+                images = images_of(case)
                 present = [workers[engine.name] for engine in engines[case]]
                 timings = measure(case, present, images, rounds, seconds, tuning)
                 entry = {
@@ -73,14 +77,13 @@ def measure_cases(
                     "rounds": rounds,
                     "peaks": peaks,
                     "engines": {timing.engine: timing.as_json() for timing in timings},
-                    "left_out": left_out(case, everyone),
                     "took_s": time.perf_counter() - start,
                 }
                 yield case, entry
 
 
-def _engines(case: Case, everyone: bool, names: list[str] | None) -> list[Engine]:
-    return [e for e in engines_for(case, everyone) if names is None or e.name in names]
+def _images(case: Case) -> np.ndarray:
+    return cascade_images(case.model, case.batch) if case.is_cascade else noise(case.batch)
 
 
 def measure_facts(cascade: Path, threads: int, rounds: int, seconds: float) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def results_table(entry: dict[str, Any], title: str) -> Table:
     """One case: every engine with its spread, its schedule and its share of the peak."""
     peak = max(value for key, value in entry["peaks"].items() if key.startswith("fp32"))
     table = Table(title=f"{title} · fp32 peak {peak:.0f} GFLOP/s", title_justify="left")
-    if entry["left_out"]:
+    if entry.get("left_out"):
         table.caption = f"not in this set: {', '.join(entry['left_out'])}"
     for column in ("engine", "images/s", "±", "GFLOP/s", "of peak", "error", "schedule"):
         table.add_column(column, justify="left" if column in ("engine", "schedule") else "right")
@@ -171,9 +174,18 @@ def main() -> None:
 
     cascade = arguments.cascade.resolve()
     cases = [c for c in standard_cases(arguments.threads, cascade, arguments.everything) if wanted(c.key)]
+    engines = {
+        case: [
+            engine
+            for engine in engines_for(case, arguments.everything)
+            if arguments.engines is None or engine.name in arguments.engines
+        ]
+        for case in cases
+    }
     settings = (arguments.rounds, arguments.seconds, arguments.tuning)
     measured = {}
-    for case, entry in measure_cases(cases, arguments.everything, arguments.engines, *settings):
+    for case, entry in measure_cases(engines, _images, *settings):
+        entry["left_out"] = left_out(case, arguments.everything)
         results["cases"][case.key] = measured[case.key] = entry
         path.write_text(json.dumps(results, indent=1) + "\n")
         console.print(results_table(entry, case.key))

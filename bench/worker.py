@@ -64,7 +64,7 @@ class PeerNetwork(Subject):
         self.peer: Peer = make_peer(peer)
         single = load_model(model)
         if isinstance(self.peer, QuantizedPeer):
-            self.peer.calibration = calibration_images(model)
+            self.peer.calibration = calibration_images(model, single.input.shape)
         self.peer.build(single.stage(0).module, single.input.shape, threads)
         self.chosen: dict[int, Schedule] = {}
 
@@ -136,7 +136,8 @@ class Ours(Subject):
 
             # Random networks are so sensitive that no layer of theirs would be quantised.
             quantization.MAX_DIVERGENCE = math.inf
-            arguments = {"precision": "int8", "calibration_data": calibration_images(model)}
+            images = calibration_images(model, cascade.input.shape)
+            arguments = {"precision": "int8", "calibration_data": images}
         self.engine = fc.compile(cascade, backend="auto", threads=threads, **arguments)
         self.stops_early = len(self.engine.plan.stages) > 1
 

@@ -176,11 +176,12 @@ def _load_model(directory: Path) -> Cascade | Plan:
     """The saved cascade in a directory; its plan if there is no cascade, or one whose modules need code."""
     import fastcascade as fc
     from fastcascade.engine import load_model
+    from fastcascade.lowering.plan_file import plan_exists
     from fastcascade.model.store import cascade_exists, plan_note
 
     if cascade_exists(directory):
         return load_model(directory) if plan_note(directory).custom_modules else fc.load(directory)
-    return fc.load_plan(directory) if (directory / "plan.json").exists() else fc.load(directory)
+    return fc.load_plan(directory) if plan_exists(directory) else fc.load(directory)
 
 
 def _compile(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -272,6 +272,16 @@ def test_panels_of_one_to_three_blocks(run_ops: RunOps, isa: str, out: int) -> N
         assert_near(got, expected, TOLERANCE[DIRECT])
 
 
+def assert_same_bits(
+    share_ops: Callable[..., Tensor], x: Tensor, ops: Sequence[Op], isa: str, threads: int
+) -> None:
+    """Layers in a row, on one thread and again and again on several."""
+    ops = [Conv2d(**{**vars(op), "input": i}) for i, op in enumerate(ops)]
+    one = share_ops(x, ops, isa)
+    for _ in range(20):
+        assert torch.equal(one, share_ops(x, ops, isa, "", threads))
+
+
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_threads_give_the_same_bits(share_ops: Callable[..., Tensor], isa: str, threads: int) -> None:
     """One image, so that threads share every layer: by rows, or by channels where rows are few."""
@@ -283,11 +293,7 @@ def test_threads_give_the_same_bits(share_ops: Callable[..., Tensor], isa: str, 
         _moved(random_conv(96, 96, groups=6, padding=(1, 1, 1, 1)), 5),
         _moved(random_conv(96, 200, (1, 1)), 6),
     ]
-    ops = [Conv2d(**{**vars(op), "input": i}) for i, op in enumerate(ops)]
-    x = torch.randn(1, 3, 53, 45)
-    one = share_ops(x, ops, isa)
-    for _ in range(20):
-        assert torch.equal(one, share_ops(x, ops, isa, "", threads))
+    assert_same_bits(share_ops, torch.randn(1, 3, 53, 45), ops, isa, threads)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -298,11 +304,7 @@ def test_threads_divide_large_weights(share_ops: Callable[..., Tensor], isa: str
         _moved(random_conv(136, 340, (1, 1), stride=(2, 2)), 2),
         _moved(random_conv(340, 330, (1, 1)), 3),
     ]
-    ops = [Conv2d(**{**vars(op), "input": i}) for i, op in enumerate(ops)]
-    x = torch.randn(1, 72, 17, 15)
-    one = share_ops(x, ops, isa)
-    for _ in range(20):
-        assert torch.equal(one, share_ops(x, ops, isa, "", threads))
+    assert_same_bits(share_ops, torch.randn(1, 72, 17, 15), ops, isa, threads)
 
 
 def _layers(channels: int) -> dict[str, list[Op]]:
