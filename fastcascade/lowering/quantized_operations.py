@@ -1,8 +1,8 @@
 """The operations of an int8 stage.
 
 A value is float32, or *quantised*: a byte q from 0 to 255 that stands for (q − zero_point) · scale. The zero
-point is a byte as well, so 0 is always exact. Weights are signed bytes from −127 to
-127 with a scale per output channel.
+point is a byte as well, so 0 is always exact. Weights are signed bytes from −127 to 127 with a scale per
+output channel.
 
 Products are summed as integers, without rounding. The sum then becomes a float32, and every step after it
 rounds to float32, so that all kernels return the same bits: ``kernels/reference_int8.py`` defines them.

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -48,8 +48,8 @@ class OnnxNetwork(nn.Module):
         self, nodes: Sequence[Node], constants: Mapping[str, NDArray[Any]], input: str, output: str
     ) -> None:
         super().__init__()
-        self.nodes = _with_last_reads(nodes, output)
-        self.calls = nn.ModuleDict({f"{i} {_title(node)}": _Call(node) for i, node in enumerate(nodes)})
+        calls = map(_Call, _with_last_reads(nodes, output))
+        self.calls = nn.ModuleDict({f"{i} {_title(call.node)}": call for i, call in enumerate(calls)})
         self.input, self.output = input, output
         self.input_shape: tuple[int, int, int] | None = None
         self.arrays: dict[str, NDArray[Any]] = {}
@@ -74,7 +74,8 @@ class OnnxNetwork(nn.Module):
         """(n, C, H, W) → (n, classes)."""
         values: dict[str, Value] = {self.input: x, **self.arrays}
         values |= {name: getattr(self, attribute) for name, attribute in self.tensors.items()}
-        for node, call in zip(self.nodes, self.calls.values(), strict=True):
+        for call in self._calls():
+            node = call.node
             inputs = [values[name] if name else None for name in node.inputs]
             values |= dict(zip(node.outputs, call(*inputs), strict=False))
             for name in node.dead:
@@ -83,9 +84,18 @@ class OnnxNetwork(nn.Module):
         assert isinstance(result, Tensor)
         return result
 
-    def extra_repr(self) -> str:
+    @property
+    def nodes(self) -> list[Node]:
+        """The calls of operators, in order."""
+        return [call.node for call in self._calls()]
+
+    def _calls(self) -> Iterable[_Call]:
+        return cast(Iterable[_Call], self.calls.values())
+
+    def __repr__(self) -> str:
+        """One line; there may be hundreds of calls."""
         kinds = Counter(node.kind for node in self.nodes)
-        return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"OnnxNetwork({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"
 
 
 class _Call(nn.Module):
