@@ -207,7 +207,7 @@ class StepBuilder {
       g.in_width = g.width = 1;
     }
     // Without padded channels, the pixels under one row of the kernel are consecutive terms.
-    c.joins_columns = merged.groups == 1 && op.dilation[1] == 1 && in.pitch * per_term == in.shape.c;
+    c.joins_columns = g.kernel_w > 1 && merged.groups == 1 && op.dilation[1] == 1 && in.pitch * per_term == in.shape.c;
     c.group_channels = round_up(merged.in, per_term) / per_term;
     c.depth = c.joins_columns ? merged.kw * c.group_channels : c.group_channels;
     step.weights = in_bf16 ? pack_direct_bf16(merged, kernels_.lanes) : pack_direct(merged, kernels_.lanes);

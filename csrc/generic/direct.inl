@@ -3,17 +3,21 @@
 //
 // A register tile is a few output pixels of a row × one panel of output channels. A chunk of pixels, whose inputs stay
 // in the second-level cache, runs through panel after panel, and each panel adds up its sums part by part: the weights
-// of a part stay in the first-level cache for all tiles of the chunk, while partial sums wait in the output.
+// of a part stay in the first-level cache for all tiles of the chunk, while partial sums wait in the output. Weights
+// are read once per chunk, from wherever they are. So every term also prefetches a little of the next part's weights
+// into the second-level cache: evenly spread, because the processor has few places for loads that wait for memory.
 
-constexpr int64_t kDirectKc = 128;          // terms of a part, at most
-constexpr int64_t kChunkFloats = 48 << 10;  // inputs of a chunk, about
+constexpr int64_t kDirectKc = kLanes < 16 ? 256 : 128;  // terms of a part, at most: 24 KB of weights
+constexpr int64_t kChunkFloats = 48 << 10;              // inputs of a chunk, about
 constexpr int64_t kMinChunkPixels = 64;
+constexpr int64_t kAheadFloats = kLanes / 2;  // prefetched per term: six tiles prefetch what a panel of three reads
 
 // A part of all sums: a few taps with all their terms, or some of the terms of one tap.
 struct DirectPart {
-  const float *input, *weights;  // of the group, of the panel
-  Range taps, terms;             // terms of each tap
-  int64_t tap_weights;           // of a tap
+  const float *input, *weights;    // of the group, of the panel
+  const float *ahead, *ahead_end;  // what is still to be prefetched of the next part's weights
+  Range taps, terms;               // terms of each tap
+  int64_t tap_weights;             // of a tap
   bool is_first, is_last;
 };
 
@@ -38,9 +42,27 @@ FC_INLINE void store_tile(const Accumulators<R, B>& acc, const Epilogue& e, cons
    ...);
 }
 
-// Tiles of R pixels × B blocks along a run, whose length is a multiple of R. `channel` is the panel's first.
+template <int R, int B, size_t... I>
+FC_INLINE void prefetch_tile(const float* first, int64_t pitch, std::index_sequence<I...>) {
+  (__builtin_prefetch(first + (I / B) * pitch + (I % B) * kLanes), ...);
+}
+
+// As accumulate(); prefetches from `ahead`, which may lie beyond the weights, because prefetches never fault.
 template <int R, int B>
-FC_KERNEL void direct_tiles(const DirectConv& c, const DirectPart& in_part, const ConvRun& in_run, int64_t channel) {
+FC_INLINE void accumulate_ahead(Accumulators<R, B>& acc, const InputRows<R>& rows, int64_t depth, const float* weights,
+                                const float* ahead) {
+  FC_UNROLL(4)
+  for (int64_t i = 0; i < depth; ++i) {
+    __builtin_prefetch(ahead + i * kAheadFloats, 0, 2);
+    weights = accumulate_term<1>(acc, rows, i, weights);
+  }
+}
+
+// Tiles of R pixels × B blocks along a run, whose length is a multiple of R. `channel` is the panel's first. With
+// OneTap, the part is some terms of a single tap, which lies inside the image: tests of every tap of every tile would
+// take 2 % of the time of a 1×1 convolution.
+template <int R, int B, bool OneTap>
+FC_KERNEL void direct_tiles(const DirectConv& c, DirectPart& in_part, const ConvRun& in_run, int64_t channel) {
   constexpr std::make_index_sequence<R * B> each;
   // Copies, because the compiler must assume that stores of outputs change what the references point to.
   const DirectPart part = in_part;
@@ -49,44 +71,61 @@ FC_KERNEL void direct_tiles(const DirectConv& c, const DirectPart& in_part, cons
   const Tap* const taps = c.taps;
   float* const output = c.output;
   const int64_t pixel = c.geometry.in_pitch;
-  const Range kx = c.joins_columns ? Range{0, 1} : run.kx;
-  const Range terms = c.joins_columns ? intersect(part.terms, {run.kx.begin * pixel, run.kx.end * pixel}) : part.terms;
+  const bool joins_columns = !OneTap && c.joins_columns;
+  const Range kx = joins_columns ? Range{0, 1} : run.kx;
+  const Range terms = joins_columns ? intersect(part.terms, {run.kx.begin * pixel, run.kx.end * pixel}) : part.terms;
+  const int64_t depth = std::max<int64_t>(0, terms.end - terms.begin);
+  const int64_t taps_end = OneTap ? part.taps.begin + 1 : part.taps.end;
   const float* input = part.input + run.input + terms.begin;
+  const float* ahead = part.ahead;
   const int64_t begin = run.output + channel, end = begin + run.count * run.output_step;
   for (int64_t offset = begin; offset < end; offset += R * run.output_step, input += R * run.input_step) {
+    if (part.is_last && e.residual) prefetch_tile<R, B>(e.residual + offset, run.output_step, each);
     Accumulators<R, B> acc;
     clear<R, B>(acc, each);
     const float* weights = part.weights + (terms.begin - part.terms.begin) * B * kLanes;
-    for (int64_t t = part.taps.begin; t < part.taps.end; ++t, weights += part.tap_weights) {
-      if (!contains(run.ky, taps[t].y) || !contains(kx, taps[t].x)) continue;
-      accumulate<1>(acc, input_rows<R>(input + taps[t].offset, run.input_step), terms.end - terms.begin, weights);
+    for (int64_t t = part.taps.begin; t < taps_end; ++t, weights += part.tap_weights) {
+      if (!OneTap && (!contains(run.ky, taps[t].y) || !contains(kx, taps[t].x))) continue;
+      accumulate_ahead<R, B>(acc, input_rows<R>(input + taps[t].offset, run.input_step), depth, weights, ahead);
+      ahead += depth * kAheadFloats;
     }
+    ahead = std::min(ahead, part.ahead_end);
     if (!part.is_first) add_partial_sums<R, B>(acc, output + offset, run.output_step, each);
     if (part.is_last)
       store_tile<R, B>(acc, e, e.bias + channel, output, offset, run.output_step, each);
     else
       store_partial_sums<R, B>(acc, output + offset, run.output_step, each);
   }
+  in_part.ahead = ahead;
 }
 
-using DirectTiles = void (*)(const DirectConv&, const DirectPart&, const ConvRun&, int64_t);
+using DirectTiles = void (*)(const DirectConv&, DirectPart&, const ConvRun&, int64_t);
 
-template <int B, size_t... R>
+template <int B, bool OneTap, size_t... R>
 inline DirectTiles direct_tiles_of(int64_t rows, std::index_sequence<R...>) {
-  static constexpr DirectTiles table[] = {direct_tiles<R + 1, B>...};
+  static constexpr DirectTiles table[] = {direct_tiles<R + 1, B, OneTap>...};
   return table[rows - 1];
+}
+
+static bool is_one_tap(const DirectConv& c, const DirectPart& part, const ConvRun& run) {
+  const Tap& tap = c.taps[part.taps.begin];
+  return part.taps.end - part.taps.begin == 1 && !c.joins_columns && contains(run.ky, tap.y) && contains(run.kx, tap.x);
 }
 
 // Divides a run into tiles of at most kDirectRows[B] pixels that differ by one pixel at most, because small tiles are
 // slow.
 template <int B>
-static void run_tiles(const DirectConv& c, const DirectPart& part, ConvRun run, int64_t channel) {
+static void run_tiles(const DirectConv& c, DirectPart& part, ConvRun run, int64_t channel) {
   constexpr int64_t limit = kDirectRows[B - 1];
+  constexpr std::make_index_sequence<limit> sizes;
+  const bool one_tap = is_one_tap(c, part, run);
   const int64_t tiles = divide_up(run.count, limit), rows = run.count / tiles, larger = run.count % tiles;
   const auto run_some = [&](int64_t count, int64_t size) {
     if (count == 0) return;
     run.count = count * size;
-    direct_tiles_of<B>(size, std::make_index_sequence<limit>())(c, part, run, channel);
+    const DirectTiles multiply =
+        one_tap ? direct_tiles_of<B, true>(size, sizes) : direct_tiles_of<B, false>(size, sizes);
+    multiply(c, part, run, channel);
     if (part.is_last) finish_stored(c.epilogue, c.output, run.output + channel, run.output_step, run.count, B);
     run.input += run.count * run.input_step;
     run.output += run.count * run.output_step;
@@ -110,8 +149,11 @@ static void multiply_panel(const DirectConv& c, Range rows, int64_t group, int64
       part.tap_weights = (part.terms.end - i) * B * kLanes;
       part.is_first = tap == 0 && i == 0;
       part.is_last = part.taps.end == c.tap_count && part.terms.end == c.depth;
+      const int64_t size = (part.taps.end - tap) * part.tap_weights;
+      part.ahead = part.weights + size;
+      part.ahead_end = part.ahead + size;
       for_each_run(c.geometry, rows, [&](const ConvRun& run) { run_tiles<B>(c, part, run, channel); });
-      part.weights += (part.taps.end - tap) * part.tap_weights;
+      part.weights += size;
     }
 }
 

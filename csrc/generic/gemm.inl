@@ -52,15 +52,21 @@ FC_INLINE void load_vectors(V (&v)[sizeof...(I)], const float* p, std::index_seq
   ((v[I] = load(p + I * kLanes)), ...);
 }
 
+// acc[r][b] += rows[r][i] · weights[b], `Terms` at a time. Returns the end of the weights.
+template <int Terms, int R, int B>
+FC_INLINE const float* accumulate_term(Accumulators<R, B>& acc, const InputRows<R>& rows, int64_t i,
+                                       const float* weights) {
+  V w[B];
+  load_vectors(w, weights, std::make_index_sequence<B>());
+  multiply_add<Terms>(acc, rows, i, w, std::make_index_sequence<R * B>());
+  return weights + B * kLanes;
+}
+
 // acc[r][b] += Σ_i rows[r][i] · weights[i][b], `Terms` at a time. Returns the end of the weights.
 template <int Terms, int R, int B>
 FC_INLINE const float* accumulate(Accumulators<R, B>& acc, const InputRows<R>& rows, int64_t depth,
                                   const float* weights) {
   FC_UNROLL(4)
-  for (int64_t i = 0; i < depth; i += Terms, weights += B * kLanes) {
-    V w[B];
-    load_vectors(w, weights, std::make_index_sequence<B>());
-    multiply_add<Terms>(acc, rows, i, w, std::make_index_sequence<R * B>());
-  }
+  for (int64_t i = 0; i < depth; i += Terms) weights = accumulate_term<Terms>(acc, rows, i, weights);
   return weights;
 }
