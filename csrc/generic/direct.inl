@@ -42,9 +42,12 @@ FC_INLINE void store_tile(const Accumulators<R, B>& acc, const Epilogue& e, cons
    ...);
 }
 
-template <int R, int B, size_t... I>
-FC_INLINE void prefetch_tile(const float* first, int64_t pitch, std::index_sequence<I...>) {
-  (__builtin_prefetch(first + (I / B) * pitch + (I % B) * kLanes), ...);
+// A loop, because the addresses of fourteen pixels would take registers from the sums.
+template <int R, int B>
+FC_INLINE void prefetch_tile(const float* first, int64_t pitch) {
+  FC_UNROLL(1)
+  for (int r = 0; r < R; ++r, first += pitch)
+    for (int b = 0; b < B; ++b) __builtin_prefetch(first + b * kLanes);
 }
 
 // As accumulate(); prefetches from `ahead`, which may lie beyond the weights, because prefetches never fault.
@@ -80,7 +83,7 @@ FC_KERNEL void direct_tiles(const DirectConv& c, DirectPart& in_part, const Conv
   const float* ahead = part.ahead;
   const int64_t begin = run.output + channel, end = begin + run.count * run.output_step;
   for (int64_t offset = begin; offset < end; offset += R * run.output_step, input += R * run.input_step) {
-    if (part.is_last && e.residual) prefetch_tile<R, B>(e.residual + offset, run.output_step, each);
+    if (part.is_last && e.residual) prefetch_tile<R, B>(e.residual + offset, run.output_step);
     Accumulators<R, B> acc;
     clear<R, B>(acc, each);
     const float* weights = part.weights + (terms.begin - part.terms.begin) * B * kLanes;
