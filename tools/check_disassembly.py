@@ -17,7 +17,7 @@ from pathlib import Path
 from driver import compile_engine
 
 NO_SPILLS = re.compile(r"fastcascade::avx512(bf16)?::(winograd_product|direct_tiles)<")
-PRODUCT_KERNELS = 86 + 70  # Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3, one tap or any
+PRODUCT_KERNELS = 16 + 2 * 70  # Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3, twice
 IN_BF16 = re.compile(r"fastcascade::avx512bf16::direct_tiles<")
 IN_REGION = re.compile(r"fastcascade::avx(2|512|vnni|512vnni|512bf16)::")
 FRAME = re.compile(r"mov\s+%rsp,%rbp")

@@ -4,8 +4,9 @@
 // A register tile is a few output pixels of a row × one panel of output channels. A chunk of pixels, whose inputs stay
 // in the second-level cache, runs through panel after panel, and each panel adds up its sums part by part: the weights
 // of a part stay in the first-level cache for all tiles of the chunk, while partial sums wait in the output. Weights
-// are read once per chunk, from wherever they are. So every term also prefetches a little of the next part's weights
-// into the second-level cache: evenly spread, because the processor has few places for loads that wait for memory.
+// are read once per chunk, from memory where a network is larger than the cache. So where a part is of one tap, every
+// term also prefetches a little of the next part's weights: evenly spread, because the processor has few places for
+// loads that wait for memory.
 
 constexpr int64_t kDirectKc = kLanes < 16 ? 256 : 128;  // terms of a part, at most: 24 KB of weights
 constexpr int64_t kChunkFloats = 48 << 10;              // inputs of a chunk, about
@@ -62,8 +63,8 @@ FC_INLINE void accumulate_ahead(Accumulators<R, B>& acc, const InputRows<R>& row
 }
 
 // Tiles of R pixels × B blocks along a run, whose length is a multiple of R. `channel` is the panel's first. With
-// OneTap, the part is some terms of a single tap, which lies inside the image: tests of every tap of every tile would
-// take 2 % of the time of a 1×1 convolution.
+// OneTap, the part is some terms of a single tap, which lies inside the image: testing it for every tile would take 2 %
+// of the time of a 1×1 convolution.
 template <int R, int B, bool OneTap>
 FC_KERNEL void direct_tiles(const DirectConv& c, DirectPart& in_part, const ConvRun& in_run, int64_t channel) {
   constexpr std::make_index_sequence<R * B> each;
@@ -77,7 +78,7 @@ FC_KERNEL void direct_tiles(const DirectConv& c, DirectPart& in_part, const Conv
   const bool joins_columns = !OneTap && c.joins_columns;
   const Range kx = joins_columns ? Range{0, 1} : run.kx;
   const Range terms = joins_columns ? intersect(part.terms, {run.kx.begin * pixel, run.kx.end * pixel}) : part.terms;
-  const int64_t depth = std::max<int64_t>(0, terms.end - terms.begin);
+  const int64_t depth = terms.end - terms.begin;
   const int64_t taps_end = OneTap ? part.taps.begin + 1 : part.taps.end;
   const float* input = part.input + run.input + terms.begin;
   const float* ahead = part.ahead;
@@ -89,10 +90,14 @@ FC_KERNEL void direct_tiles(const DirectConv& c, DirectPart& in_part, const Conv
     const float* weights = part.weights + (terms.begin - part.terms.begin) * B * kLanes;
     for (int64_t t = part.taps.begin; t < taps_end; ++t, weights += part.tap_weights) {
       if (!OneTap && (!contains(run.ky, taps[t].y) || !contains(kx, taps[t].x))) continue;
-      accumulate_ahead<R, B>(acc, input_rows<R>(input + taps[t].offset, run.input_step), depth, weights, ahead);
-      ahead += depth * kAheadFloats;
+      const InputRows<R> rows = input_rows<R>(input + taps[t].offset, run.input_step);
+      if constexpr (OneTap) {
+        accumulate_ahead<R, B>(acc, rows, depth, weights, ahead);
+        ahead = std::min(ahead + depth * kAheadFloats, part.ahead_end);
+      } else {
+        accumulate<1>(acc, rows, depth, weights);
+      }
     }
-    ahead = std::min(ahead, part.ahead_end);
     if (!part.is_first) add_partial_sums<R, B>(acc, output + offset, run.output_step, each);
     if (part.is_last)
       store_tile<R, B>(acc, e, e.bias + channel, output, offset, run.output_step, each);
