@@ -267,9 +267,18 @@ def test_other_pools_stay_behind_the_convolution(run_ops: RunOps, isa: str, pool
 
 @pytest.mark.parametrize("out", [8, 17, 24, 33, 40, 65, 100, 112])
 def test_panels_of_one_to_three_blocks(run_ops: RunOps, isa: str, out: int) -> None:
-    for depth, width in [(3, 1), (129, 2), (64, 13), (300, 50)]:
+    for depth, width in [(3, 1), (129, 2), (64, 13), (257, 2), (300, 50)]:
         got, expected = run_ops(torch.randn(2, depth, 1, width), [random_conv(depth, out, (1, 1))], isa)
         assert_near(got, expected, TOLERANCE[DIRECT])
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(132, (1, 1)), (260, (2, 2)), (517, (2, 1))])
+def test_taps_of_many_channels(run_ops: RunOps, isa: str, channels: int, stride: tuple[int, int]) -> None:
+    """Sums are added up tap by tap or in parts of a tap, inside the image and where a tap lies outside."""
+    # An image's pixels under a row of the kernel would be taken together.
+    conv = random_conv(channels, 40, stride=stride, padding=(1, 2, 0, 1), input=1, output=2)
+    got, expected = run_ops(torch.randn(2, channels, 6, 7), [Activation(1, 0, "relu"), conv], isa, DIRECT)
+    assert_near(got, expected, TOLERANCE[DIRECT])
 
 
 def assert_same_bits(
