@@ -105,12 +105,13 @@ def compile(
     if device is None:
         device = cascade.device if isinstance(cascade, Cascade) else "cpu"
     build = partial(_planned, cascade, precision, _calibration_images(precision, calibration_data))
-    plan = build()
-    of_backend = "int8" if plan.is_quantized else "fp32" if precision is None else _common(precision)
-    settings = Settings(backend, of_backend, _full_device(device), threads, output, torch_compile)
+    asked = _precision_of_backend(cascade, precision)
+    settings = Settings(backend, asked, _full_device(device), threads, output, torch_compile)
     if isinstance(cascade, Plan):
-        return CompiledCascade(plan, settings)
-    return CompiledCascade(plan, settings, cascade, build)
+        return CompiledCascade(build(), settings)
+    # Lowering takes seconds, which a refusal should not.
+    choose_backend(backend, None, precision=asked, device=settings.device)
+    return CompiledCascade(build(), settings, cascade, build)
 
 
 def quantize(
@@ -187,13 +188,18 @@ def _per_stage(precision: Precision | Sequence[Precision], stages: int) -> tuple
     return wanted
 
 
-def _common(precision: Precision | Sequence[Precision]) -> Precision:
-    """The one precision of all stages, int8 aside."""
-    if isinstance(precision, str):
-        return precision
-    if len(set(precision)) == 1:
-        return precision[0]
-    raise InvalidArgument(f"precision is {list(precision)}; only 'int8' and 'fp32' can be mixed")
+def _precision_of_backend(
+    cascade: Cascade | Plan, precision: Precision | Sequence[Precision] | None
+) -> Precision:
+    """What the backend is asked for: the one precision of all stages, or int8 where some are quantised."""
+    if precision is None:
+        return "int8" if isinstance(cascade, Plan) and cascade.is_quantized else "fp32"
+    wanted = _per_stage(precision, len(cascade.stages))
+    if "int8" in wanted:
+        return "int8"
+    if len(set(wanted)) > 1:
+        raise InvalidArgument(f"precision is {list(precision)}; only 'int8' and 'fp32' can be mixed")
+    return wanted[0]
 
 
 def _calibration_images(
