@@ -227,8 +227,7 @@ def _curve(curves: Curves) -> str:
     for name, point in curves.points.items():
         title = f"{name}: {point.accuracy:.2%}, {point.mean_macs / 1e6:,.2f} M MACs"
         plot.dot(point.mean_macs / 1e6, 100 * point.accuracy, "c0", title, 6)
-        # Above on the left, where a curve that rises leaves room.
-        plot.label(point.mean_macs / 1e6, 100 * point.accuracy, name, left=True, right_px=3, down_px=-9)
+    plot.labels((e.mean_macs / 1e6, 100 * e.accuracy, 6, name) for name, e in curves.points.items())
     entries.append(("ring c5", "a single stage on every image"))
     return _section(
         "Accuracy against cost",
@@ -486,16 +485,15 @@ def _roofline(measured: Benchmark) -> str:
     left, right = 0.5 * min(ridge, *(x for x, _ in dots)), 2 * max(ridge, *(x for x, _ in dots))
     bottom = 0.5 * min(*(y for _, y in dots), peaks.gflops)
     top = 1.6 * max(*(y for _, y in dots), peaks.gflops)
-    height = 380
     plot = Plot(
         Axis("operations per byte", left, right, log=True),
         Axis("GFLOP/s", bottom, top, log=True),
         "roofline",
-        height,
+        380,
     )
     start = max(left, bottom / peaks.copy_gbs)
     plot.line([(start, start * peaks.copy_gbs), (ridge, peaks.gflops), (right, peaks.gflops)], "roof")
-    plot.label(right, peaks.gflops, f"{peaks.gflops:,.0f} GFLOP/s, matrix product", left=True, down_px=-9)
+    plot.label(right, peaks.gflops, f"{peaks.gflops:,.0f} GFLOP/s, matrix product", left=True, row=-1)
     if multiplying:
         for k, step, share in sorted(multiplying, key=lambda point: -point[2]):
             title = (
@@ -504,7 +502,7 @@ def _roofline(measured: Benchmark) -> str:
             )
             at = (2 * step.macs / step.bytes_per_image, step.gflops)
             plot.dot(*at, f"pale {_styles(names)[k]}", title, _radius(share))
-        plot.labels(_longest_kinds([(step, share) for _, step, share in multiplying]), height)
+        plot.labels(_longest_kinds([(step, share) for _, step, share in multiplying]))
     else:
         for style, name, (x, y) in zip(_styles(names), names, stages, strict=True):
             plot.dot(x, y, style, f"{name}: {y:,.0f} GFLOP/s", 7)
