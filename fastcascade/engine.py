@@ -296,15 +296,15 @@ class CompiledCascade(nn.Module):
         self._build(plan)
 
     def _build(self, plan: Plan) -> None:
-        name, precision, device, threads, _, torch_compile = self._settings
-        backend = choose_backend(name, plan, precision=precision, device=device)
+        wanted = self._settings
+        backend = choose_backend(wanted.backend, plan, precision=wanted.precision, device=wanted.device)
         self.program = backend.lower(
-            compiled_modules(plan) if torch_compile else plan,
-            precision=precision,
-            device=device,
-            threads=threads,
+            compiled_modules(plan) if wanted.torch_compile else plan,
+            precision=wanted.precision,
+            device=wanted.device,
+            threads=wanted.threads,
         )
-        self._exit_macs = plan.exit_macs.to(device)
+        self._exit_macs = plan.exit_macs.to(wanted.device)
         self._named_thresholds: dict[str | None, Tensor] = {}
         self.plan = plan
         self.backend = backend.name
@@ -456,10 +456,9 @@ class CompiledCascade(nn.Module):
 
     def describe(self) -> str:
         """How each stage runs: operations or why it is opaque, kernels, ISA, weight and scratch memory."""
-        _, precision, device, threads, _, _ = self._settings
-        head = (
-            f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
-        )
+        settings = self._settings
+        threads = settings.threads or torch.get_num_threads()
+        head = f"backend {self.backend}, {settings.precision} on {settings.device}, threads {threads}"
         return "\n".join([head, *(_stage_text(report) for report in self.program.describe())])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledCascade:

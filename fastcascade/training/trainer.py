@@ -187,7 +187,7 @@ class _Trainer:
             elif phase.joint and phase.epochs:
                 standardise_features(self.cascade, collect_logits(self.cascade, self.val[0]))
             if first < phase.epochs:
-                announce(self._line(phase, first), progress)
+                announce(self._describe(phase, first), progress)
             before = sum(p.epochs for p in phases[:number])
             for epoch in range(first, phase.epochs):
                 with EpochProgress(f"{phase.name} {epoch + 1}/{phase.epochs}", progress) as bar:
@@ -200,7 +200,7 @@ class _Trainer:
                     write_metrics(checkpoint_dir / "metrics.jsonl", history)
         return history
 
-    def _line(self, phase: _Phase, first: int) -> str:
+    def _describe(self, phase: _Phase, first: int) -> str:
         """What a phase does from epoch ``first`` on."""
         parts = [f"stage{'s' * (len(phase.stages) > 1)} {', '.join(map(str, phase.stages))}"]
         if phase.joint and self.cascade.selector is not None:
