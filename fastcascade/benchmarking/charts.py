@@ -151,18 +151,16 @@ class Plot:
         for (x1, y1), (x2, y2) in pairwise(places):
             ends = f'x1="{x1:.2f}%" y1="{y1:.2f}%" x2="{x2:.2f}%" y2="{y2:.2f}%"'
             self._marks.append(f'<line class="{style}" {ends}/>')
-            width, height = _WIDTHS_PX[0], self._height_px
-            length = math.hypot((x2 - x1) / 100 * width, (y2 - y1) / 100 * height)
-            for part in np.linspace(0, 1, 2 + int(length / _OF_LINE_PX)):
-                x, y = (x1 + part * (x2 - x1)) / 100 * width, (y1 + part * (y2 - y1)) / 100 * height
-                self._covered.append(_Box(x, x, y, y))
+            start, end = self._pixels(x1, y1), self._pixels(x2, y2)
+            along = np.linspace(start, end, 2 + int(math.dist(start, end) / _OF_LINE_PX))
+            self._covered += [_Box(x, x, y, y) for x, y in along.tolist()]
 
     def dot(self, x: float, y: float, style: str, title: str, radius: float = 5) -> None:
         """A dot; its title appears on hover."""
-        place = f'cx="{self.x.percent(x):.2f}%" cy="{100 - self.y.percent(y):.2f}%" r="{radius:.1f}"'
+        across, down = self.x.percent(x), 100 - self.y.percent(y)
+        place = f'cx="{across:.2f}%" cy="{down:.2f}%" r="{radius:.1f}"'
         self._marks.append(f'<circle class="{style}" {place}><title>{text(title)}</title></circle>')
-        cx = self.x.percent(x) / 100 * _WIDTHS_PX[0]
-        cy = (1 - self.y.percent(y) / 100) * self._height_px
+        cx, cy = self._pixels(across, down)
         self._covered.append(_Box(cx - radius, cx + radius, cy - radius, cy + radius))
 
     def label(self, x: float, y: float, words: str, left: bool = False, row: int = 0, gap: int = 9) -> None:
@@ -178,7 +176,7 @@ class Plot:
             self._marks.append(f"<svg {at}>{line}</svg>")
         place = f'text-anchor="{anchor}" {at} dx="{side * gap}" dy="{row * _LABEL_PX + 4}"'
         self._marks.append(f'<text class="label" {place}>{text(words)}</text>')
-        self._labels.append(_Label(across, down / 100 * self._height_px, words, left, row, gap))
+        self._labels.append(_Label(across, self._pixels(across, down)[1], words, left, row, gap))
 
     def labels(self, points: Iterable[tuple[float, float, float, str]]) -> None:
         """Words for dots (x, y, radius, words), where they cover no other words and as few marks as can be.
@@ -186,9 +184,10 @@ class Plot:
         Call it when all lines and dots are drawn.
         """
         for x, y, radius, words in sorted(points, key=lambda point: -point[1]):
-            at = self.x.percent(x), (1 - self.y.percent(y) / 100) * self._height_px
+            across, down = self.x.percent(x), 100 - self.y.percent(y)
+            top = self._pixels(across, down)[1]
             places = (
-                _Label(*at, words, left, row, 9 if row else round(radius) + 5)
+                _Label(across, top, words, left, row, 9 if row else round(radius) + 5)
                 for row in _ROWS
                 for left in (False, True)
             )
@@ -198,6 +197,10 @@ class Plot:
     @property
     def _height_px(self) -> int:
         return _WIDTHS_PX[0] if self.height is None else self.height
+
+    def _pixels(self, across: float, down: float) -> tuple[float, float]:
+        """A place in percent from the upper left corner, in pixels on a wide page."""
+        return across / 100 * _WIDTHS_PX[0], down / 100 * self._height_px
 
     def _harm(self, label: _Label) -> float:
         """How bad a place is: over other words, outside, over marks, far from its dot."""

@@ -42,6 +42,7 @@ def read_model(directory: Path) -> Cascade | Plan:
 def compile_model(
     model: Cascade | Plan | Path, backend: str, precision: Precision, threads: int | None
 ) -> CompiledCascade:
+    """Compile a model, or what a directory holds; int8 only if it is quantised already."""
     import fastcascade as fc
     from fastcascade.engine import load_model
     from fastcascade.lowering.plan import Plan
