@@ -105,12 +105,13 @@ def compile(
     if device is None:
         device = cascade.device if isinstance(cascade, Cascade) else "cpu"
     build = partial(_planned, cascade, precision, _calibration_images(precision, calibration_data))
-    plan = build()
-    of_backend = "int8" if plan.is_quantized else "fp32" if precision is None else _common(precision)
-    settings = Settings(backend, of_backend, _full_device(device), threads, output, torch_compile)
+    asked = _precision_of_backend(cascade, precision)
+    settings = Settings(backend, asked, _full_device(device), threads, output, torch_compile)
     if isinstance(cascade, Plan):
-        return CompiledCascade(plan, settings)
-    return CompiledCascade(plan, settings, cascade, build)
+        return CompiledCascade(build(), settings)
+    # Lowering takes seconds, which a refusal should not.
+    choose_backend(backend, None, precision=asked, device=settings.device)
+    return CompiledCascade(build(), settings, cascade, build)
 
 
 def quantize(
@@ -187,13 +188,18 @@ def _per_stage(precision: Precision | Sequence[Precision], stages: int) -> tuple
     return wanted
 
 
-def _common(precision: Precision | Sequence[Precision]) -> Precision:
-    """The one precision of all stages, int8 aside."""
-    if isinstance(precision, str):
-        return precision
-    if len(set(precision)) == 1:
-        return precision[0]
-    raise InvalidArgument(f"precision is {list(precision)}; only 'int8' and 'fp32' can be mixed")
+def _precision_of_backend(
+    cascade: Cascade | Plan, precision: Precision | Sequence[Precision] | None
+) -> Precision:
+    """What the backend is asked for: the one precision of all stages, or int8 where some are quantised."""
+    if precision is None:
+        return "int8" if isinstance(cascade, Plan) and cascade.is_quantized else "fp32"
+    wanted = _per_stage(precision, len(cascade.stages))
+    if "int8" in wanted:
+        return "int8"
+    if len(set(wanted)) > 1:
+        raise InvalidArgument(f"precision is {list(precision)}; only 'int8' and 'fp32' can be mixed")
+    return wanted[0]
 
 
 def _calibration_images(
@@ -290,15 +296,15 @@ class CompiledCascade(nn.Module):
         self._build(plan)
 
     def _build(self, plan: Plan) -> None:
-        name, precision, device, threads, _, torch_compile = self._settings
-        backend = choose_backend(name, plan, precision=precision, device=device)
+        wanted = self._settings
+        backend = choose_backend(wanted.backend, plan, precision=wanted.precision, device=wanted.device)
         self.program = backend.lower(
-            compiled_modules(plan) if torch_compile else plan,
-            precision=precision,
-            device=device,
-            threads=threads,
+            compiled_modules(plan) if wanted.torch_compile else plan,
+            precision=wanted.precision,
+            device=wanted.device,
+            threads=wanted.threads,
         )
-        self._exit_macs = plan.exit_macs.to(device)
+        self._exit_macs = plan.exit_macs.to(wanted.device)
         self._named_thresholds: dict[str | None, Tensor] = {}
         self.plan = plan
         self.backend = backend.name
@@ -450,10 +456,9 @@ class CompiledCascade(nn.Module):
 
     def describe(self) -> str:
         """How each stage runs: operations or why it is opaque, kernels, ISA, weight and scratch memory."""
-        _, precision, device, threads, _, _ = self._settings
-        head = (
-            f"backend {self.backend}, {precision} on {device}, threads {threads or torch.get_num_threads()}"
-        )
+        settings = self._settings
+        threads = settings.threads or torch.get_num_threads()
+        head = f"backend {self.backend}, {settings.precision} on {settings.device}, threads {threads}"
         return "\n".join([head, *(_stage_text(report) for report in self.program.describe())])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledCascade:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BackendUnavailable",
     "CalibrationError",
+    "CostWarning",
     "DataError",
     "FastCascadeError",
     "FileFormatError",
@@ -55,6 +56,10 @@ class Overloaded(FastCascadeError):
 
 class RequestTimeout(FastCascadeError, TimeoutError):
     """A request waited longer than its timeout and was not run."""
+
+
+class CostWarning(UserWarning):
+    """An operating point costs more than the last network alone."""
 
 
 class ScaleWarning(UserWarning):

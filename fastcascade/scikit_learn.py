@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastcascade.engine import CompiledCascade, compile
-from fastcascade.errors import InvalidArgument
+from fastcascade.errors import CostWarning, InvalidArgument
 from fastcascade.evaluation.calibration import calibrate
 from fastcascade.model.cascade import Cascade, Stage
 from fastcascade.model.selector import MLPSelector, ThresholdSelector
@@ -251,13 +252,15 @@ class CascadeClassifier(ClassifierMixin, _BaseComposition):  # type: ignore[misc
         if budget is None and accuracy is None:
             never = torch.full((len(cascade.stages) - 1,), torch.inf)
             accuracy = float((cascade(images, never).label == labels).double().mean())
-        point = calibrate(
-            cascade,
-            (images, labels),
-            budget_macs=None if budget is None else budget / self._unit,
-            min_accuracy=accuracy,
-            progress=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CostWarning)  # it speaks of MACs, these costs have another unit
+            point = calibrate(
+                cascade,
+                (images, labels),
+                budget_macs=None if budget is None else budget / self._unit,
+                min_accuracy=accuracy,
+                progress=False,
+            )
         self.mean_cost_ = point.mean_macs * self._unit
         self.accuracy_ = point.accuracy
 

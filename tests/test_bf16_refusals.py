@@ -40,9 +40,16 @@ def assert_says_why(message: str) -> None:
     assert "fp32 and int8 run here" in message
 
 
+def refuse_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowering a cascade takes seconds; a refusal comes before it."""
+    monkeypatch.setattr("fastcascade.lowering.export.plan", lambda *_: pytest.fail("lowered"))
+
+
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
-def test_compile(cascade: fc.Cascade, backend: str) -> None:
-    for model in (cascade, fc.plan(cascade)):
+def test_compile(cascade: fc.Cascade, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = fc.plan(cascade)
+    refuse_to_lower(monkeypatch)
+    for model in (cascade, plan):
         with pytest.raises(BackendUnavailable) as refusal:
             fc.compile(model, backend=backend, precision="bf16")
         assert_says_why(str(refusal.value))
@@ -74,7 +81,7 @@ def test_benchmark_and_runtime(cascade: fc.Cascade, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "bench", "report", "calibrate"])
-def test_commands_refuse_it_before_they_read_images(
+def test_commands_refuse_it_before_they_read_images_or_lower(
     command: str,
     cascade: fc.Cascade,
     tmp_path: Path,
@@ -82,6 +89,7 @@ def test_commands_refuse_it_before_they_read_images(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cascade.save(tmp_path / "model")
+    refuse_to_lower(monkeypatch)
     arguments = [
         command,
         str(tmp_path / "model"),

@@ -25,9 +25,14 @@ from torch import nn
 import fastcascade as fc
 from fastcascade import cli
 from fastcascade.backends.registry import NAMES, load_backend
+from fastcascade.cli import environment
 from fastcascade.model.registry import build_network
 
-COMMANDS = "train calibrate evaluate predict bench report inspect quantize choose doctor download".split()
+# The model's two networks are equal, so every operating point costs more than the last one alone.
+pytestmark = pytest.mark.filterwarnings("default::fastcascade.errors.CostWarning")
+
+COMMANDS = "train predict evaluate calibrate bench report inspect quantize export choose".split()
+COMMANDS += ["doctor", "download"]
 N = 40
 
 
@@ -90,6 +95,13 @@ def test_help_shows_an_example(run: Run, command: str) -> None:
     done = run(command, "--help")
     assert done.status == 0
     assert f"Example: fastcascade {command}" in done.out
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_has_a_short_name(run: Run, command: list[str]) -> None:
+    done = run(*command, "-h")
+    assert done.status == 0
+    assert done == run(*command, "--help")
 
 
 def test_help_lists_every_command(run: Run) -> None:
@@ -243,6 +255,7 @@ def test_calibrate_stores_the_point(run: Run, model: Path, images: Path) -> None
     done = run("calibrate", model, images, "--name", "half", "--budget-macs", budget)
     assert done.status == 0, done.err
     assert "half" in done.out
+    assert "warning: operating point 'half' costs" in done.err
     points = fc.load(model).operating_points
     assert set(points) == {"default", "never", "half"}
     assert points["half"].mean_macs <= budget
@@ -327,14 +340,14 @@ def test_doctor_gives_reasons_and_what_is_missing(run: Run, monkeypatch: pytest.
             return "1.2.3"
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli, "version", only_torch)
+    monkeypatch.setattr(environment, "version", only_torch)
     monkeypatch.setenv("FASTCASCADE_ISA", "portable")
     done = run("doctor")
     assert done.status == 0
     for name in NAMES:
         reason = load_backend(name).unavailable_reason()
         assert any(name in line and (reason or "ready")[:20] in line for line in done.out.splitlines())
-    for package, use in cli.OPTIONAL.items():
+    for package, use in environment.OPTIONAL.items():
         assert any(package in line and "missing" in line and use in line for line in done.out.splitlines())
     assert "FASTCASCADE_ISA=portable" in done.out
 

@@ -13,9 +13,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import fastcascade as fc
 from fastcascade import cli
@@ -90,10 +89,9 @@ def test_the_second_phase_goes_on_with_the_first_ones_networks(
     data = tmp_path / "images.npz"
     np.savez(data, x_train=images.movedim(1, -1).numpy(), y_train=labels.numpy())
     first = script.Run("pooled_net:2", 1, batch_size=20)
-    second = replace(first, average=0.5, rate=0.0, hard_images=20, whitening_epochs=0, teacher=first.network)
+    second = replace(first, rate=0.0, whitening_epochs=0, teacher=first.network)
     monkeypatch.setattr(script, "FIRST_PHASE", (first,))
     monkeypatch.setattr(script, "SECOND_PHASE", (second,))
-    monkeypatch.setattr(script, "FIRST_STAGE", "pooled_net-2")
     run = ["train_stages.py", str(data), "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*run, "--phase", "1"])
     script.main()
@@ -106,17 +104,14 @@ def test_the_second_phase_goes_on_with_the_first_ones_networks(
     assert not torch.allclose(old_mean, new_mean, rtol=1e-3), "yet it saw images"
 
 
-def test_the_result_is_the_average_of_the_weights(script: ModuleType, tmp_path: Path) -> None:
-    images, labels = (part[:40] for part in random_images())
-    weights = []
-    for decay in (1.0, 0.5, 1e-12):  # of two steps: the first's weights, their mean, the second's
-        run = script.Run("pooled_net:2", 1, average=decay, batch_size=20, whitening_epochs=0)
+def test_the_teacher_is_of_the_last_phase_that_has_it(script: ModuleType, tmp_path: Path) -> None:
+    images, labels = (part[:20] for part in random_images())
+    for seed, phase in enumerate(("first", "second")):
+        run = script.Run("pooled_net:2", 1, batch_size=20, seed=seed)
         targets = script.targets_of(run, labels, images, None)
-        trained = script.train(run, None, images, targets, (images, labels), tmp_path / str(decay))
-        weights.append(trained.head.weight.detach())
-    first, mean, second = weights
-    assert not torch.allclose(first, second)
-    torch.testing.assert_close(mean, (first + second) / 2)
+        script.train(run, None, images, targets, (images, labels), tmp_path / phase / "pooled_net-2")
+        newest = script.newest(tmp_path, "pooled_net:2").head.weight
+        assert torch.equal(newest, script.trained_network(tmp_path / phase / "pooled_net-2").head.weight)
 
 
 def test_a_teacher_changes_the_targets(script: ModuleType) -> None:
@@ -125,20 +120,6 @@ def test_a_teacher_changes_the_targets(script: ModuleType) -> None:
     taught = script.targets_of(run, labels, images, script.build_network("pooled_net:2", 10))
     assert torch.allclose(taught.sum(1), torch.ones(N), atol=1e-5)
     assert not torch.allclose(taught, script.targets_of(run, labels, images, None))
-
-
-class Answers(nn.Module):
-    """A classifier that is the surer of an image the brighter it is."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        sureness = images.mean((1, 2, 3)) - images.min()
-        return F.pad(sureness[:, None], (0, 9))
-
-
-def test_the_images_of_least_margin_are_used(script: ModuleType) -> None:
-    brightness = torch.tensor([90, 10, 250, 30, 170], dtype=torch.uint8)
-    images = brightness[:, None, None, None].expand(-1, 3, 32, 32)
-    assert script.least_sure(Answers(), images, 3).tolist() == [1, 3, 0]
 
 
 def test_augmented_images_are_shifted_mirrored_and_cut_out(script: ModuleType) -> None:
@@ -164,6 +145,30 @@ def test_orthogonalised_matrices_have_singular_values_near_one(script: ModuleTyp
     values = torch.linalg.svdvals(script.orthogonalised(torch.randn(16, 40), steps=5))
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+def test_a_row_may_end_with_large_networks_of_both_phases(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    build = importlib.import_module("build_cascade")
+    for phase, width in (("first", 16), ("first", 32), ("first", 64), ("second", 32), ("second", 64)):
+        folder = tmp_path / phase / f"pooled_net-{width}"
+        folder.mkdir(parents=True)
+        save_file(script.build_network(f"pooled_net:{width}", 10).state_dict(), folder / script.WEIGHTS)
+    stages = build.trained_stages(tmp_path)
+    assert len(stages) == 10
+    assert len({stage.name for stage in stages.values()}) == 10
+    rows = build.rows_of(stages)
+    assert len(set(rows)) == 2 * 2 * 4
+    for row in rows:
+        assert [name.removeprefix("mirrored_") for _, name in row[:3]] == [
+            "pooled_net:16",
+            "pooled_net:32",
+            "pooled_net:64",
+        ]
+        assert [phase for phase, _ in row[:3]] == ["first", "second", "second"]
+        assert len(set(row[3:])) == len(row[3:]) in (1, 2)
 
 
 def test_calibrated_costs_leave_room_for_chance(monkeypatch: pytest.MonkeyPatch) -> None:

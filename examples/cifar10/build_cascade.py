@@ -10,7 +10,8 @@ threshold rules on random thirds of all 5,000. The test images take no part.
 from __future__ import annotations
 
 import argparse
-from itertools import product
+from collections.abc import Collection
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +37,15 @@ HERE = Path(__file__).parent
 POOL = tuple(f"{kind}pooled_net:{width}" for width in (16, 32, 64) for kind in ("", "mirrored_"))
 """Registry names of what a row may use: each trained network, on the image and on the mirrored image."""
 
-ROWS = tuple(
-    (f"{first}pooled_net:16", f"{second}pooled_net:32", "pooled_net:64", "mirrored_pooled_net:64")
-    for first in ("", "mirrored_")
-    for second in ("", "mirrored_")
-)
-"""What ``fc.choose_stages`` found in the pool for one of the budgets or another, as one row for all."""
+Key = tuple[str, str]
+"""A trained stage: the phase of train_stages.py that made it, "first" or "second", and a name of the pool."""
 
 BUDGETS = {"fast": 20e6, "default": 50.6e6, "accurate": 100e6}
 """Mean MACs per image. 50.6 M is a fifth of ResNet-110's 253 M."""
 
-COMBINES: tuple[Combine, ...] = ("mean", (0.1, 0.4, 1, 1), (0.3, 0.7, 1, 1))
+SMALL_WEIGHTS = ((1, 1), (0.1, 0.4), (0.3, 0.7))
+"""Of the first two stages in the combined probabilities, beside 1 for the large ones."""
+
 SEEDS = range(2)
 
 TEST_IMAGES = 10_000
@@ -54,17 +53,33 @@ QUANTILE = 1.645
 """Of the normal distribution at 95 %, one-sided."""
 
 
-def trained_stages(run: Path) -> dict[str, fc.Stage]:
-    """The stages of the pool, by registry name, with the weights that train_stages.py left last."""
-    stages = {}
-    for name in POOL:
-        network = build_network(name, 10)
-        folder = name.removeprefix("mirrored_").replace(":", "-")
-        phase = "second" if (run / "second" / folder / WEIGHTS).exists() else "first"
-        trained = trained_network(run / phase / folder)
-        (network.network if name.startswith("mirrored") else network).load_state_dict(trained.state_dict())
-        stages[name] = fc.Stage(network, name=name.replace("_net:", "-"))
+def trained_stages(run: Path) -> dict[Key, fc.Stage]:
+    """The stages that train_stages.py has finished."""
+    stages: dict[Key, fc.Stage] = {}
+    for phase, name in product(("first", "second"), POOL):
+        folder = run / phase / name.removeprefix("mirrored_").replace(":", "-")
+        if (folder / WEIGHTS).exists():
+            network = build_network(name, 10)
+            trained = trained_network(folder).state_dict()
+            (network.network if name.startswith("mirrored") else network).load_state_dict(trained)
+            continued = phase == "first" and (run / "second" / folder.name / WEIGHTS).exists()
+            stage_name = name.replace("_net:", "-") + "-first" * continued
+            stages[phase, name] = fc.Stage(network, name=stage_name)
     return stages
+
+
+def rows_of(stages: Collection[Key]) -> list[tuple[Key, ...]]:
+    """The rows to compare: small networks of the last phase, the large one, and it or its like mirrored.
+
+    A large network of the first phase errs otherwise than the one that came from it, so both together may do
+    better than one on both directions (snapshot ensembles, Huang et al., ICLR 2017).
+    """
+    newest = {name: phase for phase, name in sorted(stages)}
+    small = [[(newest[name], name) for name in POOL if name.endswith(width)] for width in (":16", ":32")]
+    large = (newest["pooled_net:64"], "pooled_net:64")
+    seconds = [key for key in stages if key[1] == "mirrored_pooled_net:64"]
+    tails = [(large, *some) for n in (1, 2) for some in permutations(seconds, n)]
+    return [(*row, *tail) for row, tail in product(product(*small), tails)]
 
 
 def cascade_of(
@@ -126,24 +141,24 @@ def main() -> None:
     stages = trained_stages(arguments.run)
     pool = cascade_of(list(stages.values()), fc.ThresholdSelector("margin"), "last", data.classes)
     logits = dict(
-        zip(POOL, collect_logits(pool, images.movedim(-1, 1), compiled=True, progress=True), strict=True)
+        zip(stages, collect_logits(pool, images.movedim(-1, 1), compiled=True, progress=True), strict=True)
     )
     table = Table("stages", "combine", *(f"≤ {macs / 1e6:g} M MACs" for macs in BUDGETS.values()))
-    scores = {}
-    for row, combine in product(ROWS, COMBINES):
-        rule = cascade_of(
-            [stages[name] for name in row], fc.ThresholdSelector("margin"), combine, data.classes
-        )
-        accuracies = held_out_accuracy(rule, torch.stack([logits[name] for name in row]), labels)
+    scores: dict[tuple[tuple[Key, ...], Combine], float] = {}
+    for row, weights in product(rows_of(stages), SMALL_WEIGHTS):
+        combine = (*weights, *(1 for _ in row[2:]))
+        rule = cascade_of([stages[key] for key in row], fc.ThresholdSelector("margin"), combine, data.classes)
+        accuracies = held_out_accuracy(rule, torch.stack([logits[key] for key in row]), labels)
         scores[row, combine] = sum(accuracies)
-        table.add_row(" ".join(row), str(combine), *(f"{accuracy:.2%}" for accuracy in accuracies))
+        described = " ".join(f"{name} ({phase})" for phase, name in row)
+        table.add_row(described, str(combine), *(f"{accuracy:.2%}" for accuracy in accuracies))
     row, combine = max(scores, key=lambda way: scores[way])
     Console().print(table, f"chosen: {row}, {combine}")
 
     parts = {name: slice(begin - TRAIN_IMAGES, end - TRAIN_IMAGES) for name, (begin, end) in SPLITS.items()}
     fitted, calibrated = parts["validation"], parts["calibration"]
-    cascade = cascade_of([stages[name] for name in row], "auto", combine, data.classes)
-    said = torch.stack([logits[name] for name in row])
+    cascade = cascade_of([stages[key] for key in row], "auto", combine, data.classes)
+    said = torch.stack([logits[key] for key in row])
     fit_selector(cascade, said[:, fitted], labels[fitted])
     seen = Trace.from_logits(cascade, said[:, calibrated], labels[calibrated])
     for name, macs in BUDGETS.items():

@@ -4,9 +4,9 @@
 
 The recipe is that of Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU* (arXiv 2404.00498): a first
 convolution that whitens, orthogonalised momentum (Muon), label smoothing, alternating flips. A second phase
-goes on with some of them at low, constant rates and averages the weights; the last network sees hard images
-alone, changed more. Images 0 … 44,999 train; the other 5,000 training images only say how good an epoch was.
-A run that was stopped continues where it was. The arithmetic is bfloat16 where the CPU can do it fast.
+raises the rates once more and changes the images more. Images 0 … 44,999 train; the other 5,000 training
+images only say how good an epoch was. A run that was stopped continues where it was. The arithmetic is
+bfloat16 where the CPU can do it fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastcascade.data.batches import arrays
 from fastcascade.data.sources import load_data
@@ -36,7 +35,6 @@ HERE = Path(__file__).parent
 WEIGHTS = "weights.safetensors"
 TRAIN_IMAGES = 45_000
 NORMALIZE = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-FIRST_STAGE = "pooled_net-16"
 FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 """Without such instructions bfloat16 is several times slower than float32."""
 
@@ -47,12 +45,8 @@ class Run:
 
     Attributes:
         network: registry name.
-        epochs: passes over the training images. Every rate falls to zero linearly, if ``average`` is 0.
-        average: if positive, rates are constant, and the result is an exponential moving average of the
-            weights with this decay per step.
+        epochs: passes over the training images. Every rate falls to zero linearly.
         rate: share of all peak rates.
-        hard_images: if positive, only so many are used: those of which ``FIRST_STAGE`` is least sure. They
-            are most of what a later stage of a cascade sees.
         muon_rate, muon_momentum: of the 3×3 convolutions.
         bias_rate, head_rate: peaks for losses summed over a batch; the head's is divided by 256·its width.
         decay: weight decay of biases and head, per image.
@@ -60,15 +54,13 @@ class Run:
         padding: random shifts by up to so many pixels, with reflected borders.
         cutout: side of a square at a random place that is set to the mean colour, in pixels.
         whitening_epochs: after which the first convolution's bias is fixed, too.
-        teacher: a network of the first phase; its mean over both directions is ``distillation`` of the
-            target.
+        teacher: a network that is trained already; its mean over both directions is ``distillation`` of
+            the target.
     """
 
     network: str
     epochs: int
-    average: float = 0.0
     rate: float = 1.0
-    hard_images: int = 0
     batch_size: int = 500
     muon_rate: float = 0.1
     muon_momentum: float = 0.6
@@ -92,29 +84,11 @@ FIRST_PHASE = (
 """In the order of training."""
 
 SECOND_PHASE = (
-    Run(
-        "pooled_net:16",
-        2,
-        average=0.99,
-        rate=0.25,
-        whitening_epochs=0,
-        teacher="pooled_net:32",
-        seed=1,
-    ),
-    Run(
-        "pooled_net:64",
-        20,
-        average=0.97,
-        rate=0.15,
-        hard_images=20_000,
-        batch_size=250,
-        padding=4,
-        cutout=8,
-        whitening_epochs=0,
-        seed=1,
-    ),
+    Run("pooled_net:32", 18, rate=0.6, padding=3, whitening_epochs=0, teacher="pooled_net:64", seed=1),
+    Run("pooled_net:16", 24, rate=0.6, whitening_epochs=0, teacher="pooled_net:32", seed=1),
+    Run("pooled_net:64", 9, rate=0.6, padding=4, cutout=8, whitening_epochs=0, seed=1),
 )
-"""Each goes on with the network of the same name. The shipped cascade has the first of these alone."""
+"""Each goes on with the network of the same name."""
 
 
 def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
@@ -231,10 +205,8 @@ def train(
     else:
         network.load_state_dict(start.state_dict())
     network.to(memory_format=torch.channels_last)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(run.average), use_buffers=True)
-    both = nn.ModuleDict({"network": network, "average": average})
     settings = asdict(run)
-    position, states = load_checkpoint(folder, settings, both)
+    position, states = load_checkpoint(folder, settings, network)
     optimizers = optimizers_of(network, run)
     restore_optimizers(optimizers, states)
     source = Images(images, run)
@@ -247,15 +219,13 @@ def train(
         with EpochProgress(f"{run.network} {epoch + 1}/{run.epochs}", enabled=True) as bar:
             for step in bar.steps(range(steps)):
                 index = order[step * run.batch_size : (step + 1) * run.batch_size]
-                share = 1.0 if run.average else 1 - (epoch + step / steps) / run.epochs
+                share = 1 - (epoch + step / steps) / run.epochs
                 loss = train_step(network, optimizers, source.batch(index, epoch), targets[index], share)
-                average.update_parameters(network)
                 bar.note(loss=loss)
-        right = logits_of(average, held_out[0]).argmax(1) == held_out[1]
+        right = logits_of(network, held_out[0]).argmax(1) == held_out[1]
         history.append({"epoch": epoch + 1, "held_out_accuracy": round(float(right.float().mean()), 4)})
         print(f"{run.network}: {history[-1]}")
-        save_checkpoint(folder, Position(0, epoch + 1, 0.0, tuple(history)), settings, both, optimizers)
-    network = cast(PooledNet, average.module)
+        save_checkpoint(folder, Position(0, epoch + 1, 0.0, tuple(history)), settings, network, optimizers)
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.state_dict().items()}
     save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS)
     return network
@@ -267,6 +237,12 @@ def trained_network(folder: Path) -> PooledNet:
     weights = load_file(folder / WEIGHTS)
     network.load_state_dict({key: w.float() if w.is_floating_point() else w for key, w in weights.items()})
     return network.eval()
+
+
+def newest(out: Path, network: str) -> PooledNet:
+    """A network by its registry name, of the last phase that has finished it."""
+    folders = [out / phase / network.replace(":", "-") for phase in ("second", "first")]
+    return trained_network(next((f for f in folders if (f / WEIGHTS).exists()), folders[-1]))
 
 
 def train_step(
@@ -297,12 +273,6 @@ def targets_of(run: Run, labels: Tensor, images: Tensor, teacher: nn.Module | No
         return smoothed
     taught = (logits_of(teacher, images).softmax(1) + logits_of(teacher, images.flip(3)).softmax(1)) / 2
     return (1 - run.distillation) * smoothed + run.distillation * taught
-
-
-def least_sure(network: nn.Module, images: Tensor, count: int) -> Tensor:
-    """(count,) indices of the images with the smallest difference between the two largest probabilities."""
-    best = logits_of(network, images).softmax(1).topk(2).values
-    return (best[:, 0] - best[:, 1]).argsort()[:count]
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -336,14 +306,11 @@ def main() -> None:
         for run in runs:
             if arguments.phase not in (None, phase) or arguments.network not in (None, run.network):
                 continue
-            name = run.network.replace(":", "-")
-            start = trained_network(first / name) if phase == 2 else None
-            teacher = None if run.teacher is None else trained_network(first / run.teacher.replace(":", "-"))
-            used = torch.arange(TRAIN_IMAGES)
-            if run.hard_images:
-                used = least_sure(trained_network(first / FIRST_STAGE), images[used], run.hard_images)
-            targets = targets_of(run, labels[used], images[used], teacher)
-            train(run, start, images[used], targets, held_out, (first, second)[phase - 1] / name)
+            folder = (first, second)[phase - 1] / run.network.replace(":", "-")
+            start = trained_network(first / folder.name) if phase == 2 else None
+            teacher = None if run.teacher is None else newest(arguments.out, run.teacher)
+            targets = targets_of(run, labels[:TRAIN_IMAGES], images[:TRAIN_IMAGES], teacher)
+            train(run, start, images[:TRAIN_IMAGES], targets, held_out, folder)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,9 @@ class CpuBackend:
             return f"FASTCASCADE_ISA cannot be obeyed: {error}"
         return None
 
-    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
+    def unsupported_reason(
+        self, plan: Plan | None, *, precision: Precision, device: torch.device
+    ) -> str | None:
         """Why the engine cannot run this plan so; None if it can."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"

@@ -129,8 +129,14 @@ class Backend(Protocol):
     def unavailable_reason(self) -> str | None:
         """Why the backend cannot run on this machine (no device, no compiled kernels); None if it can."""
 
-    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
-        """Why the backend cannot run this plan at this precision on this device; None if it can."""
+    def unsupported_reason(
+        self, plan: Plan | None, *, precision: Precision, device: torch.device
+    ) -> str | None:
+        """Why the backend cannot run this plan at this precision on this device; None if it can.
+
+        Args:
+            plan: None before there is one: then whether it could run any.
+        """
 
     def lower(
         self, plan: Plan, *, precision: Precision, device: torch.device, threads: int | None

@@ -121,7 +121,9 @@ class ReferenceBackend:
         """None: torch is always available."""
         return None
 
-    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
+    def unsupported_reason(
+        self, plan: Plan | None, *, precision: Precision, device: torch.device
+    ) -> str | None:
         """The precision is neither fp32 nor int8, or torch cannot use the device."""
         if precision not in ("fp32", "int8"):
             return f"it runs fp32 and int8, not {precision}"

@@ -50,13 +50,14 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, import_module(MODULES[name]).BACKEND)
 
 
-def choose_backend(name: str, plan: Plan, *, precision: Precision, device: torch.device) -> Backend:
+def choose_backend(name: str, plan: Plan | None, *, precision: Precision, device: torch.device) -> Backend:
     """The backend to lower with.
 
     Args:
         name: one of :data:`NAMES`, or "auto". "auto" is the backend that the environment's
             FASTCASCADE_BACKEND names, or else the first that can run the plan. A named backend is never
             replaced by another.
+        plan: None before there is one: then what could run no plan at all is refused.
 
     Raises:
         InvalidArgument: unknown backend or precision.

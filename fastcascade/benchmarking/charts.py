@@ -24,8 +24,17 @@ from fastcascade.text import printable
 
 __all__ = ["Axis", "Plot", "Segment", "bars", "legend", "stacked_bar", "table", "text", "thumbnail"]
 
-_LABEL_PX = 17
-"""Height of a line of labels."""
+_WIDTHS_PX = (940, 300)
+"""Width of a plot on a page of 1,280 pixels, for which labels are placed; and on a phone."""
+
+_LABEL_PX, _CHARACTER_PX = 17, 7.5
+"""Height of a line of labels, and mean width of a character in it."""
+
+_ROWS = sorted(range(-8, 9), key=abs)
+"""Lines above and below a dot where its label may be, nearest first."""
+
+_OF_LINE_PX = 40
+"""Distance of the places on a line that labels avoid."""
 
 
 def text(value: str) -> str:
@@ -89,6 +98,37 @@ def _round_step(least: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
+class _Box(NamedTuple):
+    """A rectangle in pixels from the upper left corner of a plot."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        across = self.left <= other.right and other.left <= self.right
+        return across and self.top <= other.bottom and other.top <= self.bottom
+
+
+class _Label(NamedTuple):
+    """Words beside a point, which is ``across`` percent from the left and ``down`` pixels from the top."""
+
+    across: float
+    down: float
+    words: str
+    left: bool
+    row: int
+    gap: int
+
+    def box(self, width: int) -> _Box:
+        """The place of the words in a plot of this width."""
+        near = self.across / 100 * width + (-self.gap if self.left else self.gap)
+        far = near + (-1 if self.left else 1) * _CHARACTER_PX * len(self.words)
+        middle = self.down + self.row * _LABEL_PX
+        return _Box(min(near, far), max(near, far), middle - _LABEL_PX / 2, middle + _LABEL_PX / 2)
+
+
 @dataclass
 class Plot:
     """Lines and dots over two axes, as one SVG element that fills its container.
@@ -102,6 +142,8 @@ class Plot:
     name: str
     height: int | None = 320
     _marks: list[str] = field(default_factory=list)
+    _covered: list[_Box] = field(default_factory=list)
+    _labels: list[_Label] = field(default_factory=list)
 
     def line(self, points: Iterable[tuple[float, float]], style: str) -> None:
         """A line through points, in the order given; ``style`` is a list of classes."""
@@ -109,28 +151,66 @@ class Plot:
         for (x1, y1), (x2, y2) in pairwise(places):
             ends = f'x1="{x1:.2f}%" y1="{y1:.2f}%" x2="{x2:.2f}%" y2="{y2:.2f}%"'
             self._marks.append(f'<line class="{style}" {ends}/>')
+            start, end = self._pixels(x1, y1), self._pixels(x2, y2)
+            along = np.linspace(start, end, 2 + int(math.dist(start, end) / _OF_LINE_PX))
+            self._covered += [_Box(x, x, y, y) for x, y in along.tolist()]
 
     def dot(self, x: float, y: float, style: str, title: str, radius: float = 5) -> None:
         """A dot; its title appears on hover."""
-        place = f'cx="{self.x.percent(x):.2f}%" cy="{100 - self.y.percent(y):.2f}%" r="{radius:.1f}"'
+        across, down = self.x.percent(x), 100 - self.y.percent(y)
+        place = f'cx="{across:.2f}%" cy="{down:.2f}%" r="{radius:.1f}"'
         self._marks.append(f'<circle class="{style}" {place}><title>{text(title)}</title></circle>')
+        cx, cy = self._pixels(across, down)
+        self._covered.append(_Box(cx - radius, cx + radius, cy - radius, cy + radius))
 
-    def label(
-        self, x: float, y: float, words: str, left: bool = False, right_px: int = 9, down_px: int = 4
-    ) -> None:
-        """Words beside a point: to its right, or to its left; so many pixels away and lower."""
-        anchor, dx = ("end", -right_px) if left else ("start", right_px)
-        place = f'x="{self.x.percent(x):.2f}%" y="{100 - self.y.percent(y):.2f}%" dx="{dx}" dy="{down_px}"'
-        self._marks.append(f'<text class="label" text-anchor="{anchor}" {place}>{text(words)}</text>')
+    def label(self, x: float, y: float, words: str, left: bool = False, row: int = 0, gap: int = 9) -> None:
+        """Words to the right of a point, or to its left, so many pixels away and lines lower.
 
-    def labels(self, points: Sequence[tuple[float, float, float, str]], height: int) -> None:
-        """Words beside dots (x, y, radius, words), moved down where they would cover each other."""
-        lowest = -math.inf
+        A thin line leads to words that are not beside their point.
+        """
+        side, anchor = (-1, "end") if left else (1, "start")
+        across, down = self.x.percent(x), 100 - self.y.percent(y)
+        at = f'x="{across:.2f}%" y="{down:.2f}%"'
+        if abs(row) > 1:
+            line = f'<line class="lead" x2="{side * (gap - 3)}" y2="{row * _LABEL_PX}"/>'
+            self._marks.append(f"<svg {at}>{line}</svg>")
+        place = f'text-anchor="{anchor}" {at} dx="{side * gap}" dy="{row * _LABEL_PX + 4}"'
+        self._marks.append(f'<text class="label" {place}>{text(words)}</text>')
+        self._labels.append(_Label(across, self._pixels(across, down)[1], words, left, row, gap))
+
+    def labels(self, points: Iterable[tuple[float, float, float, str]]) -> None:
+        """Words for dots (x, y, radius, words), where they cover no other words and as few marks as can be.
+
+        Call it when all lines and dots are drawn.
+        """
         for x, y, radius, words in sorted(points, key=lambda point: -point[1]):
-            at = height * (1 - self.y.percent(y) / 100)
-            lowest = max(at, lowest + _LABEL_PX)
-            left = self.x.percent(x) > 50
-            self.label(x, y, words, left, round(radius) + 5, round(lowest - at) + 4)
+            across, down = self.x.percent(x), 100 - self.y.percent(y)
+            top = self._pixels(across, down)[1]
+            places = (
+                _Label(across, top, words, left, row, 9 if row else round(radius) + 5)
+                for row in _ROWS
+                for left in (False, True)
+            )
+            best = min(places, key=self._harm)
+            self.label(x, y, words, best.left, best.row, best.gap)
+
+    @property
+    def _height_px(self) -> int:
+        return _WIDTHS_PX[0] if self.height is None else self.height
+
+    def _pixels(self, across: float, down: float) -> tuple[float, float]:
+        """A place in percent from the upper left corner, in pixels on a wide page."""
+        return across / 100 * _WIDTHS_PX[0], down / 100 * self._height_px
+
+    def _harm(self, label: _Label) -> float:
+        """How bad a place is: over other words, outside, over marks, far from its dot."""
+        box = label.box(_WIDTHS_PX[0])
+        words = sum(
+            any(label.box(width).meets(other.box(width)) for width in _WIDTHS_PX) for other in self._labels
+        )
+        outside = box.left < 0 or box.right > _WIDTHS_PX[0] or box.top < 0 or box.bottom > self._height_px
+        marks = sum(box.meets(mark) for mark in self._covered)
+        return 1000 * (words + outside) + 2 * marks + abs(label.row) / 2
 
     def svg(self) -> str:
         """The plot with its axes."""

@@ -28,6 +28,7 @@ from fastcascade.benchmarking.charts import (
 )
 from fastcascade.benchmarking.results import Benchmark, StepTiming
 from fastcascade.benchmarking.tables import KERNEL_COLUMNS, PACED_COLUMNS, kernel_cells, paced_cells
+from fastcascade.benchmarking.torch_peaks import Peaks
 from fastcascade.errors import InvalidArgument
 from fastcascade.evaluation.curve import Curves
 from fastcascade.evaluation.diagnosis import Diagnosis, Disagreement, Reliability
@@ -227,8 +228,7 @@ def _curve(curves: Curves) -> str:
     for name, point in curves.points.items():
         title = f"{name}: {point.accuracy:.2%}, {point.mean_macs / 1e6:,.2f} M MACs"
         plot.dot(point.mean_macs / 1e6, 100 * point.accuracy, "c0", title, 6)
-        # Above on the left, where a curve that rises leaves room.
-        plot.label(point.mean_macs / 1e6, 100 * point.accuracy, name, left=True, right_px=3, down_px=-9)
+    plot.labels((e.mean_macs / 1e6, 100 * e.accuracy, 6, name) for name, e in curves.points.items())
     entries.append(("ring c5", "a single stage on every image"))
     return _section(
         "Accuracy against cost",
@@ -482,20 +482,7 @@ def _roofline(measured: Benchmark) -> str:
     multiplying = [(k, step, ms / whole) for k, step, ms in steps if step.macs]
     stages = [(2 * stage.macs / stage.bytes_per_image, stage.gflops) for stage in measured.stages]
     dots = [(2 * step.macs / step.bytes_per_image, step.gflops) for _, step, _ in multiplying] or stages
-    ridge = peaks.gflops / peaks.copy_gbs
-    left, right = 0.5 * min(ridge, *(x for x, _ in dots)), 2 * max(ridge, *(x for x, _ in dots))
-    bottom = 0.5 * min(*(y for _, y in dots), peaks.gflops)
-    top = 1.6 * max(*(y for _, y in dots), peaks.gflops)
-    height = 380
-    plot = Plot(
-        Axis("operations per byte", left, right, log=True),
-        Axis("GFLOP/s", bottom, top, log=True),
-        "roofline",
-        height,
-    )
-    start = max(left, bottom / peaks.copy_gbs)
-    plot.line([(start, start * peaks.copy_gbs), (ridge, peaks.gflops), (right, peaks.gflops)], "roof")
-    plot.label(right, peaks.gflops, f"{peaks.gflops:,.0f} GFLOP/s, matrix product", left=True, down_px=-9)
+    plot = _roof(peaks, dots)
     if multiplying:
         for k, step, share in sorted(multiplying, key=lambda point: -point[2]):
             title = (
@@ -504,7 +491,7 @@ def _roofline(measured: Benchmark) -> str:
             )
             at = (2 * step.macs / step.bytes_per_image, step.gflops)
             plot.dot(*at, f"pale {_styles(names)[k]}", title, _radius(share))
-        plot.labels(_longest_kinds([(step, share) for _, step, share in multiplying]), height)
+        plot.labels(_longest_kinds([(step, share) for _, step, share in multiplying]))
     else:
         for style, name, (x, y) in zip(_styles(names), names, stages, strict=True):
             plot.dot(x, y, style, f"{name}: {y:,.0f} GFLOP/s", 7)
@@ -521,6 +508,24 @@ def _roofline(measured: Benchmark) -> str:
         plot.svg(),
         _details("Kernels of every stage", table(KERNEL_COLUMNS, kernels, text_columns=2)) if kernels else "",
     )
+
+
+def _roof(peaks: Peaks, dots: Sequence[tuple[float, float]]) -> Plot:
+    """Axes with room for the dots (operations per byte, GFLOP/s), and the machine's peaks."""
+    ridge = peaks.gflops / peaks.copy_gbs
+    left, right = 0.5 * min(ridge, *(x for x, _ in dots)), 2 * max(ridge, *(x for x, _ in dots))
+    bottom = 0.5 * min(*(y for _, y in dots), peaks.gflops)
+    top = 1.6 * max(*(y for _, y in dots), peaks.gflops)
+    plot = Plot(
+        Axis("operations per byte", left, right, log=True),
+        Axis("GFLOP/s", bottom, top, log=True),
+        "roofline",
+        380,
+    )
+    start = max(left, bottom / peaks.copy_gbs)
+    plot.line([(start, start * peaks.copy_gbs), (ridge, peaks.gflops), (right, peaks.gflops)], "roof")
+    plot.label(right, peaks.gflops, f"{peaks.gflops:,.0f} GFLOP/s, matrix product", left=True, row=-1)
+    return plot
 
 
 def _radius(share: float) -> float:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastcascade.data.batches import Data
 from fastcascade.engine import CompiledCascade
-from fastcascade.errors import CalibrationError, InvalidArgument
+from fastcascade.errors import CalibrationError, CostWarning, InvalidArgument
 from fastcascade.evaluation.evaluation import Trace, trace
 from fastcascade.evaluation.risk import certify, risk_path
 from fastcascade.model.cascade import Cascade
@@ -85,6 +85,7 @@ def calibrate(
 
     Warns:
         UserWarning: ``held_out`` has images that the cascade was fitted on, without out-of-fold scores.
+        CostWarning: the point costs more MACs than the last network alone. Not where ``exit_ms`` is the cost.
 
     Example:
         >>> import torch
@@ -108,15 +109,11 @@ def calibrate(
     source = cascade if isinstance(cascade, Cascade) else cascade.source
     if source is not None:
         _check_overlap(source, seen, refuse=max_risk is not None)
-        if source.out_of_fold is not None and seen.hashes is not None:
-            # What another precision changes in a score, it changes in the out-of-fold score, too.
-            exact = (
-                seen
-                if cascade is source or isinstance(held_out, Trace)
-                else trace(source, held_out, progress)
-            )
-            out_of_fold = source.out_of_fold.replace(exact.scores, seen.hashes)
-            seen = replace(seen, scores=out_of_fold + (seen.scores - exact.scores))
+        # Of a precision other than the source's, only a pass over the images tells the source's scores.
+        exact = seen
+        if source.out_of_fold is not None and cascade is not source and not isinstance(held_out, Trace):
+            exact = trace(source, held_out, progress)
+        seen = _with_out_of_fold_scores(seen, source, exact)
     if max_risk is not None:
         thresholds = certify(seen.disagrees, seen.exits, risk_path(described), *max_risk)
     elif exit_ms is not None:
@@ -127,6 +124,8 @@ def calibrate(
     else:
         thresholds = find_thresholds(seen, budget_macs=budget_macs, min_accuracy=min_accuracy)
     point = measure_point(seen, thresholds, name, target)
+    if exit_ms is None:
+        _warn_if_dearer_than_last_network(seen, point)
     if isinstance(cascade, Cascade):
         cascade.operating_points[name] = point
         return point
@@ -245,6 +244,41 @@ def _check_overlap(cascade: Cascade, seen: Trace, refuse: bool) -> None:
     if refuse:
         raise CalibrationError(f"{found}; a bound on the risk would not hold. Give images it has not seen")
     warnings.warn(f"{found}; the operating point will promise too much. Give held-out images", stacklevel=3)
+
+
+def _with_out_of_fold_scores(seen: Trace, source: Cascade, exact: Trace) -> Trace:
+    """The trace with out-of-fold scores for the images that fitted the selector.
+
+    Args:
+        exact: the same images at the precision of ``source``. What another precision changes in a score, it
+            changes in the out-of-fold score, too.
+    """
+    if source.out_of_fold is None or seen.hashes is None:
+        return seen
+    out_of_fold = source.out_of_fold.replace(exact.scores, seen.hashes)
+    return replace(seen, scores=out_of_fold + (seen.scores - exact.scores))
+
+
+def _warn_if_dearer_than_last_network(seen: Trace, point: OperatingPoint) -> None:
+    """Such a point is dominated, unless the stages together are more accurate than the last one."""
+    dense = int(seen.single_macs[-1])
+    if point.mean_macs <= dense:
+        return
+    verdict = "it saves nothing. Run"
+    if point.accuracy is not None:
+        _, alone = seen.single_stages()[-1]
+        compared = f"({point.accuracy:.2%} against {alone:.2%})"
+        verdict = f"it is no more accurate {compared}. Run"
+        if point.accuracy > alone:
+            points = 100 * (point.accuracy - alone)
+            verdict = f"it gains {points:.2f} points of accuracy {compared}. Unless that is worth it, run"
+    warnings.warn(
+        f"operating point {point.name!r} costs {point.mean_macs:,.0f} MACs per image, more than the "
+        f"{dense:,} of the last network alone; on these {point.n:,} images {verdict} the last network by "
+        "itself, or set a lower target",
+        CostWarning,
+        stacklevel=3,
+    )
 
 
 def measure_point(

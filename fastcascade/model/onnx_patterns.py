@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastcascade.model.onnx_operators import Node
+from fastcascade.model.onnx_operators.node import Node
 
 __all__ = ["merge_patterns"]
 

@@ -32,6 +32,7 @@ __all__ = [
     "read_regular",
     "remove_leftover",
     "remove_leftovers",
+    "require_writable",
     "write_atomically",
 ]
 
@@ -114,6 +115,25 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         raise InvalidArgument(
             f"{path} exists; choose another name, or pass overwrite=True (--overwrite)"
         ) from None
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse a directory in which files cannot be made, before any work and without making it.
+
+    Raises:
+        SaveError: it, or the nearest directory above it that exists, is no directory or cannot be written.
+
+    Example:
+        >>> require_writable(Path(os.devnull) / "run")
+        Traceback (most recent call last):
+        fastcascade.errors.SaveError: cannot write to /dev/null/run: /dev/null is not a directory
+    """
+    path = directory.absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise SaveError(f"cannot write to {directory}: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SaveError(f"cannot write to {directory}: no permission to make files in {there}")
 
 
 def _make_directory(path: Path) -> None:

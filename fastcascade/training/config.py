@@ -19,14 +19,16 @@ from torch import Tensor
 
 from fastcascade.data.batches import arrays
 from fastcascade.data.sources import load_data
-from fastcascade.errors import DataError, InvalidArgument, SaveError
+from fastcascade.errors import DataError, InvalidArgument
 from fastcascade.evaluation.calibration import calibrate
 from fastcascade.model.cascade import Cascade
 from fastcascade.model.registry import build_network
 from fastcascade.model.selector import FeatureKind, MLPSelector, ScoreKind, Selector, ThresholdSelector
 from fastcascade.model.store import cascade_exists
+from fastcascade.storage.files import require_writable
 from fastcascade.training.distributed import process_group, rank
 from fastcascade.training.objective import Objective
+from fastcascade.training.progress import announce
 from fastcascade.training.trainer import Recipe, fit
 from fastcascade.training.validation import STRICT, validated
 from fastcascade.types import Normalize, checked_combine
@@ -257,6 +259,7 @@ def train_from_config(
         source: images for :func:`fastcascade.load_data`; the training part is used.
         directory: receives ``checkpoint/`` during training and ``model/`` at the end.
         overwrite: replace an existing ``model/``.
+        progress: on standard error, print a line before each phase and draw a bar.
 
     Returns:
         the trained cascade with its operating points.
@@ -270,10 +273,7 @@ def train_from_config(
     settings = read_config(config)
     if cascade_exists(directory / "model") and not overwrite:
         raise InvalidArgument(f"{directory / 'model'} exists; choose another directory or pass --overwrite")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the directory {directory}: {error.strerror}") from error
+    require_writable(directory)
     try:
         cascade = settings.build()
     except InvalidArgument as error:
@@ -295,6 +295,9 @@ def train_from_config(
             recipe=settings.recipe,
             progress=progress and rank() == 0,
         )
+        if settings.operating_points:
+            points, n = len(settings.operating_points), len(parts["calibration"][0])
+            announce(f"calibration: {points} operating point{'s' * (points > 1)}, {n:,} images", progress)
         for name, point in settings.operating_points.items():
             calibrate(cascade, parts["calibration"], name=name, **point.target(cascade.dense_macs))
         if rank() == 0:

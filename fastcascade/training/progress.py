@@ -1,4 +1,4 @@
-"""A progress bar on standard error, and the metrics of a run as JSON lines."""
+"""Progress on standard error: a bar per epoch and a line per phase; the metrics of a run as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastcascade.storage.files import write_atomically
 from fastcascade.training.distributed import rank
 
-__all__ = ["EpochProgress", "write_metrics"]
+__all__ = ["EpochProgress", "announce", "write_metrics"]
 
 
 class EpochProgress:
@@ -60,6 +60,16 @@ class EpochProgress:
     def note(self, **numbers: float | Iterable[float]) -> None:
         """Show these numbers beside the bar."""
         self.bar.update(self.task, note="  ".join(f"{k} {_short(v)}" for k, v in numbers.items()))
+
+
+def announce(line: str, enabled: bool) -> None:
+    """Print what runs next, from the first process alone: in a file, the bar of an epoch appears at its end.
+
+    Args:
+        enabled: False prints nothing.
+    """
+    if enabled and rank() == 0:
+        Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def _short(value: float | Iterable[float]) -> str:

@@ -149,36 +149,32 @@ def fit_selector(
         seed,
     )
     n = len(labels)
-    rule: ScoreKind | None = None
     rules = selector.rules if isinstance(selector, MLPSelector) and start_at_rule else ()
-    if folds and n < FEWEST_PER_FOLD * folds:
-        warnings.warn(
-            f"got {n} images; comparing the selector with thresholds on {folds} folds takes at least "
-            f"{FEWEST_PER_FOLD * folds}. It is fitted without",
-            stacklevel=2,
-        )
-        folds = 0
-    if not folds:
-        rule = "margin" if "margin" in rules else None
-        return fit.run(selector, np.arange(n), rule, steps, {})
+    if not _enough(n, folds):
+        return fit.run(selector, np.arange(n), "margin" if "margin" in rules else None, steps, {})
     judges = Judges(
         (task.log_probs.argmax(2) == labels).cpu().numpy(),
         shares.double().cpu().numpy(),
         np.random.default_rng(seed).permutation(n) % folds,
     )
-    answers: dict[str, NDArray[np.bool_]] = {
-        kind: judges.judge(rule_scores(kind, task.log_probs)) for kind in get_args(ScoreKind)
-    }
-    rule = _first_rule(rules, answers)
-    steps, answers["learned"], by_fold = _best_steps(fit, selector, rule, steps, judges)
-    earned = fit.run(selector, np.arange(n), rule, steps, {}, steps_planned=fit.planned)
-    with torch.no_grad():
-        scores = _out_of_fold(by_fold, task.scores(selector), judges.folds)
-    cascade.comparison = summarise(judges, answers, steps)
-    if _settle(cascade, cascade.comparison):
+    earned, scores, comparison = _fit_and_compare(fit, selector, rules, steps, judges)
+    cascade.comparison = comparison
+    if _settle(cascade, comparison):
         scores = cascade.judge(logits).scores
     _keep_scores(cascade, hashes, scores)
     return earned
+
+
+def _enough(n: int, folds: int) -> bool:
+    """Whether n images can be cut into folds that compare anything; warns if there are too few."""
+    least = FEWEST_PER_FOLD * folds
+    if n < least:
+        warnings.warn(
+            f"got {n} images; comparing the selector with thresholds on {folds} folds takes at least "
+            f"{least}. It is fitted without",
+            stacklevel=3,
+        )
+    return folds > 0 and n >= least
 
 
 def _checked(cascade: Cascade, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
@@ -345,6 +341,27 @@ class _Fit:
             optimizer.step()
         for k in range(len(std)):
             selector.scale_scores(k, log_scale[k].detach().exp(), shift[k].detach())
+
+
+def _fit_and_compare(
+    fit: _Fit, selector: nn.Module, rules: Sequence[ScoreKind], steps: int, judges: Judges
+) -> tuple[list[float], Tensor, SelectorComparison]:
+    """Fit on all images for as many steps as are best on the folds.
+
+    Returns:
+        the mean reward before every step and at the end; the out-of-fold scores (K − 1, N); how the selector
+        and the threshold rules did on the folds.
+    """
+    task, everything = fit.task, np.arange(len(judges.folds))
+    answers: dict[str, NDArray[np.bool_]] = {
+        kind: judges.judge(rule_scores(kind, task.log_probs)) for kind in get_args(ScoreKind)
+    }
+    rule = _first_rule(rules, answers)
+    best, answers["learned"], by_fold = _best_steps(fit, selector, rule, steps, judges)
+    earned = fit.run(selector, everything, rule, best, {}, steps_planned=fit.planned)
+    with torch.no_grad():
+        scores = _out_of_fold(by_fold, task.scores(selector), judges.folds)
+    return earned, scores, summarise(judges, answers, best)
 
 
 def _first_rule(rules: Sequence[ScoreKind], answers: Mapping[str, NDArray[np.bool_]]) -> ScoreKind | None:

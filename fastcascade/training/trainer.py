@@ -46,7 +46,7 @@ from fastcascade.training.objective import (
     objective_loss,
     rewards,
 )
-from fastcascade.training.progress import EpochProgress, write_metrics
+from fastcascade.training.progress import EpochProgress, announce, write_metrics
 from fastcascade.training.refit import collect_logits, fit_selector, standardise_features
 
 __all__ = ["Recipe", "fit"]
@@ -186,6 +186,8 @@ class _Trainer:
                 restore_optimizers(optimizers, stored)
             elif phase.joint and phase.epochs:
                 standardise_features(self.cascade, collect_logits(self.cascade, self.val[0]))
+            if first < phase.epochs:
+                announce(self._describe(phase, first), progress)
             before = sum(p.epochs for p in phases[:number])
             for epoch in range(first, phase.epochs):
                 with EpochProgress(f"{phase.name} {epoch + 1}/{phase.epochs}", progress) as bar:
@@ -197,6 +199,15 @@ class _Trainer:
                     save_checkpoint(checkpoint_dir, done, settings, self.cascade, optimizers)
                     write_metrics(checkpoint_dir / "metrics.jsonl", history)
         return history
+
+    def _describe(self, phase: _Phase, first: int) -> str:
+        """What a phase does from epoch ``first`` on."""
+        parts = [f"stage{'s' * (len(phase.stages) > 1)} {', '.join(map(str, phase.stages))}"]
+        if phase.joint and self.cascade.selector is not None:
+            parts[0] += " and selector"
+        parts.append(f"{len(self.images):,} images")
+        parts.append(f"epochs {first + 1} to {phase.epochs}, {self.steps:,} steps each")
+        return f"{phase.name}: {', '.join(parts)}"
 
     def _optimizers(self, phase: _Phase) -> list[torch.optim.Optimizer]:
         """Nesterov SGD for the stages and, in the joint phase, Adam for the selector."""
@@ -417,7 +428,7 @@ def fit(
         refit_selector: fit temperatures and selector on ``val`` at the end; otherwise the temperatures are 1.
         checkpoint_dir: where to resume from and to write ``checkpoint.json`` and ``metrics.jsonl``.
         recipe: see :class:`Recipe`.
-        progress: draw a bar on standard error.
+        progress: on standard error, print a line before each phase and draw a bar.
         cost_shares: (K,) what stopping at each exit costs over the dense cost, earlier stages included, for
             example in measured time; MACs if None.
 
@@ -507,6 +518,8 @@ def _fit_selector(
     cost_shares: Tensor,
     progress: bool,
 ) -> None:
+    fitted = "temperatures" if cascade.selector is None else "temperatures and selector"
+    announce(f"{fitted}: {len(data[0]):,} images, at most {recipe.selector_steps:,} steps", progress)
     fit_selector(
         cascade,
         collect_logits(cascade, data[0], compiled=None, progress=progress and rank() == 0),

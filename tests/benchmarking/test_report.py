@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import re
 import shutil
@@ -353,6 +354,43 @@ def test_dots_lie_where_their_values_are() -> None:
         '<circle class="c0" cx="50.00%" cy="75.00%" r="5.0"><title>ten &amp; one</title></circle>'
         in plot.svg()
     )
+
+
+LABEL = re.compile(
+    r'<text class="label" text-anchor="(end|start)" x="(.*?)%" y="(.*?)%" dx="(.*?)" dy="(.*?)">(.*?)</text>'
+)
+
+
+def label_boxes(svg: str, width: int, height: int) -> list[tuple[float, float, float, float]]:
+    """(left, right, top, bottom) of each label in pixels, at 7.5 pixels per character."""
+    boxes = []
+    for anchor, *numbers, words in LABEL.findall(svg):
+        x, y, dx, dy = map(float, numbers)
+        near, base = x / 100 * width + dx, y / 100 * height + dy
+        far = near + 7.5 * len(words) * (1 if anchor == "start" else -1)
+        boxes.append((min(near, far), max(near, far), base - 11, base + 3))
+    return boxes
+
+
+def meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+
+
+@pytest.mark.parametrize("step", [0.0, 0.3, 1.0, 3.0])
+def test_labels_of_close_dots_cover_neither_each_other_nor_a_dot(step: float) -> None:
+    plot = Plot(Axis("x", 1, 100, log=True), Axis("y", 1, 100, log=True), "plot", 380)
+    plot.label(100, 60, "60 GFLOP/s, matrix product", left=True, row=-1)
+    dots = [(20 + step * i, 55 - step * i) for i in range(9)]
+    for x, y in dots:
+        plot.dot(x, y, "c0", "a step", 9)
+    plot.labels((x, y, 9, f"conv 3×3 32→32 on 16×16, {x:.0f}%") for x, y in dots[::4])
+    boxes = label_boxes(plot.svg(), 940, 380)
+    assert len(boxes) == 4
+    assert not any(meet(a, b) for a, b in itertools.combinations(boxes, 2))
+    places = [(9.4 * plot.x.percent(x), 3.8 * (100 - plot.y.percent(y))) for x, y in dots]
+    assert not any(meet(box, (x - 9, x + 9, y - 9, y + 9)) for box in boxes for x, y in places)
+    narrow = label_boxes(plot.svg(), 300, 380)
+    assert not any(meet(a, b) for a, b in itertools.combinations(narrow, 2))
 
 
 def test_opens_in_a_browser(tmp_path: Path, measured: Benchmark) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastcascade as fc
 from fastcascade.data.batches import image_hashes
-from fastcascade.errors import CalibrationError, DataError, InvalidArgument
+from fastcascade.errors import CalibrationError, CostWarning, DataError, InvalidArgument
 from fastcascade.evaluation.calibration import find_thresholds
 from fastcascade.evaluation.evaluation import Trace, evaluate, trace
 
@@ -304,6 +304,53 @@ def test_other_clear_errors() -> None:
         fc.calibrate(cascade, random_trace(10, 5), budget_macs=1e6)
 
 
+def trace_of(said: list[list[int]]) -> Trace:
+    """Instances of class 0, and what each of three exits says; stages of 2, 2 and 6 multiplies."""
+    labels = np.array(said)
+    scores = np.zeros((2, labels.shape[1]), np.float32)
+    costs, alone = np.array([2, 4, 10]), np.array([2, 2, 6])
+    return Trace(labels, labels, scores, costs, alone, np.zeros(labels.shape[1], np.int64))
+
+
+@pytest.mark.parametrize(
+    ("last", "together", "verdict"),
+    [
+        ([0] * 9 + [1], [0] * 9 + [1], r"is no more accurate \(90.00% against 90.00%\). Run"),
+        (
+            [0] * 8 + [1] * 2,
+            [0] * 9 + [1],
+            r"gains 10.00 points of accuracy \(90.00% against 80.00%\). Unless that is worth it, run",
+        ),
+    ],
+)
+def test_a_point_dearer_than_the_last_network_warns(
+    last: list[int], together: list[int], verdict: str
+) -> None:
+    """What it costs, what the last network costs, what the difference buys, and what to do."""
+    seen = replace(trace_of([[1] * 10, [1] * 10, together]), own_labels=np.array([[1] * 10] * 2 + [last]))
+    message = f"'dear' costs 10 MACs per image, more than the 6 of the last .* these 10 images it {verdict}"
+    with pytest.warns(CostWarning, match=f"{message} the last network by itself, or set a lower target"):
+        fc.calibrate(flat_cascade(), seen, name="dear", min_accuracy=0.9)
+
+
+def test_a_bound_that_stops_nothing_warns_without_labels() -> None:
+    images, _ = random_images(40)
+    cascade = flat_cascade()
+    with pytest.warns(CostWarning, match="'safe' costs .* on these 40 images it saves nothing"):
+        fc.calibrate(cascade, (images, None), name="safe", max_risk=(0.01, 0.01))
+    assert cascade.operating_points["safe"].thresholds == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize("target", [{"min_accuracy": 0.5}, {"budget_ms": 9.0, "exit_ms": [1.0, 2.0, 3.0]}])
+def test_a_cheaper_point_or_one_in_time_does_not_warn(target: dict[str, Any]) -> None:
+    cheap = "min_accuracy" in target
+    seen = trace_of([[0] * 10 if cheap else [1] * 10, [1] * 10, [0] * 10])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        point = fc.calibrate(flat_cascade(), seen, **target)
+    assert point.mean_macs == (2 if cheap else 10)
+
+
 @pytest.mark.parametrize("as_trace", [False, True])
 def test_images_that_trained_the_cascade(as_trace: bool) -> None:
     """A warning for a measured point, a refusal for a promise."""
@@ -318,6 +365,7 @@ def test_images_that_trained_the_cascade(as_trace: bool) -> None:
     assert set(cascade.operating_points) == {"default"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", CostWarning)  # three equal networks
         fc.calibrate(cascade, (images[7:], labels[7:]), name="clean", budget_macs=1e6)
 
 

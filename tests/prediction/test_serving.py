@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
 import re
 import resource
@@ -58,6 +59,7 @@ def address(app: ModuleType) -> Iterator[str]:
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join(60)
+    gc.unfreeze()
     assert not thread.is_alive()
 
 

@@ -199,7 +199,7 @@ def test_what_only_the_cascade_or_the_data_can_tell_is_found_before_the_first_ep
 ) -> None:
     with pytest.raises(FastCascadeError, match=message):
         train(changed(path, value))
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*images")  # too few for temperatures and comparisons
@@ -213,6 +213,7 @@ def test_data_without_labels_or_with_other_classes_are_refused(train: Train, tmp
         np.savez(tmp_path / "other.npz", x_train=images, **extra)
         with pytest.raises(FastCascadeError, match=message):
             train_from_config(tmp_path / "config.toml", str(tmp_path / "other.npz"), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
 
 def test_an_output_folder_that_cannot_be_made_is_found_before_training(

@@ -55,6 +55,26 @@ def test_training_learns_and_saves_cost(objective):
     assert len(c.seen_images) == 1024 + 512
 
 
+def test_each_phase_is_announced_before_it_runs(tmp_path, capsys):
+    held_out = data(64, 2)
+    short = recipe(pretrain_epochs=2, joint_epochs=1)
+    phases = [
+        "pretrain: stages 0, 1, 128 images, epochs 1 to 2, 2 steps each",
+        "joint: stages 0, 1 and selector, 128 images, epochs 1 to 1, 2 steps each",
+        "temperatures and selector: 64 images, at most 60 steps",
+    ]
+    images, labels = data(128, 1)
+    with pytest.raises(DataError, match="the loss became"):
+        fc.fit(cascade(), (images * np.inf, labels), held_out, recipe=short)
+    assert capsys.readouterr().err.splitlines()[0] == phases[0]
+    fc.fit(cascade(), (images, labels), held_out, recipe=short, checkpoint_dir=tmp_path)
+    assert [line for line in capsys.readouterr().err.splitlines() if " images, " in line] == phases
+    fc.fit(cascade(), (images, labels), held_out, recipe=short, checkpoint_dir=tmp_path)  # all epochs done
+    assert [line for line in capsys.readouterr().err.splitlines() if " images, " in line] == phases[2:]
+    fc.fit(cascade(), (images, labels), held_out, recipe=short, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("baseline", ["none", "greedy"])
 def test_reinforce_runs_with_each_baseline_and_detached_probabilities(baseline):
     c = cascade()

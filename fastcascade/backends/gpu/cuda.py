@@ -85,7 +85,9 @@ class CudaBackend:
             missing.append("the package cupy is not installed")
         return " and ".join(missing) or None
 
-    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
+    def unsupported_reason(
+        self, plan: Plan | None, *, precision: Precision, device: torch.device
+    ) -> str | None:
         """The precision is neither fp32 nor fp16, or the device is not an NVIDIA GPU."""
         if precision not in DTYPES:
             return f"it runs fp32 and fp16, not {precision}"

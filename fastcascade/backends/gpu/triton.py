@@ -93,7 +93,9 @@ class TritonBackend:
             return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
         return None
 
-    def unsupported_reason(self, plan: Plan, *, precision: Precision, device: torch.device) -> str | None:
+    def unsupported_reason(
+        self, plan: Plan | None, *, precision: Precision, device: torch.device
+    ) -> str | None:
         """The precision is neither fp32 nor fp16, or Triton does not run on the device."""
         if precision not in DTYPES:
             return f"it runs fp32 and fp16, not {precision}"
