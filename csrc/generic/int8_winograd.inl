@@ -29,6 +29,14 @@ FC_INLINE PixelPlace tile_place(int64_t tile, const ConvGeometry& g) {
   return {tile / across / down, tile / across % down * 2, tile % across * 2};
 }
 
+FC_INLINE void step_tile(PixelPlace& p, const ConvGeometry& g) {
+  if ((p.x += 2) < g.width) return;
+  p.x = 0;
+  if ((p.y += 2) < g.height) return;
+  p.y = 0;
+  ++p.image;
+}
+
 // The input pixels under a tile, row by row; padding outside the image.
 FC_INLINE void find_tile_pixels(const Int8Conv& c, const PixelPlace& at, const uint8_t* (&pixels)[16]) {
   const ConvGeometry& g = c.geometry;
@@ -70,9 +78,10 @@ FC_INLINE void transform_tile_terms(const uint8_t* const (&pixels)[16], int64_t 
 // next tile or lies behind the last.
 FC_KERNEL void transform_int8_input(const Int8Conv& c, Range tiles, int64_t group, Term* v, int64_t slot) {
   const int64_t first = group * c.group_channels;
-  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, v += c.tap_terms) {
+  PixelPlace at = tile_place(tiles.begin, c.geometry);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, step_tile(at, c.geometry), v += c.tap_terms) {
     const uint8_t* pixels[16];
-    find_tile_pixels(c, tile_place(tile, c.geometry), pixels);
+    find_tile_pixels(c, at, pixels);
     for (int64_t i = 0; i < c.tap_terms; i += kTermLanes) transform_tile_terms(pixels, first + i, v + i, slot);
   }
 }
@@ -131,11 +140,10 @@ static void multiply_winograd_panel(const Int8Conv& c, const Term* v, int64_t sl
       const int64_t rows = count - tile < kRows ? count - tile : kRows;
       int8_product_of<B>(rows, counts)(v + k * slot + tile * depth, u, depth, m + (k * count + tile) * width);
     }
-  for (int64_t tile = 0; tile < count; ++tile) {
-    const PixelPlace at = tile_place(tiles.begin + tile, c.geometry);
+  PixelPlace at = tile_place(tiles.begin, c.geometry);
+  for (int64_t tile = 0; tile < count; ++tile, step_tile(at, c.geometry))
     for (int64_t b = 0; b < B; ++b)
       transform_int8_output(c, at, m + tile * width + b * kLanes, count * width, channel + b * kLanes);
-  }
 }
 
 static void conv3x3_winograd_int8(const Int8Conv& c, Range tiles, Range panels) {
