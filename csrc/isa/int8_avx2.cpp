@@ -22,9 +22,10 @@ constexpr int kLanes = 8, kGroup = 2, kRows = 6;
 
 #include "int8_avx2_operations.inl"
 
+// The addition is spelled out: GCC would compute all products first and spill the sums, or copy every sum.
 FC_INLINE I dot(I sum, I x, I w) {
-  sum = add(sum, _mm256_madd_epi16(x, w));
-  asm volatile("" : "+x"(sum));  // or GCC computes all products first and spills the sums
+  const I product = _mm256_madd_epi16(x, w);
+  asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
   return sum;
 }
 
