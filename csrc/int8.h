@@ -27,12 +27,13 @@ struct Int8Epilogue {
 };
 
 // Convolution as a matrix product: the bytes under a chunk of output pixels are gathered into rows of `depth` terms,
-// then multiplied with panels of weights.
+// then multiplied with panels of weights. Or by Winograd, with rows of `tap_terms`.
 struct Int8Conv {
   const uint8_t* input;
   void* output;
-  const void* weights;  // see pack_int8
-  void* scratch;        // int8_scratch_bytes()
+  const void* weights;     // see pack_int8 and pack_winograd_int8
+  const uint8_t* padding;  // a pixel of zero points, for Winograd
+  void* scratch;           // int8_scratch_bytes() or int8_winograd_scratch_bytes()
   ConvGeometry geometry;
   int64_t blocks_per_group, group_channels;
   int64_t tap_terms;  // group_channels, rounded up to the terms of a dot product; the weights of the rest are zero
@@ -76,6 +77,7 @@ struct Int8Kernels {
   int rows;  // pixels of the register tile
   // `pixels` counts output pixels over all instances, `panels` pairs of blocks over all groups.
   void (*conv)(const Int8Conv&, Range pixels, Range panels);
+  void (*conv3x3_winograd)(const Int8Conv&, Range tiles, Range panels);  // null where it would be no faster
   void (*depthwise)(const Int8Depthwise&, Range pixels);
   void (*pool_max)(const Int8Pool&, Range pixels);
   // Sets invalid[instance] where a value is not finite.
@@ -94,6 +96,18 @@ inline int64_t int8_scratch_bytes(const Int8Conv& c, const Int8Kernels& kernels)
   constexpr int64_t kSlack = 64;  // terms are gathered by whole vectors
   return int8_chunk_pixels(c, kernels.rows) * c.depth() * kernels.term_bytes + kSlack;
 }
+
+// Winograd's 2×2 tiles that are transformed and multiplied together. A slot holds one of their 16 transformed inputs.
+// It is a cache line longer than that, so that slots do not map to the same cache sets.
+constexpr int64_t kInt8WinogradTiles = 12;
+inline int64_t int8_winograd_slot(const Int8Conv& c) { return kInt8WinogradTiles * c.tap_terms + 32; }
+inline int64_t int8_winograd_scratch_bytes(const Int8Conv& c, const Int8Kernels& kernels) {
+  const int64_t sums = kInt8WinogradTiles * kInt8PanelBlocks * kernels.lanes;
+  return 16 * (int8_winograd_slot(c) * kernels.term_bytes + sums * static_cast<int64_t>(sizeof(int32_t)));
+}
+
+// Input channels up to which four times a sum of 3×3 products of bytes and weights fits in an int32.
+constexpr int64_t kMaxInt8WinogradChannels = 1800;
 
 // One entry per set of int8 kernels that this build knows, best first; fields as in Isa.
 struct Int8Isa {

@@ -1,6 +1,7 @@
 #include "int8_steps.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "pack.h"
@@ -34,6 +35,32 @@ Buffer pack_int8(const MergedWeights& m, int64_t tap_terms, int64_t blocks, cons
   return packed;
 }
 
+// 2 G w (2 G)ᵀ of 3×3 weights.
+std::array<float, 16> transform_weights(const float* w) {
+  const auto transform = [](float a, float b, float c) {
+    return std::array<float, 4>{2 * a, a + b + c, a - b + c, 2 * c};
+  };
+  std::array<float, 16> u{};
+  std::array<std::array<float, 4>, 3> columns{};
+  for (size_t x = 0; x < 3; ++x) columns[x] = transform(w[x], w[3 + x], w[6 + x]);
+  for (size_t y = 0; y < 4; ++y) {
+    const std::array<float, 4> row = transform(columns[0][y], columns[1][y], columns[2][y]);
+    std::copy(row.begin(), row.end(), u.begin() + static_cast<std::ptrdiff_t>(4 * y));
+  }
+  return u;
+}
+
+// The transformed weights of Winograd, as those of a 4×4 convolution: pack_int8 leaves the terms of each of the 16 taps
+// together, which are those of a product.
+MergedWeights winograd_weights(const MergedWeights& m) {
+  MergedWeights transformed{std::vector<float>(m.weight.size() / 9 * 16), m.groups, m.out, m.in, 4, 4};
+  for (size_t i = 0; i < m.weight.size() / 9; ++i) {
+    const std::array<float, 16> u = transform_weights(m.weight.data() + 9 * i);
+    std::copy(u.begin(), u.end(), transformed.weight.begin() + static_cast<std::ptrdiff_t>(16 * i));
+  }
+  return transformed;
+}
+
 // The sums start where bytes that are all zero points, times the weights, end at zero.
 std::vector<int32_t> sum_starts(const OpSpec& op, int64_t pitch) {
   std::vector<int32_t> starts(static_cast<size_t>(pitch), 0);
@@ -63,6 +90,12 @@ Int8Epilogue pack_epilogue(Step& step, const OpSpec& op, int64_t pitch) {
           static_cast<int32_t>(s.output_zero_point.value_or(0))};
 }
 
+// A pixel of zero points. Kernels read whole vectors.
+std::vector<uint8_t> padding_pixel(const OpSpec& op, const ConvGeometry& g) {
+  constexpr int64_t kSlack = 16;
+  return std::vector<uint8_t>(static_cast<size_t>(g.in_pitch + kSlack), static_cast<uint8_t>(op.int8.zero_point));
+}
+
 void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t lanes) {
   const int64_t taps = g.kernel_h * g.kernel_w;
   step.weights = Buffer(taps * g.pitch);
@@ -70,7 +103,7 @@ void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, i
   for (int64_t c = 0; c < op.weight_shape[0]; ++c)
     for (int64_t tap = 0; tap < taps; ++tap)
       weights[c / lanes * lanes * taps + tap * lanes + c % lanes] = static_cast<int32_t>(op.weight[c * taps + tap]);
-  step.int8.padding.assign(static_cast<size_t>(g.in_pitch), static_cast<uint8_t>(op.int8.zero_point));
+  step.int8.padding = padding_pixel(op, g);
   step.int8.scratch_floats = taps * kDepthwisePixels * static_cast<int64_t>(sizeof(uint8_t*) / sizeof(float));
   Int8Depthwise& c = step.int8.depthwise;
   c.weights = weights;
@@ -82,19 +115,30 @@ void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, i
 // Groups are merged as far as the vectors that the pitch is a multiple of: then all channels of a pixel are written.
 void pack_product(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t pitch_lanes,
                   const Int8Kernels& kernels) {
+  const bool winograd = step.kind == StepKind::int8_winograd;
   const MergedWeights merged = merge_groups(op, pitch_lanes);
   Int8Conv& c = step.int8.conv;
   c.geometry = g;
   c.group_channels = merged.in;
   c.tap_terms = round_up(merged.in, kernels.group);
   c.blocks_per_group = g.pitch / kernels.lanes / merged.groups;
-  step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(merged, c.tap_terms, c.blocks_per_group, kernels)
-                                         : pack_int8<int8_t>(merged, c.tap_terms, c.blocks_per_group, kernels);
+  if (winograd)
+    step.weights = pack_int8<int16_t>(winograd_weights(merged), c.tap_terms, c.blocks_per_group, kernels);
+  else
+    step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(merged, c.tap_terms, c.blocks_per_group, kernels)
+                                           : pack_int8<int8_t>(merged, c.tap_terms, c.blocks_per_group, kernels);
   c.weights = step.weights.data();
   c.zero_point = static_cast<uint8_t>(op.int8.zero_point);
   c.epilogue = pack_epilogue(step, op, g.pitch);
   step.panels = merged.groups * int8_panels(c.blocks_per_group);
-  step.int8.scratch_floats = round_up(int8_scratch_bytes(c, kernels), 4) / 4;
+  step.int8.padding = padding_pixel(op, g);
+  c.padding = step.int8.padding.data();
+  if (winograd) {
+    step.work_items = ((g.height + 1) / 2) * ((g.width + 1) / 2);
+    step.min_items = kernels.rows;
+  }
+  const int64_t scratch = winograd ? int8_winograd_scratch_bytes(c, kernels) : int8_scratch_bytes(c, kernels);
+  step.int8.scratch_floats = round_up(scratch, 4) / 4;
 }
 
 // float32 values of invalid instances become NaN.
@@ -104,6 +148,18 @@ void invalidate(float* y, const Value& out, const int32_t* invalid, Range pixels
     if (__atomic_load_n(invalid + pixel / area, __ATOMIC_RELAXED))
       std::fill(y + pixel * out.pitch + channels.begin, y + pixel * out.pitch + channels.end,
                 std::numeric_limits<float>::quiet_NaN());
+}
+
+// The same for Winograd's tiles of 2×2 pixels.
+void invalidate_tiles(float* y, const Value& out, const int32_t* invalid, Range tiles, Range channels) {
+  const int64_t across = (out.shape.w + 1) / 2, down = (out.shape.h + 1) / 2;
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const int64_t image = tile / across / down, top = tile / across % down * 2, left = tile % across * 2;
+    for (int64_t row = top; row < std::min(top + 2, out.shape.h); ++row) {
+      const int64_t pixel = (image * out.shape.h + row) * out.shape.w + left;
+      invalidate(y, out, invalid, {pixel, pixel + std::min<int64_t>(2, out.shape.w - left)}, channels);
+    }
+  }
 }
 
 // The channels of some panels of a product.
@@ -125,9 +181,15 @@ Layer placed(Layer c, const StepPlaces& at) {
 
 }  // namespace
 
-bool is_int8_depthwise(const OpSpec& op, const Shape& in) {
-  return op.kind == OpKind::int8_conv2d && op.groups > 1 && op.groups == op.weight_shape[0] &&
-         op.weight_shape[1] == 1 && in.c == op.groups;
+StepKind int8_step_kind(const OpSpec& op, const Shape& in, const Int8Kernels& kernels, int64_t pitch_lanes) {
+  if (op.kind != OpKind::int8_conv2d) return StepKind::int8_conv;
+  if (op.groups > 1 && op.groups == op.weight_shape[0] && op.weight_shape[1] == 1 && in.c == op.groups)
+    return StepKind::int8_depthwise;
+  const std::array<int64_t, 2> one{1, 1}, three{3, 3};
+  const bool is_3x3 = op.kernel == three && op.stride == one && op.dilation == one;
+  const int64_t merged = op.groups == 1 ? 1 : neighbours_to_merge(op, pitch_lanes);
+  const bool fits = op.weight_shape[1] * merged <= kMaxInt8WinogradChannels;
+  return is_3x3 && fits && kernels.conv3x3_winograd ? StepKind::int8_winograd : StepKind::int8_conv;
 }
 
 void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, int64_t pitch_lanes,
@@ -135,7 +197,7 @@ void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value&
   const ConvGeometry g{op.kernel[0],   op.kernel[1],  op.stride[0],  op.stride[1], op.dilation[0],
                        op.dilation[1], op.padding[0], op.padding[2], in.shape.h,   in.shape.w,
                        in.pitch,       out.shape.h,   out.shape.w,   out.pitch};
-  if (is_int8_depthwise(op, in.shape))
+  if (step.kind == StepKind::int8_depthwise)
     pack_depthwise_layer(step, op, g, kernels.lanes);
   else
     pack_product(step, op, g, pitch_lanes, kernels);
@@ -149,36 +211,42 @@ Int8Pool int8_pool_arguments(const OpSpec& op, const Value& in, const Value& out
   return c;
 }
 
-void run_int8_step(const Network& net, const Step& step, const StepPlaces& at, Range pixels, Range panels) {
+void run_int8_step(const Network& net, const Step& step, const StepPlaces& at, Range positions, Range panels) {
   const Int8Kernels& kernels = *net.int8_kernels;
   const Value& out = net.values[step.output];
   Range channels{0, out.pitch};
   switch (step.kind) {
     case StepKind::quantize:
-      return kernels.quantize(step.int8.grid, at.input, reinterpret_cast<uint8_t*>(at.output), at.invalid, pixels);
+      return kernels.quantize(step.int8.grid, at.input, reinterpret_cast<uint8_t*>(at.output), at.invalid, positions);
     case StepKind::dequantize:
-      kernels.dequantize(step.int8.grid, reinterpret_cast<const uint8_t*>(at.input), at.output, pixels);
+      kernels.dequantize(step.int8.grid, reinterpret_cast<const uint8_t*>(at.input), at.output, positions);
       break;
     case StepKind::int8_pool: {
       Int8Pool c = step.int8.pool;
       c.input = reinterpret_cast<const uint8_t*>(at.input);
       c.output = reinterpret_cast<uint8_t*>(at.output);
-      return kernels.pool_max(c, pixels);
+      return kernels.pool_max(c, positions);
     }
     case StepKind::int8_depthwise: {
       Int8Depthwise c = placed(step.int8.depthwise, at);
       c.scratch = reinterpret_cast<const uint8_t**>(at.scratch);
-      kernels.depthwise(c, pixels);
+      kernels.depthwise(c, positions);
       break;
     }
     default: {
       Int8Conv c = placed(step.int8.conv, at);
       c.scratch = at.scratch;
-      kernels.conv(c, pixels, panels);
       channels = channels_of(c, panels, kernels.lanes);
+      if (step.kind == StepKind::int8_conv) {
+        kernels.conv(c, positions, panels);
+        break;
+      }
+      kernels.conv3x3_winograd(c, positions, panels);
+      if (!out.bytes) invalidate_tiles(at.output, out, at.invalid, positions, channels);
+      return;
     }
   }
-  if (!out.bytes) invalidate(at.output, out, at.invalid, pixels, channels);
+  if (!out.bytes) invalidate(at.output, out, at.invalid, positions, channels);
 }
 
 }  // namespace fastcascade

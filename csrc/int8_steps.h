@@ -6,11 +6,10 @@
 
 namespace fastcascade {
 
-// True where the convolution's kernel is the depthwise one.
-bool is_int8_depthwise(const OpSpec& op, const Shape& in);
+// The kernel of an int8_conv2d or int8_linear. Pitches are multiples of `pitch_lanes`.
+StepKind int8_step_kind(const OpSpec& op, const Shape& in, const Int8Kernels& kernels, int64_t pitch_lanes);
 
-// Packs the constants of an int8_conv2d or int8_linear into `step`, and fills in its arguments. Pitches are multiples
-// of `pitch_lanes`.
+// Packs the constants of an int8_conv2d or int8_linear into `step`, whose kind is set, and fills in its arguments.
 void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, int64_t pitch_lanes,
                      const Int8Kernels& kernels);
 
@@ -26,7 +25,8 @@ struct StepPlaces {
   int32_t* invalid;
 };
 
-// Runs the part of a step on bytes that covers these output pixels, over all instances, and panels of channels.
-void run_int8_step(const Network& net, const Step& step, const StepPlaces& at, Range pixels, Range panels);
+// Runs the part of a step on bytes that covers these output pixels, or Winograd tiles, over all instances, and panels
+// of channels.
+void run_int8_step(const Network& net, const Step& step, const StepPlaces& at, Range positions, Range panels);
 
 }  // namespace fastcascade

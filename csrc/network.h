@@ -52,6 +52,7 @@ enum class StepKind {
   quantize,
   dequantize,
   int8_conv,
+  int8_winograd,
   int8_depthwise,
   int8_pool
 };

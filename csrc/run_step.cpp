@@ -102,6 +102,7 @@ void run_step(const Network& net, const Step& step, const Source& source, float*
     case StepKind::quantize:
     case StepKind::dequantize:
     case StepKind::int8_conv:
+    case StepKind::int8_winograd:
     case StepKind::int8_depthwise:
     case StepKind::int8_pool:
       return run_int8_step(net, step, {x, residual, y, scratch, invalid}, part.positions, part.panels);

@@ -281,10 +281,13 @@ class StepBuilder {
 
   void add_int8_layer(const OpSpec& op) {
     const Value in = net_.values[op.inputs[0]], out = net_.values[op.output];
-    const StepKind kind = is_int8_depthwise(op, in.shape) ? StepKind::int8_depthwise : StepKind::int8_conv;
-    Step& step = add_step(kind, op, operation_text(op, in.shape), kInt8Prefix + std::string(net_.int8_kernels->isa));
-    pack_int8_layer(step, op, in, out, kernels_.lanes, *net_.int8_kernels);
+    const Int8Kernels& kernels = *net_.int8_kernels;
+    const StepKind kind = int8_step_kind(op, in.shape, kernels, kernels_.lanes);
+    const std::string name = kInt8Prefix + std::string(kernels.isa);
+    const bool winograd = kind == StepKind::int8_winograd;
+    Step& step = add_step(kind, op, operation_text(op, in.shape), winograd ? name + "_winograd" : name);
     step.min_items = kMinPixels;
+    pack_int8_layer(step, op, in, out, kernels_.lanes, kernels);
   }
 
   void add_grid(StepKind kind, const OpSpec& op, const char* kernel) {

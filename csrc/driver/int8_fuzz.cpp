@@ -67,6 +67,7 @@ Case make_case(uint64_t seed) {
   op.kernel = {random.between(1, 4), random.between(1, 4)};
   op.stride = {random.between(1, 2), random.between(1, 2)};
   op.dilation = {random.between(1, 2), random.between(1, 2)};
+  if (random.chance(40)) op.kernel = {3, 3}, op.stride = op.dilation = {1, 1};  // by Winograd where kernels have it
   for (int64_t& padding : op.padding) padding = random.between(0, 3);
   int64_t side[2];
   for (int axis = 0; axis < 2; ++axis) {
@@ -106,8 +107,9 @@ std::vector<uint8_t> run(const Case& c, const Int8Kernels& kernels, int64_t spli
   net.int8_kernels = &kernels;
   net.values = {c.in, c.out};
   Step step;
-  step.kind = is_int8_depthwise(c.op, c.in.shape) ? StepKind::int8_depthwise : StepKind::int8_conv;
+  step.kind = int8_step_kind(c.op, c.in.shape, kernels, kWidestVector);
   step.output = 1;
+  step.work_items = c.out.shape.h * c.out.shape.w;
   pack_int8_layer(step, c.op, c.in, c.out, kWidestVector, kernels);
   const int64_t pixels = c.instances * c.out.shape.h * c.out.shape.w, size = c.out.bytes ? 1 : 4;
   Buffer scratch(step.int8.scratch_floats), output(pixels * c.out.pitch * size / 4 + 16), input, residual;
@@ -115,9 +117,10 @@ std::vector<uint8_t> run(const Case& c, const Int8Kernels& kernels, int64_t spli
   const auto floats = [](const std::vector<uint8_t>& bytes) { return reinterpret_cast<const float*>(bytes.data()); };
   const StepPlaces at{floats(c.input), c.residual.empty() ? nullptr : floats(c.residual), output.data(), scratch.data(),
                       invalid.data()};
-  run_int8_step(net, step, at, {0, pixels * split / 100}, {0, step.panels});
-  run_int8_step(net, step, at, {pixels * split / 100, pixels}, {0, step.panels / 2});
-  run_int8_step(net, step, at, {pixels * split / 100, pixels}, {step.panels / 2, step.panels});
+  const int64_t positions = c.instances * step.work_items, middle = positions * split / 100;
+  run_int8_step(net, step, at, {0, middle}, {0, step.panels});
+  run_int8_step(net, step, at, {middle, positions}, {0, step.panels / 2});
+  run_int8_step(net, step, at, {middle, positions}, {step.panels / 2, step.panels});
   std::vector<uint8_t> result;
   const auto* bytes = reinterpret_cast<const uint8_t*>(output.data());
   for (int64_t pixel = 0; pixel < pixels; ++pixel)

@@ -79,10 +79,9 @@ FC_INLINE void store_outputs(const Int8Sums<R, B>& sums, const Int8Epilogue& e, 
    ...);
 }
 
-// R pixels × B blocks. `terms` are those of the first pixel, `offset` is its place in the output.
+// Σ_i terms[r][i] · weights[i][b] for R rows of `depth` terms and B blocks.
 template <int R, int B>
-FC_KERNEL void int8_tile(const Int8Conv& c, const Term* terms, const Term* weights, int64_t depth, int64_t channel,
-                         int64_t offset) {
+FC_INLINE Int8Sums<R, B> sum_terms(const Term* terms, const Term* weights, int64_t depth) {
   constexpr std::make_index_sequence<R * B> each;
   const TermRows<R> rows = term_rows<R>(terms, depth, std::make_index_sequence<(R + 2) / 3>());
   Int8Sums<R, B> sums;
@@ -92,8 +91,16 @@ FC_KERNEL void int8_tile(const Int8Conv& c, const Term* terms, const Term* weigh
     load_weights(w, weights, std::make_index_sequence<B>());
     multiply_terms<R, B>(sums, rows, i, w, each);
   }
+  return sums;
+}
+
+// R pixels × B blocks. `terms` are those of the first pixel, `offset` is its place in the output.
+template <int R, int B>
+FC_KERNEL void int8_tile(const Int8Conv& c, const Term* terms, const Term* weights, int64_t depth, int64_t channel,
+                         int64_t offset) {
+  const Int8Sums<R, B> sums = sum_terms<R, B>(terms, weights, depth);
   const Int8Epilogue e = c.epilogue;
-  store_outputs<R, B>(sums, e, c.output, channel, offset, c.geometry.pitch, each);
+  store_outputs<R, B>(sums, e, c.output, channel, offset, c.geometry.pitch, std::make_index_sequence<R * B>());
 }
 
 using Int8Tile = void (*)(const Int8Conv&, const Term*, const Term*, int64_t, int64_t, int64_t);
@@ -270,7 +277,10 @@ static void dequantize_u8(const ByteGrid& c, const uint8_t* x, float* y, Range p
     store(y + i, mul(sub(to_float(load_u8(x + i)), zero_point), scale));
 }
 
-static constexpr Int8Kernels make_int8_kernels(const char* isa) {
-  return {isa,         kLanes,       kGroup,       static_cast<int>(sizeof(Term)), kRows, conv_int8, depthwise_int8,
+using WinogradInt8 = void (*)(const Int8Conv&, Range tiles, Range panels);
+
+static constexpr Int8Kernels make_int8_kernels(const char* isa, WinogradInt8 winograd) {
+  return {isa,         kLanes,       kGroup,       static_cast<int>(sizeof(Term)),
+          kRows,       conv_int8,    winograd,     depthwise_int8,
           pool_max_u8, quantize_f32, dequantize_u8};
 }

@@ -59,7 +59,7 @@ FC_INLINE I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
 
 }  // namespace avx512vnni
 
-const Int8Kernels avx512vnni_int8_kernels = avx512vnni::make_int8_kernels("avx512vnni");
+const Int8Kernels avx512vnni_int8_kernels = avx512vnni::make_int8_kernels("avx512vnni", nullptr);
 
 }  // namespace fastcascade
 

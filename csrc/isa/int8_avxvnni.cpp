@@ -30,7 +30,7 @@ FC_INLINE I dot(I sum, I x, I w) {
 
 }  // namespace avxvnni
 
-const Int8Kernels avxvnni_int8_kernels = avxvnni::make_int8_kernels("avxvnni");
+const Int8Kernels avxvnni_int8_kernels = avxvnni::make_int8_kernels("avxvnni", nullptr);
 
 }  // namespace fastcascade
 

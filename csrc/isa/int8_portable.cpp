@@ -60,14 +60,28 @@ FC_INLINE I dot(I sum, I x, I w) {
   const I low = ((x << 16) >> 16) * ((w << 16) >> 16), high = (x >> 16) * (w >> 16);
   return add(sum, add(low, high));
 }
+// Eight terms.
+typedef int16_t H __attribute__((vector_size(16)));
+constexpr int kTermLanes = 8;
+FC_INLINE H widen(const uint8_t* p) { return H{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+FC_INLINE void store_terms(Term* p, H v) { std::memcpy(p, &v, sizeof v); }
+FC_INLINE H add_terms(H a, H b) { return a + b; }
+FC_INLINE H sub_terms(H a, H b) { return a - b; }
+FC_INLINE void store_i32(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
+FC_INLINE I sub(I a, I b) {
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return (I)((U)a - (U)b);
+}
+FC_INLINE I quarter(I v) { return v >> 2; }
 FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
 #include "../generic/int8.inl"
+#include "../generic/int8_winograd.inl"
 
 }  // namespace portable
 
-const Int8Kernels portable_int8_kernels = portable::make_int8_kernels("portable");
+const Int8Kernels portable_int8_kernels = portable::make_int8_kernels("portable", portable::conv3x3_winograd_int8);
 
 }  // namespace fastcascade

@@ -175,6 +175,20 @@ def test_the_largest_sums(run_ops: RunOps, kernels: str, value: int, weight: int
         assert sums[:, 2, 2].double().sub(exact).abs().max() <= 1e-5 * abs(exact) + 2
 
 
+@pytest.mark.parametrize(("value", "weight"), [(255, 127), (255, -127)])
+@pytest.mark.parametrize("channels", [1800, 1801])
+def test_the_largest_sums_of_winograd(
+    run_ops: RunOps, kernels: str, channels: int, value: int, weight: int
+) -> None:
+    """Winograd's sums are four times as large, so it stops where they would not fit in 32 bits."""
+    layer = random_layer(channels, 3, (3, 3), padding=(1, 1, 1, 1))
+    layer.weight.fill_(weight)
+    got, expected = run_bytes(run_ops, torch.full((1, channels, 3, 3), float(value)), [layer], kernels)
+    assert torch.equal(got, expected)
+    center = (got.reshape(3, 3, 3)[:, 1, 1] - layer.bias) / layer.multiplier
+    assert (center / (9.0 * channels * value * weight) - 1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "pool",
     [
@@ -204,12 +218,13 @@ def test_rounding(run_ops: RunOps, kernels: str, scale: float, zero_point: int) 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 def test_what_is_not_finite_makes_its_instance_invalid(
-    run_ops: RunOps, kernels: str, value: float, n: int
+    run_ops: RunOps, kernels: str, value: float, n: int, kernel: tuple[int, int]
 ) -> None:
     layers: list[Op] = [
         as_bytes(random_layer(17, 33, (3, 3), padding=(1, 1, 1, 1)), 0),
-        random_layer(33, 20, (1, 1), input=2, output=3),
+        random_layer(33, 20, kernel, input=2, output=3),
     ]
     x = random_bytes(n, 17, 5, 6)
     clean, _ = run_bytes(run_ops, x, layers, kernels)
@@ -230,8 +245,10 @@ def test_threads_give_the_same_bits(run_ops: RunOps, kernels: str, threads: int)
     layers: list[Op] = [
         as_bytes(random_layer(3, 40, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1)), 0),
         as_bytes(random_layer(40, 40, (3, 3), groups=40, input=2, output=3), 0),
-        as_bytes(random_layer(40, 100, (3, 3), groups=5, stride=(7, 7), input=3, output=4), 0),
-        random_layer(100, 90, (1, 1), input=4, output=5),
+        as_bytes(random_layer(40, 40, (3, 3), groups=5, input=3, output=4), 0),
+        as_bytes(random_layer(40, 100, (3, 3), groups=5, stride=(7, 7), input=4, output=5), 0),
+        as_bytes(random_layer(100, 90, (3, 3), padding=(1, 1, 1, 1), input=5, output=6), 0),
+        random_layer(90, 90, (1, 1), input=6, output=7),
     ]
     x = random_bytes(1, 3, 33, 27)
     one, expected = run_bytes(run_ops, x, layers, kernels)

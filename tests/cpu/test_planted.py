@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from native import (
     BF16_LAYER,
+    BYTE_WIDE_TILE,
     COMPILER,
     EARLY_GATE,
     LEFT_WAITING,
@@ -61,6 +62,7 @@ def test_the_engine_built_again_passes(
                 (EARLY_GATE, "test_kernels.py", "squeeze and avx2"),
                 (PADDED_SOFTMAX, "test_kernels.py", "test_other_layers and softmax and avx2"),
                 (ZERO_BORDER, "test_int8_kernels.py", "test_convolution and avx2 and 128"),
+                (BYTE_WIDE_TILE, "test_int8_kernels.py", "test_convolution and avx2"),
                 (SATURATED_PAIRS, "test_int8_kernels.py", "test_the_largest_sums and avx2"),
                 (ONE_MULTIPLIER, "test_int8_kernels.py", "test_convolution and avx2"),
                 (SILENT_NAN, "test_int8_kernels.py", "not_finite and avx2"),

@@ -173,6 +173,13 @@ ZERO_BORDER = Fault(
     "fill_terms(to, row_terms, 0);",
     "int8_avx2.cpp",
 )
+BYTE_WIDE_TILE = Fault(
+    "tiles of Winograd on bytes end beyond an odd map",
+    "generic/int8_winograd.inl",
+    "right = at.x + 1 < width,",
+    "right = true,",
+    "int8_avx2.cpp",
+)
 SATURATED_PAIRS = Fault(
     "pairs of products saturate at 16 bits",
     "isa/int8_avx2.cpp",
