@@ -31,7 +31,7 @@ struct Int8Epilogue {
 struct Int8Conv {
   const uint8_t* input;
   void* output;
-  const void* weights;     // see pack_int8 and pack_winograd_int8
+  const void* weights;     // see pack_int8; of Winograd, transformed
   const uint8_t* padding;  // a pixel of zero points, for Winograd
   void* scratch;           // int8_scratch_bytes() or int8_winograd_scratch_bytes()
   ConvGeometry geometry;

@@ -1,6 +1,6 @@
 // Winograd F(2×2, 3×3) in integers, for kernels whose terms have 16 bits (Lavin & Gray 2016, "Fast algorithms for
 // convolutional neural networks"). Inputs are transformed by sums and differences of bytes, at most ±1020. Weights are
-// transformed by 2 G instead of G, at most ±1143 (pack_winograd_int8), so that nothing is a fraction: the sums are
+// transformed by 2 G instead of G, at most ±1143 (int8_steps.cpp), so that nothing is a fraction: the sums are
 // exactly four times those of a direct convolution, to the bit. H is a vector of kTermLanes terms.
 //
 // A tile is 2×2 outputs and the 4×4 inputs under them. Scratch holds 16 slots of transformed inputs, [tile][term], and
