@@ -183,9 +183,9 @@ BYTE_WIDE_TILE = Fault(
 SATURATED_PAIRS = Fault(
     "pairs of products saturate at 16 bits",
     "isa/int8_avx2.cpp",
-    "sum = add(sum, _mm256_madd_epi16(x, w));",
-    "const I pair = _mm256_madd_epi16(x, w), most = _mm256_set1_epi32(32767);\n"
-    "  sum = add(sum, _mm256_max_epi32(_mm256_min_epi32(pair, most), _mm256_set1_epi32(-32768)));",
+    "const I product = _mm256_madd_epi16(x, w);",
+    "const I most = _mm256_set1_epi32(32767), least = _mm256_set1_epi32(-32768);\n"
+    "  const I product = _mm256_max_epi32(_mm256_min_epi32(_mm256_madd_epi16(x, w), most), least);",
 )
 ONE_MULTIPLIER = Fault(
     "one multiplier serves all output channels",
