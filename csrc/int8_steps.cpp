@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 
+#include "kernel_choice.h"
 #include "pack.h"
 
 namespace fastcascade {
@@ -122,18 +123,16 @@ void pack_product(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t p
   c.group_channels = merged.in;
   c.tap_terms = round_up(merged.in, kernels.group);
   c.blocks_per_group = g.pitch / kernels.lanes / merged.groups;
-  if (winograd)
-    step.weights = pack_int8<int16_t>(winograd_weights(merged), c.tap_terms, c.blocks_per_group, kernels);
-  else
-    step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(merged, c.tap_terms, c.blocks_per_group, kernels)
-                                           : pack_int8<int8_t>(merged, c.tap_terms, c.blocks_per_group, kernels);
+  const MergedWeights weights = winograd ? winograd_weights(merged) : merged;
+  step.weights = kernels.term_bytes == 2 ? pack_int8<int16_t>(weights, c.tap_terms, c.blocks_per_group, kernels)
+                                         : pack_int8<int8_t>(weights, c.tap_terms, c.blocks_per_group, kernels);
   c.weights = step.weights.data();
   c.zero_point = static_cast<uint8_t>(op.int8.zero_point);
   c.epilogue = pack_epilogue(step, op, g.pitch);
   step.panels = merged.groups * int8_panels(c.blocks_per_group);
-  step.int8.padding = padding_pixel(op, g);
-  c.padding = step.int8.padding.data();
   if (winograd) {
+    step.int8.padding = padding_pixel(op, g);
+    c.padding = step.int8.padding.data();
     step.work_items = ((g.height + 1) / 2) * ((g.width + 1) / 2);
     step.min_items = kernels.rows;
   }
@@ -183,13 +182,10 @@ Layer placed(Layer c, const StepPlaces& at) {
 
 StepKind int8_step_kind(const OpSpec& op, const Shape& in, const Int8Kernels& kernels, int64_t pitch_lanes) {
   if (op.kind != OpKind::int8_conv2d) return StepKind::int8_conv;
-  if (op.groups > 1 && op.groups == op.weight_shape[0] && op.weight_shape[1] == 1 && in.c == op.groups)
-    return StepKind::int8_depthwise;
-  const std::array<int64_t, 2> one{1, 1}, three{3, 3};
-  const bool is_3x3 = op.kernel == three && op.stride == one && op.dilation == one;
+  if (is_depthwise(op, in)) return StepKind::int8_depthwise;
   const int64_t merged = op.groups == 1 ? 1 : neighbours_to_merge(op, pitch_lanes);
   const bool fits = op.weight_shape[1] * merged <= kMaxInt8WinogradChannels;
-  return is_3x3 && fits && kernels.conv3x3_winograd ? StepKind::int8_winograd : StepKind::int8_conv;
+  return is_3x3_without_stride(op) && fits && kernels.conv3x3_winograd ? StepKind::int8_winograd : StepKind::int8_conv;
 }
 
 void pack_int8_layer(Step& step, const OpSpec& op, const Value& in, const Value& out, int64_t pitch_lanes,

@@ -32,23 +32,23 @@ bool winograd_is_faster(const std::string& isa, int64_t in_channels, const Shape
   return false;
 }
 
-bool can_use_depthwise(const OpSpec& op, const Shape& in) {
+}  // namespace
+
+bool is_depthwise(const OpSpec& op, const Shape& in) {
   return op.groups > 1 && op.groups == op.weight_shape[0] && op.weight_shape[1] == 1 && in.c == op.groups;
 }
 
-bool can_use_winograd(const OpSpec& op) {
+bool is_3x3_without_stride(const OpSpec& op) {
   const std::array<int64_t, 2> one{1, 1}, three{3, 3};
-  return op.kernel == three && op.stride == one && op.dilation == one &&
-         *std::max_element(op.padding.begin(), op.padding.end()) <= 1;
+  return op.kernel == three && op.stride == one && op.dilation == one;
 }
-
-}  // namespace
 
 ConvKernel choose_conv_kernel(const OpSpec& op, const Shape& in, const Shape& out, const KernelTable& kernels,
                               const std::string& forced) {
   if (forced == "conv_direct_f32") return ConvKernel::direct;
-  if (can_use_depthwise(op, in)) return ConvKernel::depthwise;
-  if (!can_use_winograd(op)) return ConvKernel::direct;
+  if (is_depthwise(op, in)) return ConvKernel::depthwise;
+  const bool pads_little = *std::max_element(op.padding.begin(), op.padding.end()) <= 1;
+  if (!is_3x3_without_stride(op) || !pads_little) return ConvKernel::direct;
   // Channels of a group, merged with its neighbours as pack.h says.
   const int64_t merged = op.groups == 1 ? 1 : neighbours_to_merge(op, kernels.lanes);
   const int64_t group_in = op.weight_shape[1] * merged, group_out = op.weight_shape[0] / op.groups * merged;

@@ -12,6 +12,12 @@ namespace fastcascade {
 
 enum class ConvKernel { direct, depthwise, winograd };
 
+// A group for every channel, with one output each.
+bool is_depthwise(const OpSpec& op, const Shape& in);
+
+// What Winograd can compute, neither strided nor dilated.
+bool is_3x3_without_stride(const OpSpec& op);
+
 // The kernel of a conv2d. `forced` is "conv_direct_f32" or "conv3x3_winograd_f32", used wherever it can run, or ""
 // for the measured choice.
 ConvKernel choose_conv_kernel(const OpSpec& op, const Shape& in, const Shape& out, const KernelTable& kernels,
