@@ -132,7 +132,7 @@ bench: $(VENV)/.peers  ## measure against other runtimes, and show every target
 bench-docs: install  ## update the tables in docs/performance.md from the newest results
 	@$(bench_folder) && $(bin)/python -m bench.tables "$$(ls -t $(CURDIR)/bench/results/*.json | head -1)"
 
-bench-int8: $(VENV)/.peers  ## measure int8 against OpenVINO's and ONNX Runtime's
+bench-int8: $(VENV)/.peers $(VENV)/.coverage-networks  ## measure int8 against OpenVINO's and ONNX Runtime's
 	@$(bench_folder) && $(bin)/python -m bench.int8 $(ARGS)
 
 bench-serving: install  ## measure requests per second with fc.Batcher and with one call per request
