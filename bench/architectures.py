@@ -95,6 +95,7 @@ ATTENTION = ("timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224", "
 NUM_CLASSES = 1000
 _SEED = 20
 _LOGIT_SD = 3.0
+_CALM, _BRANCH_GAIN = "?calm", 0.2
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -104,14 +105,21 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     branches by 0 or 1e-6, are random as well: otherwise an error in a branch would not show. Logits have
     mean 0 and standard deviation 3 per class over other images: on those that set the norms, some networks'
     logits vary an order of magnitude less.
+
+    A name that ends in "?calm" stands for a network that does not multiply rounding errors, as trained ones do
+    not: residual branches add little, and logits differ more from class to class than from image to image.
     """
+    calm = name.endswith(_CALM)
+    name = name.removesuffix(_CALM)
     torch.manual_seed(_SEED)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums, and so weights, do not depend on the number of threads
     network, shape = _create(name)
     _randomise(network)
+    if calm:
+        _weaken_branches(network)
     network = _with_statistics_of(network, sample_images(4, shape, _SEED))
-    standardised = Standardised(network, sample_images(4, shape, _SEED + 1)).eval()
+    standardised = Standardised(network, sample_images(4, shape, _SEED + 1), by_class=not calm).eval()
     torch.set_num_threads(threads)
     return standardised, shape
 
@@ -148,15 +156,20 @@ def sample_images(n: int, shape: tuple[int, int, int], seed: int) -> Tensor:
 
 
 class Standardised(nn.Module):
-    """A network whose logits are brought to mean 0 and standard deviation 3 over some images."""
+    """A network whose logits are brought to mean 0 and standard deviation 3 over some images.
 
-    def __init__(self, network: nn.Module, images: Tensor) -> None:
+    Args:
+        by_class: each class over the images, or else the mean over the images over all classes.
+    """
+
+    def __init__(self, network: nn.Module, images: Tensor, by_class: bool = True) -> None:
         super().__init__()
         self.network = network
         with torch.no_grad():
             logits = network(images)
-        self.register_buffer("mean", logits.mean(0))
-        self.register_buffer("scale", _LOGIT_SD / logits.std(0).mean())
+        deviation = logits.std(0).mean() if by_class else logits.mean(0).std()
+        self.register_buffer("mean", logits.mean(0) if by_class else logits.mean())
+        self.register_buffer("scale", _LOGIT_SD / deviation)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.network(x) - self.mean) * self.scale  # type: ignore[no-any-return]
@@ -184,6 +197,19 @@ def _randomise(network: nn.Module) -> None:
                 continue
             gain = float(parameter.flatten()[0]) == 1 or (name == "weight" and parameter.ndim == 1)
             parameter.uniform_(0.5, 1.5) if gain else parameter.normal_(0, 0.1)
+
+
+@torch.no_grad()
+def _weaken_branches(network: nn.Module) -> None:
+    """Scale down the last norm of the residual branches of torchvision's blocks."""
+    for block in network.modules():
+        kind = type(block).__name__
+        if kind in ("BasicBlock", "Bottleneck"):
+            (block.bn2 if kind == "BasicBlock" else block.bn3).weight.mul_(_BRANCH_GAIN)
+        elif kind == "InvertedResidual" and block.use_res_connect:
+            block.conv[-1].weight.mul_(_BRANCH_GAIN)
+        elif kind == "MBConv" and block.use_res_connect:
+            block.block[-1][1].weight.mul_(_BRANCH_GAIN)
 
 
 def _with_statistics_of(network: nn.Module, images: Tensor) -> nn.Module:
