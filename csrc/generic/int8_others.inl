@@ -1,0 +1,109 @@
+// The int8 kernels besides convolution as a matrix product, and their table.
+
+// ---- depthwise convolution ----
+
+// The input pixels under the taps of `count` output pixels, [tap][kDepthwisePixels]; padding outside the image.
+static void find_taps(const Int8Depthwise& c, int64_t first, int64_t count) {
+  const ConvGeometry& g = c.geometry;
+  PixelPlace at = place_of(first, g);
+  for (int64_t i = 0; i < count; ++i, step_pixel(at, g)) {
+    const uint8_t** tap = c.scratch + i;
+    for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+      const int64_t y = at.y * g.stride_h - g.pad_top + ky * g.dilation_h;
+      for (int64_t kx = 0; kx < g.kernel_w; ++kx, tap += kDepthwisePixels) {
+        const int64_t x = at.x * g.stride_w - g.pad_left + kx * g.dilation_w;
+        const bool inside = y >= 0 && y < g.in_height && x >= 0 && x < g.in_width;
+        *tap = inside ? c.input + ((at.image * g.in_height + y) * g.in_width + x) * g.in_pitch : c.padding;
+      }
+    }
+  }
+}
+
+template <int R>
+FC_KERNEL void int8_depthwise_pixels(const Int8Depthwise& c, int64_t first) {
+  const ConvGeometry& g = c.geometry;
+  const int64_t taps = g.kernel_h * g.kernel_w, pitch = g.pitch;
+  const Int8Epilogue e = c.epilogue;
+  const int32_t* weights = c.weights;
+  for (int64_t channel = 0; channel < pitch; channel += kLanes) {
+    I sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = load_i32(e.start + channel);
+    for (int64_t tap = 0; tap < taps; ++tap, weights += kLanes) {
+      const I w = load_i32(weights);
+      for (int r = 0; r < R; ++r)
+        sums[r] = dot_bytes(sums[r], load_u8(c.scratch[tap * kDepthwisePixels + r] + channel), w);
+    }
+    for (int r = 0; r < R; ++r) store_output(sums[r], e, c.output, channel, (first + r) * pitch + channel);
+  }
+}
+
+static void depthwise_int8(const Int8Depthwise& c, Range pixels) {
+  int64_t pixel = pixels.begin;
+  for (; pixel + kDepthwisePixels <= pixels.end; pixel += kDepthwisePixels) {
+    find_taps(c, pixel, kDepthwisePixels);
+    int8_depthwise_pixels<kDepthwisePixels>(c, pixel);
+  }
+  for (; pixel < pixels.end; ++pixel) {
+    find_taps(c, pixel, 1);
+    int8_depthwise_pixels<1>(c, pixel);
+  }
+}
+
+// ---- pooling, bytes from and to float32 ----
+
+FC_INLINE Range window_of(const PoolAxis& axis, int64_t i) {
+  const int64_t begin = i * axis.stride - axis.pad_before, end = begin + axis.kernel;
+  return {begin < 0 ? 0 : begin, end > axis.in ? axis.in : end};
+}
+
+static void pool_max_u8(const Int8Pool& c, Range pixels) {
+  const int64_t area = c.rows.count * c.columns.count;
+  for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+    const Range ys = window_of(c.rows, pixel % area / c.columns.count),
+                xs = window_of(c.columns, pixel % c.columns.count);
+    const uint8_t* image = c.input + pixel / area * c.rows.in * c.columns.in * c.pitch;
+    uint8_t* __restrict to = c.output + pixel * c.pitch;
+    for (int64_t i = 0; i < c.pitch; ++i) to[i] = 0;
+    for (int64_t y = ys.begin; y < ys.end; ++y)
+      for (int64_t x = xs.begin; x < xs.end; ++x) {
+        const uint8_t* __restrict from = image + (y * c.columns.in + x) * c.pitch;
+        for (int64_t i = 0; i < c.pitch; ++i) to[i] = to[i] < from[i] ? from[i] : to[i];
+      }
+  }
+}
+
+static void quantize_f32(const ByteGrid& c, const float* x, uint8_t* y, int32_t* invalid, Range pixels) {
+  const F inverse = broadcast(1.f / c.scale), low = broadcast(static_cast<float>(-c.zero_point)),
+          high = broadcast(static_cast<float>(255 - c.zero_point));
+  const I zero_point = broadcast_i32(c.zero_point);
+  while (pixels.begin < pixels.end) {
+    const int64_t instance = pixels.begin / c.area, next = (instance + 1) * c.area;
+    const int64_t begin = pixels.begin * c.pitch, end = (next < pixels.end ? next : pixels.end) * c.pitch;
+    F nothing = broadcast(0.f);  // stays 0 while all values are finite
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const F v = load(x + i);
+      nothing = add(nothing, mul(v, broadcast(0.f)));
+      store_u8(y + i, add(round_to_i32(clamp(mul(v, inverse), low, high)), zero_point));
+    }
+    float parts[kLanes];
+    store(parts, nothing);
+    for (const float part : parts)
+      if (!(part == 0.f)) __atomic_store_n(invalid + instance, 1, __ATOMIC_RELAXED);
+    pixels.begin = next;
+  }
+}
+
+static void dequantize_u8(const ByteGrid& c, const uint8_t* x, float* y, Range pixels) {
+  const F scale = broadcast(c.scale), zero_point = broadcast(static_cast<float>(c.zero_point));
+  for (int64_t i = pixels.begin * c.pitch; i < pixels.end * c.pitch; i += kLanes)
+    store(y + i, mul(sub(to_float(load_u8(x + i)), zero_point), scale));
+}
+
+using ConvInt8 = void (*)(const Int8Conv&, Range items, Range panels);
+
+static constexpr Int8Kernels make_int8_kernels(const char* isa, ConvInt8 conv, ConvInt8 winograd) {
+  return {isa,          kLanes,         kGroup,      static_cast<int>(sizeof(Term)),
+          kRows,        kLeastRows,     kRunUnit,    conv,
+          winograd,     depthwise_int8, pool_max_u8, quantize_f32,
+          dequantize_u8};
+}
