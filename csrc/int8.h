@@ -95,9 +95,10 @@ struct Int8Kernels {
   int lanes;  // output channels of a vector
   int group;  // terms that one instruction multiplies and adds up in each lane
   int term_bytes;
-  int rows;        // pixels of the largest tile
-  int least_rows;  // that a tile reads: fewer pixels have terms behind them that may be read
-  int run_unit;    // terms that a run is rounded up to
+  int rows;         // pixels of the largest tile
+  int least_rows;   // that a tile reads: fewer pixels have terms behind them that may be read
+  int run_unit;     // terms that a run is rounded up to
+  int chunk_terms;  // that stay in the second-level cache, at most
   // `items` counts output pixels over all instances, or output rows where terms are padded; `panels` pairs of blocks
   // over all groups.
   void (*conv)(const Int8Conv&, Range items, Range panels);

@@ -307,20 +307,22 @@ Layer placed(Layer c, const StepPlaces& at) {
   return c;
 }
 
-// Terms that are prepared together. They stay in the first-level cache where weights are few. Many weights are read
-// from further away for every chunk, so chunks are larger then.
+// Terms and outputs of a chunk. They stay in the first-level cache where weights are few. Many weights are read from
+// further away for every chunk, so chunks are larger then.
 int64_t chunk_terms(const Int8Conv& c, const Int8Kernels& kernels) {
   const int64_t weights = c.depth() * c.blocks_per_group * kernels.lanes;
-  return std::clamp<int64_t>(weights / 2, 32 << 10, 192 << 10);
+  return std::clamp<int64_t>(weights / 2, 32 << 10, kernels.chunk_terms);
 }
 
 }  // namespace
 
 int64_t int8_chunk_items(const Int8Conv& c, const Int8Kernels& kernels) {
+  const ConvGeometry& g = c.geometry;
+  const int64_t limit = chunk_terms(c, kernels);
   if (c.terms != Int8Terms::padded)
-    return std::max<int64_t>(1, chunk_terms(c, kernels) / c.depth() / kernels.rows) * kernels.rows;
-  const int64_t rows = chunk_terms(c, kernels) / (c.geometry.stride_h * c.row_pixels * c.tap_terms);
-  return std::clamp<int64_t>(rows, 1, c.has_stride() ? kInt8Strips : (kInt8Strips - 2) * c.geometry.height);
+    return std::max<int64_t>(1, limit / (c.depth() + g.pitch) / kernels.rows) * kernels.rows;
+  const int64_t rows = limit / (g.stride_h * c.row_pixels * c.tap_terms + g.width * g.pitch);
+  return std::clamp<int64_t>(rows, 1, c.has_stride() ? kInt8Strips : (kInt8Strips - 2) * g.height);
 }
 
 int64_t int8_scratch_bytes(const Int8Conv& c, const Int8Kernels& kernels) {

@@ -1,6 +1,6 @@
 // The int8 kernels of an instruction set whose products are computed in vector registers.
 
-constexpr int kLeastRows = 1, kRunUnit = kGroup;
+constexpr int kLeastRows = 1, kRunUnit = kGroup, kChunkTerms = 192 << 10;
 
 // clang-format off
 #include "int8.inl"

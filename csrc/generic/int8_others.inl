@@ -56,20 +56,35 @@ FC_INLINE Range window_of(const PoolAxis& axis, int64_t i) {
   return {begin < 0 ? 0 : begin, end > axis.in ? axis.in : end};
 }
 
-static void pool_max_u8(const Int8Pool& c, Range pixels) {
+template <int W>
+FC_INLINE void max_bytes(const Int8Pool& c, const uint8_t* image, Range ys, Range xs, uint8_t* to) {
+  typedef uint8_t Bytes __attribute__((vector_size(W)));
+  for (int64_t i = 0; i < c.pitch; i += W) {
+    Bytes most = {};
+    for (int64_t y = ys.begin; y < ys.end; ++y)
+      for (int64_t x = xs.begin; x < xs.end; ++x) {
+        Bytes v;
+        std::memcpy(&v, image + (y * c.columns.in + x) * c.pitch + i, W);
+        most = most > v ? most : v;
+      }
+    std::memcpy(to + i, &most, W);
+  }
+}
+
+// W bytes at a time, which divide the pitch.
+template <int W>
+FC_KERNEL void pool_max_bytes(const Int8Pool& c, Range pixels) {
   const int64_t area = c.rows.count * c.columns.count;
   for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
     const Range ys = window_of(c.rows, pixel % area / c.columns.count),
                 xs = window_of(c.columns, pixel % c.columns.count);
-    const uint8_t* image = c.input + pixel / area * c.rows.in * c.columns.in * c.pitch;
-    uint8_t* __restrict to = c.output + pixel * c.pitch;
-    for (int64_t i = 0; i < c.pitch; ++i) to[i] = 0;
-    for (int64_t y = ys.begin; y < ys.end; ++y)
-      for (int64_t x = xs.begin; x < xs.end; ++x) {
-        const uint8_t* __restrict from = image + (y * c.columns.in + x) * c.pitch;
-        for (int64_t i = 0; i < c.pitch; ++i) to[i] = to[i] < from[i] ? from[i] : to[i];
-      }
+    max_bytes<W>(c, c.input + pixel / area * c.rows.in * c.columns.in * c.pitch, ys, xs, c.output + pixel * c.pitch);
   }
+}
+
+static void pool_max_u8(const Int8Pool& c, Range pixels) {
+  constexpr int kWidest = 4 * kLanes;
+  (c.pitch % kWidest ? pool_max_bytes<kLanes> : pool_max_bytes<kWidest>)(c, pixels);
 }
 
 static void quantize_f32(const ByteGrid& c, const float* x, uint8_t* y, int32_t* invalid, Range pixels) {
@@ -80,10 +95,19 @@ static void quantize_f32(const ByteGrid& c, const float* x, uint8_t* y, int32_t*
     const int64_t instance = pixels.begin / c.area, next = (instance + 1) * c.area;
     const int64_t begin = pixels.begin * c.pitch, end = (next < pixels.end ? next : pixels.end) * c.pitch;
     F nothing = broadcast(0.f);  // stays 0 while all values are finite
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const F v = load(x + i);
+    const auto quantize = [&](const float* from, uint8_t* to) {
+      const F v = load(from);
       nothing = add(nothing, mul(v, broadcast(0.f)));
-      store_u8(y + i, add(round_to_i32(clamp(mul(v, inverse), low, high)), zero_point));
+      store_u8(to, add(round_to_i32(clamp(mul(v, inverse), low, high)), zero_point));
+    };
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) quantize(x + i, y + i);
+    if (i < end) {  // what follows may belong to another instance
+      float rest[kLanes] = {};
+      uint8_t bytes[kLanes];
+      for (int64_t k = i; k < end; ++k) rest[k - i] = x[k];
+      quantize(rest, bytes);
+      for (int64_t k = i; k < end; ++k) y[k] = bytes[k - i];
     }
     float parts[kLanes];
     store(parts, nothing);
@@ -102,8 +126,8 @@ static void dequantize_u8(const ByteGrid& c, const uint8_t* x, float* y, Range p
 using ConvInt8 = void (*)(const Int8Conv&, Range items, Range panels);
 
 static constexpr Int8Kernels make_int8_kernels(const char* isa, ConvInt8 conv, ConvInt8 winograd) {
-  return {isa,          kLanes,         kGroup,      static_cast<int>(sizeof(Term)),
-          kRows,        kLeastRows,     kRunUnit,    conv,
-          winograd,     depthwise_int8, pool_max_u8, quantize_f32,
-          dequantize_u8};
+  return {isa,          kLanes,       kGroup,         static_cast<int>(sizeof(Term)),
+          kRows,        kLeastRows,   kRunUnit,       kChunkTerms,
+          conv,         winograd,     depthwise_int8, pool_max_u8,
+          quantize_f32, dequantize_u8};
 }

@@ -17,7 +17,7 @@
 namespace fastcascade {
 namespace amx {
 
-constexpr int kRows = 64, kLeastRows = 16, kRunUnit = 64;
+constexpr int kRows = 64, kLeastRows = 16, kRunUnit = 64, kChunkTerms = 640 << 10;
 
 #include "int8_avx512_operations.inl"
 
