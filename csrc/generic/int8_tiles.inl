@@ -85,13 +85,22 @@ inline Int8Tile int8_tile_of(int64_t rows, std::index_sequence<R...>) {
   return table[rows - 1];
 }
 
-// One panel for the positions of a strip.
-template <int B>
-static void multiply_strip(const Int8Conv& c, const Strip& strip, int64_t block) {
-  const int64_t channel = block * kLanes;
-  const Term* weights = static_cast<const Term*>(c.weights) + channel * c.depth();
-  for (int64_t position = 0; position < strip.positions; position += kRows) {
-    const int64_t left = strip.positions - position, rows = left < kRows ? left : kRows;
-    int8_tile_of<B>(rows, std::make_index_sequence<kRows>())(c, strip, position, weights, channel);
+// The products of a convolution.
+class VectorProducts {
+ public:
+  explicit VectorProducts(const Int8Conv& c) : c_(c) {}
+
+  // One panel for the positions of a strip.
+  template <int B>
+  void multiply(const Strip& strip, int64_t block) const {
+    const int64_t channel = block * kLanes;
+    const Term* weights = static_cast<const Term*>(c_.weights) + channel * c_.depth();
+    for (int64_t position = 0; position < strip.positions; position += kRows) {
+      const int64_t left = strip.positions - position, rows = left < kRows ? left : kRows;
+      int8_tile_of<B>(rows, std::make_index_sequence<kRows>())(c_, strip, position, weights, channel);
+    }
   }
-}
+
+ private:
+  const Int8Conv& c_;
+};

@@ -35,7 +35,10 @@ FC_INLINE void store_512(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
 
 static void conv_int8_in_tiles(const Int8Conv& c, Range items, Range panels) {
   const TileRegisters registers;
-  conv_int8(c, items, panels);
+  const auto conv = !c.epilogue.to_bytes  ? conv_int8<TileProducts<Output::floats>>
+                    : c.epilogue.residual ? conv_int8<TileProducts<Output::bytes_with_residual>>
+                                          : conv_int8<TileProducts<Output::bytes>>;
+  conv(c, items, panels);
 }
 
 }  // namespace amx

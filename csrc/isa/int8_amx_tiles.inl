@@ -68,31 +68,32 @@ FC_INLINE I pack_bytes(I a, I b, I c, I d) {
 
 enum class Output { bytes, bytes_with_residual, floats };
 
-// Finishes the sums of some positions of a strip, a few at a time, so that it can be done between other work. `sums`
-// are [position][B blocks of channels].
+// Sums that wait in memory, [position][B blocks of channels].
+struct WaitingBlock {
+  Strip strip;
+  int64_t begin, positions, channel;
+};
+
+// Finishes the sums of a block, a few at a time, so that it can be done between other work.
 template <int B, Output kOutput>
 class BlockFinisher {
  public:
   static constexpr int64_t kPositions = 4 / B;  // at a time: four vectors
 
-  FC_INLINE_METHOD BlockFinisher(const Int8Conv& c, const Strip& strip, const int32_t* sums, int64_t channel)
+  FC_INLINE_METHOD BlockFinisher(const Int8Conv& c, const WaitingBlock& block, const int32_t* sums)
       : epilogue_(c.epilogue),
         output_(c.output),
         pitch_(c.position_pitch()),
-        channel_(channel),
-        strip_output_(strip.output),
-        width_(strip.width),
-        padded_width_(strip.padded_width),
-        all_sums_(sums),
-        multiplier_{load(epilogue_.multiplier + channel), load(epilogue_.multiplier + channel + (B - 1) * kLanes)},
-        bias_{load(epilogue_.bias + channel), load(epilogue_.bias + channel + (B - 1) * kLanes)} {}
-
-  FC_INLINE_METHOD void start(Range positions) {
-    sums_ = all_sums_;
-    left_ = positions.end - positions.begin;
-    x_ = positions.begin % padded_width_;
+        channel_(block.channel),
+        width_(block.strip.width),
+        padded_width_(block.strip.padded_width),
+        multiplier_{load(epilogue_.multiplier + channel_), load(epilogue_.multiplier + channel_ + (B - 1) * kLanes)},
+        bias_{load(epilogue_.bias + channel_), load(epilogue_.bias + channel_ + (B - 1) * kLanes)},
+        sums_(sums),
+        left_(block.positions),
+        x_(block.begin % padded_width_) {
     const int64_t in_row = x_ < width_ ? x_ : width_;  // padding has no outputs
-    offset_ = (strip_output_ + positions.begin / padded_width_ * width_ + in_row) * pitch_ + channel_;
+    offset_ = (block.strip.output + block.begin / padded_width_ * width_ + in_row) * pitch_ + channel_;
   }
 
   // About how often finish_some() has to be called.
@@ -118,11 +119,10 @@ class BlockFinisher {
  private:
   const Int8Epilogue epilogue_;
   void* const output_;
-  const int64_t pitch_, channel_, strip_output_, width_, padded_width_;
-  const int32_t* const all_sums_;
+  const int64_t pitch_, channel_, width_, padded_width_;
   const F multiplier_[2], bias_[2];
-  const int32_t* sums_ = nullptr;
-  int64_t left_ = 0, x_ = 0, offset_ = 0;
+  const int32_t* sums_;
+  int64_t left_, x_, offset_;
 
   FC_INLINE_METHOD void skip(int64_t count) {
     sums_ += count * B * kLanes;
@@ -130,7 +130,7 @@ class BlockFinisher {
     x_ += count;
   }
 
-  // The I-th vector as integers that fit bytes. Of positions behind the last, the residual of the first will do.
+  // The N-th vector as integers that fit bytes. Of positions behind the last, the residual of the first will do.
   template <int N>
   FC_INLINE_METHOD I finish(int64_t count) const {
     F y = add(exact(mul(to_float(load_i32(sums_ + N * kLanes)), multiplier_[N % B])), bias_[N % B]);
@@ -163,16 +163,15 @@ class BlockFinisher {
   }
 };
 
-// Adds up M · 16 positions × B · 16 channels in the tiles, and meanwhile finishes the block before, whose sums are in
-// memory: the processor does not find that work by itself, behind so many instructions of tiles. Then replaces those.
+// Adds up M · 16 positions × B · 16 channels in the tiles, and meanwhile finishes the block that waits: the processor
+// does not find that work by itself, behind so many instructions of tiles. Then the new sums take its place.
 template <int M, int B, Output kOutput>
 FC_KERNEL void sum_block(const Int8Conv& c, const Term* terms, const Term* weights, int64_t channel,
-                         BlockFinisher<B, kOutput>& before, int32_t* sums) {
+                         const WaitingBlock& waiting, int32_t* sums) {
   constexpr std::make_index_sequence<M * B> each;
-  BlockFinisher<B, kOutput> finisher = before;  // a copy, which may stay in registers
+  BlockFinisher<B, kOutput> finisher(c, waiting, sums);
   const int64_t run_count = c.run_count, run_terms = c.run_terms, step = c.position_terms, *const runs = c.runs;
-  const int64_t turns =
-      (finisher.turns() + run_count * run_terms / kTileTerms - 1) / (run_count * run_terms / kTileTerms);
+  const int64_t products = run_count * run_terms / kTileTerms, turns = (finisher.turns() + products - 1) / products;
   start_sums<B>(c.epilogue.start + channel, each);
   for (int64_t run = 0; run < run_count; ++run) {
     const Term* at = terms + runs[run];
@@ -193,30 +192,46 @@ inline auto sum_block_of(int64_t tiles, std::index_sequence<M...>) {
   return table[tiles - 1];
 }
 
-template <int B, Output kOutput>
-static void multiply_strip(const Int8Conv& c, const Strip& strip, int64_t channel) {
-  constexpr int64_t kTiles = 4 / B, kPositions = kTiles * kTileRows;
-  const Term* weights = static_cast<const Term*>(c.weights) + channel * c.depth();
-  alignas(64) int32_t sums[4 * kTileRows * kLanes];
-  BlockFinisher<B, kOutput> finisher(c, strip, sums, channel);
-  for (int64_t position = 0; position < strip.positions; position += kPositions) {
-    const int64_t end = position + kPositions < strip.positions ? position + kPositions : strip.positions;
-    const auto sum =
-        sum_block_of<B, kOutput>((end - position + kTileRows - 1) / kTileRows, std::make_index_sequence<kTiles>());
-    sum(c, strip.terms + position * c.position_terms, weights, channel, finisher, sums);
-    finisher.start({position, end});
-  }
-  while (!finisher.is_done()) finisher.finish_some();
-}
+// The products of a convolution. The last block waits until the next is added up, or until the end.
+template <Output kOutput>
+class TileProducts {
+ public:
+  explicit TileProducts(const Int8Conv& c) : c_(c) {}
+  ~TileProducts() { finish_waiting(); }
+  TileProducts(const TileProducts&) = delete;
+  TileProducts& operator=(const TileProducts&) = delete;
 
-// One panel for the positions of a strip.
-template <int B>
-static void multiply_strip(const Int8Conv& c, const Strip& strip, int64_t block) {
-  const int64_t channel = block * kLanes;
-  if (!c.epilogue.to_bytes)
-    multiply_strip<B, Output::floats>(c, strip, channel);
-  else if (c.epilogue.residual)
-    multiply_strip<B, Output::bytes_with_residual>(c, strip, channel);
-  else
-    multiply_strip<B, Output::bytes>(c, strip, channel);
-}
+  // One panel for the positions of a strip.
+  template <int B>
+  void multiply(const Strip& strip, int64_t panel_block) {
+    constexpr int64_t kTiles = 4 / B, kPositions = kTiles * kTileRows;
+    const int64_t channel = panel_block * kLanes;
+    const Term* weights = static_cast<const Term*>(c_.weights) + channel * c_.depth();
+    if (waiting_blocks_ != B) finish_waiting();
+    waiting_blocks_ = B;
+    for (int64_t position = 0; position < strip.positions; position += kPositions) {
+      const int64_t left = strip.positions - position, count = left < kPositions ? left : kPositions;
+      const auto sum =
+          sum_block_of<B, kOutput>((count + kTileRows - 1) / kTileRows, std::make_index_sequence<kTiles>());
+      sum(c_, strip.terms + position * c_.position_terms, weights, channel, waiting_, sums_);
+      waiting_ = {strip, position, count, channel};
+    }
+  }
+
+ private:
+  const Int8Conv& c_;
+  alignas(64) int32_t sums_[4 * kTileRows * kLanes];
+  WaitingBlock waiting_{{nullptr, 0, 0, 1, 1}, 0, 0, 0};
+  int waiting_blocks_ = 0;  // of channels
+
+  template <int B>
+  FC_INLINE_METHOD void finish_as() {
+    BlockFinisher<B, kOutput> finisher(c_, waiting_, sums_);
+    while (!finisher.is_done()) finisher.finish_some();
+  }
+  void finish_waiting() {
+    if (waiting_blocks_ == 1) finish_as<1>();
+    if (waiting_blocks_ == 2) finish_as<2>();
+    waiting_.positions = 0;
+  }
+};

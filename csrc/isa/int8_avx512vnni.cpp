@@ -33,7 +33,8 @@ FC_INLINE I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
 
 }  // namespace avx512vnni
 
-const Int8Kernels avx512vnni_int8_kernels = avx512vnni::make_int8_kernels("avx512vnni", avx512vnni::conv_int8, nullptr);
+const Int8Kernels avx512vnni_int8_kernels =
+    avx512vnni::make_int8_kernels("avx512vnni", avx512vnni::conv_int8<avx512vnni::VectorProducts>, nullptr);
 
 }  // namespace fastcascade
 

@@ -37,7 +37,8 @@ FC_INLINE I dot(I sum, I x, I w) {
 
 }  // namespace avxvnni
 
-const Int8Kernels avxvnni_int8_kernels = avxvnni::make_int8_kernels("avxvnni", avxvnni::conv_int8, nullptr);
+const Int8Kernels avxvnni_int8_kernels =
+    avxvnni::make_int8_kernels("avxvnni", avxvnni::conv_int8<avxvnni::VectorProducts>, nullptr);
 
 }  // namespace fastcascade
 

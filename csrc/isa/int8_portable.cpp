@@ -82,7 +82,7 @@ FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
 
 }  // namespace portable
 
-const Int8Kernels portable_int8_kernels =
-    portable::make_int8_kernels("portable", portable::conv_int8, portable::conv3x3_winograd_int8);
+const Int8Kernels portable_int8_kernels = portable::make_int8_kernels(
+    "portable", portable::conv_int8<portable::VectorProducts>, portable::conv3x3_winograd_int8);
 
 }  // namespace fastcascade
