@@ -69,12 +69,12 @@ struct Int8Depthwise {
   const uint8_t* input;
   void* output;
   const int32_t* weights;
-  const uint8_t* padding;   // a pixel of zero points
-  const uint8_t** scratch;  // the pixel under each tap: kernel_h * kernel_w * kDepthwisePixels
+  const uint8_t* padding;   // a row of the input, of zero points
+  const uint8_t** scratch;  // kernel_h * kernel_w
   ConvGeometry geometry;
   Int8Epilogue epilogue;
 };
-constexpr int64_t kDepthwisePixels = 4;
+constexpr int64_t kDepthwisePixels = 4;  // of a row, that are computed together
 
 struct Int8Pool {
   const uint8_t* input;

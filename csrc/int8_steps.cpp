@@ -107,10 +107,11 @@ Int8Epilogue pack_epilogue(Step& step, const OpSpec& op, int64_t pitch) {
           static_cast<int32_t>(s.output_zero_point.value_or(0))};
 }
 
-// A pixel of zero points. Kernels read whole vectors.
-std::vector<uint8_t> padding_pixel(const OpSpec& op, const ConvGeometry& g) {
+// Zero points. Kernels read whole vectors.
+std::vector<uint8_t> padding_pixels(const OpSpec& op, const ConvGeometry& g, int64_t pixels) {
   constexpr int64_t kSlack = 16;
-  return std::vector<uint8_t>(static_cast<size_t>(g.in_pitch + kSlack), static_cast<uint8_t>(op.int8.zero_point));
+  return std::vector<uint8_t>(static_cast<size_t>(pixels * g.in_pitch + kSlack),
+                              static_cast<uint8_t>(op.int8.zero_point));
 }
 
 void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, int64_t lanes) {
@@ -120,8 +121,8 @@ void pack_depthwise_layer(Step& step, const OpSpec& op, const ConvGeometry& g, i
   for (int64_t c = 0; c < op.weight_shape[0]; ++c)
     for (int64_t tap = 0; tap < taps; ++tap)
       weights[c / lanes * lanes * taps + tap * lanes + c % lanes] = static_cast<int32_t>(op.weight[c * taps + tap]);
-  step.int8.padding = padding_pixel(op, g);
-  step.int8.scratch_floats = taps * kDepthwisePixels * static_cast<int64_t>(sizeof(uint8_t*) / sizeof(float));
+  step.int8.padding = padding_pixels(op, g, g.in_width);
+  step.int8.scratch_floats = taps * static_cast<int64_t>(sizeof(uint8_t*) / sizeof(float));
   Int8Depthwise& c = step.int8.depthwise;
   c.weights = weights;
   c.padding = step.int8.padding.data();
@@ -242,7 +243,7 @@ void pack_matrix_product(Step& step, const OpSpec& op, const MergedWeights& weig
 void pack_winograd_product(Step& step, const OpSpec& op, const MergedWeights& weights, const Int8Kernels& kernels) {
   Int8Conv& c = step.int8.conv;
   step.weights = pack_int8(winograd_weights(weights), {16, c.tap_terms, 1, c.tap_terms}, c.blocks_per_group, kernels);
-  step.int8.padding = padding_pixel(op, c.geometry);
+  step.int8.padding = padding_pixels(op, c.geometry, 1);
   c.padding = step.int8.padding.data();
   step.work_items = ((c.geometry.height + 1) / 2) * ((c.geometry.width + 1) / 2);
   step.min_items = kernels.rows;

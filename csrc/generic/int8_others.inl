@@ -2,50 +2,103 @@
 
 // ---- depthwise convolution ----
 
-// The input pixels under the taps of `count` output pixels, [tap][kDepthwisePixels]; padding outside the image.
-static void find_taps(const Int8Depthwise& c, int64_t first, int64_t count) {
+// The input pixels under the taps of an output pixel; padding outside the image.
+static void find_taps(const Int8Depthwise& c, int64_t pixel) {
   const ConvGeometry& g = c.geometry;
-  PixelPlace at = place_of(first, g);
-  for (int64_t i = 0; i < count; ++i, step_pixel(at, g)) {
-    const uint8_t** tap = c.scratch + i;
-    for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
-      const int64_t y = at.y * g.stride_h - g.pad_top + ky * g.dilation_h;
-      for (int64_t kx = 0; kx < g.kernel_w; ++kx, tap += kDepthwisePixels) {
-        const int64_t x = at.x * g.stride_w - g.pad_left + kx * g.dilation_w;
-        const bool inside = y >= 0 && y < g.in_height && x >= 0 && x < g.in_width;
-        *tap = inside ? c.input + ((at.image * g.in_height + y) * g.in_width + x) * g.in_pitch : c.padding;
-      }
+  const PixelPlace at = place_of(pixel, g);
+  const uint8_t** tap = c.scratch;
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    const int64_t y = at.y * g.stride_h - g.pad_top + ky * g.dilation_h;
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx, ++tap) {
+      const int64_t x = at.x * g.stride_w - g.pad_left + kx * g.dilation_w;
+      const bool inside = y >= 0 && y < g.in_height && x >= 0 && x < g.in_width;
+      *tap = inside ? c.input + ((at.image * g.in_height + y) * g.in_width + x) * g.in_pitch : c.padding;
     }
   }
 }
 
-template <int R>
-FC_KERNEL void int8_depthwise_pixels(const Int8Depthwise& c, int64_t first) {
+FC_KERNEL void depthwise_pixel(const Int8Depthwise& c, int64_t pixel) {
   const ConvGeometry& g = c.geometry;
-  const int64_t taps = g.kernel_h * g.kernel_w, pitch = g.pitch;
+  const int64_t taps = g.kernel_h * g.kernel_w;
   const Int8Epilogue e = c.epilogue;
   const int32_t* weights = c.weights;
-  for (int64_t channel = 0; channel < pitch; channel += kLanes) {
-    I sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = load_i32(e.start + channel);
-    for (int64_t tap = 0; tap < taps; ++tap, weights += kLanes) {
-      const I w = load_i32(weights);
-      for (int r = 0; r < R; ++r)
-        sums[r] = dot_bytes(sums[r], load_u8(c.scratch[tap * kDepthwisePixels + r] + channel), w);
-    }
-    for (int r = 0; r < R; ++r) store_output(sums[r], e, c.output, channel, (first + r) * pitch + channel);
+  for (int64_t channel = 0; channel < g.pitch; channel += kLanes) {
+    I sum = load_i32(e.start + channel);
+    for (int64_t tap = 0; tap < taps; ++tap, weights += kLanes)
+      sum = dot_bytes(sum, load_u8(c.scratch[tap] + channel), load_i32(weights));
+    store_output(sum, e, c.output, channel, pixel * g.pitch + channel);
   }
+}
+
+// R neighbouring pixels of a row, one block of channels. `rows` are those under the kernel, `left` is the offset in
+// them of the first pixel's first tap.
+template <int R>
+FC_INLINE void int8_depthwise_block(const Int8Depthwise& c, const uint8_t* const* rows, int64_t left, int64_t channel,
+                                    int64_t pixel) {
+  const ConvGeometry& g = c.geometry;
+  const int64_t tap_step = g.dilation_w * g.in_pitch, pixel_step = g.stride_w * g.in_pitch;
+  const int32_t* weights = c.weights + channel * g.kernel_h * g.kernel_w;
+  const I start = load_i32(c.epilogue.start + channel);
+  I sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = start;
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    const uint8_t* at = rows[ky] + left + channel;
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx, at += tap_step, weights += kLanes) {
+      const I w = load_i32(weights);
+      for (int r = 0; r < R; ++r) sums[r] = dot_bytes(sums[r], load_u8(at + r * pixel_step), w);
+    }
+  }
+  const Int8Epilogue e = c.epilogue;
+  for (int r = 0; r < R; ++r) store_output(sums[r], e, c.output, channel, (pixel + r) * g.pitch + channel);
+}
+
+// Pixels of a row whose taps lie in its columns. A block of channels goes along all of them, so that its weights stay
+// in the first-level cache.
+FC_KERNEL void depthwise_inside(const Int8Depthwise& c, const uint8_t* const* rows, int64_t x, int64_t pixel,
+                                int64_t count) {
+  const ConvGeometry& g = c.geometry;
+  const int64_t left = (x * g.stride_w - g.pad_left) * g.in_pitch, step = g.stride_w * g.in_pitch;
+  for (int64_t channel = 0; channel < g.pitch; channel += kLanes) {
+    int64_t i = 0;
+    for (; i + kDepthwisePixels <= count; i += kDepthwisePixels)
+      int8_depthwise_block<kDepthwisePixels>(c, rows, left + i * step, channel, pixel + i);
+    for (; i < count; ++i) int8_depthwise_block<1>(c, rows, left + i * step, channel, pixel + i);
+  }
+}
+
+FC_INLINE void depthwise_border(const Int8Depthwise& c, int64_t pixel, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    find_taps(c, pixel + i);
+    depthwise_pixel(c, pixel + i);
+  }
+}
+
+// Some pixels of one output row, from `at`.
+static void depthwise_row(const Int8Depthwise& c, const PixelPlace& at, int64_t pixel, int64_t count) {
+  const ConvGeometry& g = c.geometry;
+  const uint8_t** rows = c.scratch;
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    const int64_t y = at.y * g.stride_h - g.pad_top + ky * g.dilation_h;
+    const bool inside = y >= 0 && y < g.in_height;
+    rows[ky] = inside ? c.input + (at.image * g.in_height + y) * g.in_width * g.in_pitch : c.padding;
+  }
+  const int64_t reach = (g.kernel_w - 1) * g.dilation_w, room = g.in_width - 1 - reach + g.pad_left;
+  const int64_t first = (g.pad_left + g.stride_w - 1) / g.stride_w;  // columns [first, last) have all taps inside
+  const int64_t last = room < 0 ? 0 : room / g.stride_w + 1;
+  const Range columns{std::max(at.x, first), std::min(at.x + count, last)};
+  if (columns.begin >= columns.end) return depthwise_border(c, pixel, count);
+  depthwise_inside(c, rows, columns.begin, pixel + columns.begin - at.x, columns.end - columns.begin);
+  depthwise_border(c, pixel, columns.begin - at.x);
+  depthwise_border(c, pixel + columns.end - at.x, at.x + count - columns.end);
 }
 
 static void depthwise_int8(const Int8Depthwise& c, Range pixels) {
-  int64_t pixel = pixels.begin;
-  for (; pixel + kDepthwisePixels <= pixels.end; pixel += kDepthwisePixels) {
-    find_taps(c, pixel, kDepthwisePixels);
-    int8_depthwise_pixels<kDepthwisePixels>(c, pixel);
-  }
-  for (; pixel < pixels.end; ++pixel) {
-    find_taps(c, pixel, 1);
-    int8_depthwise_pixels<1>(c, pixel);
+  const int64_t width = c.geometry.width;
+  for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
+    const PixelPlace at = place_of(pixel, c.geometry);
+    const int64_t count = std::min(width - at.x, pixels.end - pixel);
+    depthwise_row(c, at, pixel, count);
+    pixel += count;
   }
 }
 
