@@ -9,6 +9,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastcascade {
 namespace {
@@ -55,8 +59,27 @@ bool has_avx512bf16() {
          __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_bits(a, kAvx512bf16);
 }
 
+// Linux lends a process the registers of tiles on request: they enlarge what it saves on a context switch.
+bool system_lends_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx_int8() {
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  unsigned a, b, c, d;
+  static const bool here = has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+                           has_bits(d, kAmxTile | kAmxInt8) && system_saves(0x600e6) && system_lends_tiles();
+  return here;
+}
+
 const KernelTable* const kAvx512 = &avx512_kernels;
 const KernelTable* const kAvx2 = &avx2_kernels;
+const Int8Kernels* const kAmxInt8 = &amx_int8_kernels;
 const Int8Kernels* const kAvx512vnniInt8 = &avx512vnni_int8_kernels;
 const Int8Kernels* const kAvxvnniInt8 = &avxvnni_int8_kernels;
 const Int8Kernels* const kAvx2Int8 = &avx2_int8_kernels;
@@ -65,10 +88,12 @@ const Bf16Kernels* const kAvx512Bf16 = &avx512_bf16_kernels;
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 const KernelTable* const kAvx512 = nullptr;
+bool has_amx_int8() { return false; }
 bool has_avx512vnni() { return false; }
 bool has_avxvnni() { return false; }
 bool has_avx512bf16() { return false; }
 const KernelTable* const kAvx2 = nullptr;
+const Int8Kernels* const kAmxInt8 = nullptr;
 const Int8Kernels* const kAvx512vnniInt8 = nullptr;
 const Int8Kernels* const kAvxvnniInt8 = nullptr;
 const Int8Kernels* const kAvx2Int8 = nullptr;
@@ -106,6 +131,7 @@ const std::vector<Isa>& isas() {
 
 const std::vector<Int8Isa>& int8_isas() {
   static const std::vector<Int8Isa> list = {
+      {"amx", kAmxInt8, has_amx_int8, "AMX for int8, AVX-512 VNNI, and a system that lends its registers"},
       {"avx512vnni", kAvx512vnniInt8, has_avx512vnni, "AVX-512 F, BW and VNNI"},
       {"avxvnni", kAvxvnniInt8, has_avxvnni, "AVX2 and AVX-VNNI"},
       {"avx2", kAvx2Int8, has_avx2, "AVX2"},

@@ -26,8 +26,15 @@ struct Int8Epilogue {
   int32_t zero_point;
 };
 
-// Convolution as a matrix product: the bytes under a chunk of output pixels are gathered into rows of `depth` terms,
-// then multiplied with panels of weights. Or by Winograd, with rows of `tap_terms`.
+// Where a matrix product finds the terms under its output pixels.
+enum class Int8Terms {
+  in_place,  // in the input: 1×1 without stride and padding
+  gathered,  // in a row for each pixel, copied from the input
+  padded     // in copies of the input's rows with their padding, where the terms of neighbours overlap
+};
+
+// Convolution as a matrix product: the terms under a chunk of output pixels are prepared and multiplied with panels of
+// weights. Or by Winograd, with rows of `tap_terms`.
 struct Int8Conv {
   const uint8_t* input;
   void* output;
@@ -35,12 +42,26 @@ struct Int8Conv {
   const uint8_t* padding;  // a pixel of zero points, for Winograd
   void* scratch;           // int8_scratch_bytes() or int8_winograd_scratch_bytes()
   ConvGeometry geometry;
-  int64_t blocks_per_group, group_channels;
+  int64_t blocks_per_group;  // of a position's output channels
+  int64_t group_channels;
   int64_t tap_terms;  // group_channels, rounded up to the terms of a dot product; the weights of the rest are zero
   uint8_t zero_point;
   Int8Epilogue epilogue;
+  // Of a matrix product. A position is `joined` neighbouring pixels of an output row, whose channels follow each other
+  // as those of a single pixel would. A run is terms that follow each other: those of a tap, of a row, or all.
+  Int8Terms terms;
+  int64_t joined;
+  const int64_t* runs;  // where each starts, from the first
+  int64_t run_count;
+  int64_t run_terms;       // with weights; those that round up have weights of zero, and multiply whatever follows
+  int64_t position_terms;  // from the terms of a position to those of the next
+  int64_t row_pixels;      // of a padded row
+  int64_t chunk_items;     // output pixels, or output rows where padded
 
-  int64_t depth() const { return geometry.kernel_h * geometry.kernel_w * tap_terms; }
+  int64_t depth() const { return run_count * run_terms; }
+  int64_t position_pitch() const { return joined * geometry.pitch; }
+  int64_t row_positions() const { return geometry.width / joined; }
+  bool has_stride() const { return geometry.stride_h * geometry.stride_w > 1; }
 };
 
 // Depthwise convolution; weights are [block][ky][kx][lanes].
@@ -48,12 +69,12 @@ struct Int8Depthwise {
   const uint8_t* input;
   void* output;
   const int32_t* weights;
-  const uint8_t* padding;   // a pixel of zero points
-  const uint8_t** scratch;  // the pixel under each tap: kernel_h * kernel_w * kDepthwisePixels
+  const uint8_t* padding;   // a row of the input, of zero points
+  const uint8_t** scratch;  // kernel_h * kernel_w
   ConvGeometry geometry;
   Int8Epilogue epilogue;
 };
-constexpr int64_t kDepthwisePixels = 4;
+constexpr int64_t kDepthwisePixels = 4;  // of a row, that are computed together
 
 struct Int8Pool {
   const uint8_t* input;
@@ -74,9 +95,13 @@ struct Int8Kernels {
   int lanes;  // output channels of a vector
   int group;  // terms that one instruction multiplies and adds up in each lane
   int term_bytes;
-  int rows;  // pixels of the register tile
-  // `pixels` counts output pixels over all instances, `panels` pairs of blocks over all groups.
-  void (*conv)(const Int8Conv&, Range pixels, Range panels);
+  int rows;         // pixels of the largest tile
+  int least_rows;   // that a tile reads: fewer pixels have terms behind them that may be read
+  int run_unit;     // terms that a run is rounded up to
+  int chunk_terms;  // that stay in the second-level cache, at most
+  // `items` counts output pixels over all instances, or output rows where terms are padded; `panels` pairs of blocks
+  // over all groups.
+  void (*conv)(const Int8Conv&, Range items, Range panels);
   void (*conv3x3_winograd)(const Int8Conv&, Range tiles, Range panels);  // null where it would be no faster
   void (*depthwise)(const Int8Depthwise&, Range pixels);
   void (*pool_max)(const Int8Pool&, Range pixels);
@@ -88,14 +113,10 @@ struct Int8Kernels {
 constexpr int64_t kInt8PanelBlocks = 2;
 inline int64_t int8_panels(int64_t blocks) { return (blocks + kInt8PanelBlocks - 1) / kInt8PanelBlocks; }
 
-// Output pixels that are gathered at once: 32 Ki terms, which stay in the second-level cache for all panels.
-inline int64_t int8_chunk_pixels(const Int8Conv& c, int64_t rows) {
-  return std::max<int64_t>(1, (32 << 10) / c.depth() / rows) * rows;
-}
-inline int64_t int8_scratch_bytes(const Int8Conv& c, const Int8Kernels& kernels) {
-  constexpr int64_t kSlack = 64;  // terms are gathered by whole vectors
-  return int8_chunk_pixels(c, kernels.rows) * c.depth() * kernels.term_bytes + kSlack;
-}
+// Pieces of a chunk whose terms are a constant step apart, at most.
+constexpr int64_t kInt8Strips = 18;
+int64_t int8_chunk_items(const Int8Conv& c, const Int8Kernels& kernels);
+int64_t int8_scratch_bytes(const Int8Conv& c, const Int8Kernels& kernels);
 
 // Winograd's 2×2 tiles that are transformed and multiplied together. A slot holds one of their 16 transformed inputs.
 // It is a cache line longer than that, so that slots do not map to the same cache sets.

@@ -25,8 +25,8 @@ struct StepPlaces {
   int32_t* invalid;
 };
 
-// Runs the part of a step on bytes that covers these output pixels, or Winograd tiles, over all instances, and panels
-// of channels.
+// Runs the part of a step on bytes that covers these output pixels, or rows, or Winograd tiles, over all instances, and
+// panels of channels.
 void run_int8_step(const Network& net, const Step& step, const StepPlaces& at, Range positions, Range panels);
 
 }  // namespace fastcascade

@@ -66,6 +66,7 @@ struct Int8Step {
   std::vector<int32_t> start;
   std::vector<float> multiplier;
   std::vector<uint8_t> padding;
+  std::vector<int64_t> runs;
   int64_t scratch_floats = 0;
 };
 

@@ -14,7 +14,8 @@
 namespace fastcascade {
 namespace {
 
-constexpr int64_t kMinPixels = 32;  // of a thread's share of a convolution, unless it takes all pixels
+constexpr int64_t kPackedChannels = 4;  // of an image as bytes
+constexpr int64_t kMinPixels = 32;      // of a thread's share of a convolution, unless it takes all pixels
 
 // The kernel's pixels, or its rows where columns are joined.
 std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) {
@@ -42,8 +43,7 @@ class StepBuilder {
   }
 
   Network build() {
-    if (!net_.reads_previous() && only_direct_convs_read_the_image())
-      net_.values[0].set_pitch(net_.shape(0).c);  // they need no padded channels
+    if (!net_.reads_previous()) pack_image();
     add_load();
     for (const OpSpec& op : spec_.ops) add_op(op);
     return std::move(net_);
@@ -70,13 +70,30 @@ class StepBuilder {
     return choose_conv_kernel(op, net_.shape(op.inputs[0]), net_.shape(op.output), kernels_, forced_);
   }
 
-  bool only_direct_convs_read_the_image() const {
+  // An image has few channels. Direct convolutions need no padded ones; products of bytes take them by fours.
+  void pack_image() {
+    if (only_read_by(0, [this](const OpSpec& op) { return is_direct(op); }))
+      return net_.values[0].set_pitch(net_.shape(0).c);
+    const auto is_packed = [this](const OpSpec& op) {
+      const auto is_product = [](const OpSpec& reader) { return reader.kind == OpKind::int8_conv2d; };
+      return op.kind == OpKind::quantize && only_read_by(op.output, is_product);
+    };
+    if (!only_read_by(0, is_packed)) return;
+    const int64_t pitch = round_up(net_.shape(0).c, kPackedChannels);
+    net_.values[0].set_pitch(pitch);
+    for (const OpSpec& op : spec_.ops)
+      if (op.kind == OpKind::quantize && op.inputs[0] == 0) net_.values[op.output].set_pitch(pitch);
+  }
+
+  bool is_direct(const OpSpec& op) const { return op.kind == OpKind::conv2d && conv_kernel(op) == ConvKernel::direct; }
+
+  template <class Test>
+  bool only_read_by(int64_t value, Test test) const {
     for (const OpSpec& op : spec_.ops) {
-      if (op.residual == 0) return false;
-      if (std::count(op.inputs.begin(), op.inputs.end(), 0) == 0) continue;
-      if (op.kind != OpKind::conv2d || conv_kernel(op) != ConvKernel::direct) return false;
+      if (op.residual == value) return false;
+      if (std::count(op.inputs.begin(), op.inputs.end(), value) > 0 && !test(op)) return false;
     }
-    return !spec_.is_result(0);
+    return !spec_.is_result(value);
   }
 
   Step& add_step(StepKind kind, const OpSpec& op, const std::string& operation, const std::string& kernel) {

@@ -121,9 +121,9 @@ def quantize(
 ) -> Plan:
     """A plan with stages in int8, for :func:`compile` or to be saved.
 
-    The layers that read the image, those that make the logits, selectors and exits stay in float32, and so do
-    layers without which a stage's probabilities would differ too much from those in float32. int8 shifts stop
-    scores, so operating points that were measured in float32 are refused: calibrate what was compiled.
+    The layers that make the logits, selectors and exits stay in float32, and so do layers that would make a
+    stage's probabilities differ too much from those in float32. int8 shifts stop scores, so operating points
+    that were measured in float32 are refused: calibrate what was compiled.
 
     Args:
         cascade: a cascade, left unchanged, or a plan in float32.

@@ -1,8 +1,9 @@
 """Check the machine code of the engine: no spilled accumulators, and no VEX code outside the target regions.
 
-Exits with status 1 if an AVX-512 product kernel moves vectors to or from the stack, if one for bf16 does not
-multiply by vdpbf16ps, or if a function outside the regions of the AVX instruction sets uses VEX or EVEX
-instructions. Prints the functions at fault.
+Exits with status 1 if a product kernel of AVX-512 or AMX moves vectors to or from the stack, if one for bf16
+does not multiply by vdpbf16ps or one for AMX not in tiles, if a function outside the regions of the AVX
+instruction sets uses VEX or EVEX instructions, or if one outside the AMX kernels uses tiles. Prints the
+functions at fault.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from pathlib import Path
 
 from driver import compile_engine
 
-NO_SPILLS = re.compile(r"fastcascade::avx512(bf16)?::(winograd_product|direct_tiles)<")
-PRODUCT_KERNELS = 16 + 2 * 70  # Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3, twice
-IN_BF16 = re.compile(r"fastcascade::avx512bf16::direct_tiles<")
-IN_REGION = re.compile(r"fastcascade::avx(2|512|vnni|512vnni|512bf16)::")
+NO_SPILLS = re.compile(r"fastcascade::(avx512(bf16)?::(winograd_product|direct_tiles)|amx::sum_block)<")
+# Winograd: 8 rows, 1 or 2 vectors; direct: 14, 14, 7 rows of 1, 2, 3, twice; AMX: 4, 2 tiles of 1, 2, thrice.
+PRODUCT_KERNELS = 16 + 2 * 70 + 3 * 6
+MULTIPLIES_BY = {
+    re.compile(r"fastcascade::avx512bf16::direct_tiles<"): ("vdpbf16ps",),
+    re.compile(r"fastcascade::amx::sum_block<"): ("tileloadd", "tdpbusd"),
+}
+IN_REGION = re.compile(r"fastcascade::(amx|avx(2|512|vnni|512vnni|512bf16))::")
+IN_AMX = re.compile(r"fastcascade::amx::")
 FRAME = re.compile(r"mov\s+%rsp,%rbp")
 STACK, STACK_OR_FRAME = re.compile(r"\(%rsp"), re.compile(r"\(%r[sb]p")
 VECTOR = re.compile(r"^(?!.*vbroadcast).*%zmm")  # a scalar of the epilogue may wait on the stack
 VEX = re.compile(r"^\s*v[a-z0-9]+\s|%[yz]mm")
+TILES = re.compile(r"^\s*(tile|ldtilecfg|sttilecfg)|%tmm")
 
 
 def functions(target: Path) -> Iterator[tuple[str, list[str]]]:
@@ -47,10 +54,17 @@ def faults(name: str, instructions: list[str]) -> list[str]:
     stack = STACK_OR_FRAME if any(FRAME.search(line) for line in instructions) else STACK
     if NO_SPILLS.search(name) and any(stack.search(line) and VECTOR.search(line) for line in instructions):
         found.append(f"{name}: spills vectors to the stack")
-    if IN_BF16.search(name) and not any("vdpbf16ps" in line for line in instructions):
-        found.append(f"{name}: does not multiply by vdpbf16ps")
-    if not IN_REGION.search(name) and any(VEX.search(line.split("\t")[-1]) for line in instructions):
+    for kernels, needed in MULTIPLIES_BY.items():
+        found += [
+            f"{name}: does not multiply by {instruction}"
+            for instruction in needed
+            if kernels.search(name) and not any(instruction in line for line in instructions)
+        ]
+    code = [line.split("\t")[-1] for line in instructions]
+    if not IN_REGION.search(name) and any(VEX.search(line) for line in code):
         found.append(f"{name}: VEX code outside a target region")
+    if not IN_AMX.search(name) and any(TILES.search(line) for line in code):
+        found.append(f"{name}: tiles outside the AMX kernels")
     return found
 
 

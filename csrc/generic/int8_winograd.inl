@@ -94,7 +94,11 @@ FC_INLINE void store_sums(const Int8Sums<R, B>& sums, int32_t* m, std::index_seq
 // m[r][b] = Σ_i v[r][i] · u[i][b] for R tiles and B blocks.
 template <int R, int B>
 FC_KERNEL void int8_product(const Term* v, const Term* u, int64_t depth, int32_t* m) {
-  store_sums<R, B>(sum_terms<R, B>(v, u, depth), m, std::make_index_sequence<R * B>());
+  constexpr std::make_index_sequence<R * B> each;
+  Int8Sums<R, B> sums;
+  clear_sums<R, B>(sums, each);
+  add_run<R, B>(sums, v, depth, depth, u);
+  store_sums<R, B>(sums, m, each);
 }
 
 using Int8Product = void (*)(const Term*, const Term*, int64_t, int32_t*);
@@ -120,11 +124,12 @@ FC_KERNEL void transform_int8_output(const Int8Conv& c, const PixelPlace& at, co
   const int64_t height = c.geometry.height, width = c.geometry.width, pitch = c.geometry.pitch;
   void* const output = c.output;
   const int64_t offset = ((at.image * height + at.y) * width + at.x) * pitch + channel, next = width * pitch;
+  const I start = load_i32(e.start + channel);
   const bool right = at.x + 1 < width, below = at.y + 1 < height;
-  store_output(quarter(top.v0), e, output, channel, offset);
-  if (right) store_output(quarter(top.v1), e, output, channel, offset + pitch);
-  if (below) store_output(quarter(bottom.v0), e, output, channel, offset + next);
-  if (right && below) store_output(quarter(bottom.v1), e, output, channel, offset + next + pitch);
+  store_output(add(quarter(top.v0), start), e, output, channel, offset);
+  if (right) store_output(add(quarter(top.v1), start), e, output, channel, offset + pitch);
+  if (below) store_output(add(quarter(bottom.v0), start), e, output, channel, offset + next);
+  if (right && below) store_output(add(quarter(bottom.v1), start), e, output, channel, offset + next + pitch);
 }
 
 // One panel for the tiles of a pass.

@@ -46,12 +46,13 @@ FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
   for (int64_t i = 0; i < count; i += kTermLanes) store_terms(to + i, widen(from + i));
 }
 
-#include "../generic/int8.inl"
+#include "../generic/int8_all.inl"
 #include "../generic/int8_winograd.inl"
 
 }  // namespace avx2
 
-const Int8Kernels avx2_int8_kernels = avx2::make_int8_kernels("avx2", avx2::conv3x3_winograd_int8);
+const Int8Kernels avx2_int8_kernels =
+    avx2::make_int8_kernels("avx2", avx2::conv_int8<avx2::VectorProducts>, avx2::conv3x3_winograd_int8);
 
 }  // namespace fastcascade
 

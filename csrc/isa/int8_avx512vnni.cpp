@@ -17,36 +17,10 @@
 namespace fastcascade {
 namespace avx512vnni {
 
-using F = __m512;
-using I = __m512i;
-constexpr int kLanes = 16, kRows = 12;
+constexpr int kRows = 12;
 
-#include "int8_vnni_terms.inl"
+#include "int8_avx512_operations.inl"
 
-// AVX-512 has fused multiply-adds, and GCC would contract a product and a sum.
-FC_INLINE F exact(F x) {
-  asm("" : "+v"(x));
-  return x;
-}
-FC_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
-FC_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-FC_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-FC_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
-FC_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-FC_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-FC_INLINE F clamp(F x, F low, F high) { return _mm512_min_ps(_mm512_max_ps(x, low), high); }
-FC_INLINE I zero_i32() { return _mm512_setzero_si512(); }
-FC_INLINE I broadcast_i32(int32_t x) { return _mm512_set1_epi32(x); }
-FC_INLINE I load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
-FC_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
-FC_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
-FC_INLINE I round_to_i32(F v) { return _mm512_cvtps_epi32(v); }
-FC_INLINE I load_u8(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-FC_INLINE void store_u8(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
-// A byte in every lane: vpmaddwd multiplies the low halves and adds the product of the high ones, where x has zeros.
-FC_INLINE I dot_bytes(I sum, I x, I w) { return add(sum, _mm512_madd_epi16(x, w)); }
 FC_INLINE I load_terms(const Term* p) { return _mm512_loadu_si512(p); }
 FC_INLINE I broadcast_terms(const Term* p) {
   int32_t terms;
@@ -55,11 +29,12 @@ FC_INLINE I broadcast_terms(const Term* p) {
 }
 FC_INLINE I dot(I sum, I x, I w) { return _mm512_dpbusd_epi32(sum, x, w); }
 
-#include "../generic/int8.inl"
+#include "../generic/int8_all.inl"
 
 }  // namespace avx512vnni
 
-const Int8Kernels avx512vnni_int8_kernels = avx512vnni::make_int8_kernels("avx512vnni", nullptr);
+const Int8Kernels avx512vnni_int8_kernels =
+    avx512vnni::make_int8_kernels("avx512vnni", avx512vnni::conv_int8<avx512vnni::VectorProducts>, nullptr);
 
 }  // namespace fastcascade
 

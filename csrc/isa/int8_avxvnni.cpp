@@ -16,7 +16,14 @@ namespace avxvnni {
 
 constexpr int kLanes = 8, kRows = 6;
 
-#include "int8_vnni_terms.inl"
+using Term = uint8_t;  // the weights are signed
+constexpr int kGroup = 4;
+
+// Reads and writes by 16 terms.
+FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
+  for (int64_t i = 0; i < count; i += 16)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+}
 
 #include "int8_avx2_operations.inl"
 
@@ -26,11 +33,12 @@ FC_INLINE I dot(I sum, I x, I w) {
   return sum;
 }
 
-#include "../generic/int8.inl"
+#include "../generic/int8_all.inl"
 
 }  // namespace avxvnni
 
-const Int8Kernels avxvnni_int8_kernels = avxvnni::make_int8_kernels("avxvnni", nullptr);
+const Int8Kernels avxvnni_int8_kernels =
+    avxvnni::make_int8_kernels("avxvnni", avxvnni::conv_int8<avxvnni::VectorProducts>, nullptr);
 
 }  // namespace fastcascade
 

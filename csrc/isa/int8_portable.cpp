@@ -77,11 +77,12 @@ FC_INLINE void copy_terms(const uint8_t* from, int64_t count, Term* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-#include "../generic/int8.inl"
+#include "../generic/int8_all.inl"
 #include "../generic/int8_winograd.inl"
 
 }  // namespace portable
 
-const Int8Kernels portable_int8_kernels = portable::make_int8_kernels("portable", portable::conv3x3_winograd_int8);
+const Int8Kernels portable_int8_kernels = portable::make_int8_kernels(
+    "portable", portable::conv_int8<portable::VectorProducts>, portable::conv3x3_winograd_int8);
 
 }  // namespace fastcascade

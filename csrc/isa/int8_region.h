@@ -9,4 +9,5 @@ extern const Int8Kernels portable_int8_kernels;
 extern const Int8Kernels avx2_int8_kernels;
 extern const Int8Kernels avxvnni_int8_kernels;
 extern const Int8Kernels avx512vnni_int8_kernels;
+extern const Int8Kernels amx_int8_kernels;
 }  // namespace fastcascade

@@ -11,6 +11,7 @@
 #include "../kernels.h"
 
 #define FC_INLINE static inline __attribute__((always_inline))
+#define FC_INLINE_METHOD inline __attribute__((always_inline))
 #define FC_KERNEL static __attribute__((noinline))
 #define FC_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__

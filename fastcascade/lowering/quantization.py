@@ -15,7 +15,7 @@ Each stage goes through five steps, all on the calibration images:
 - *Rewriting.* The layers become operations on bytes, with quantise and dequantise operations where values
   pass from or to operations in float32.
 
-The layers that read the image, and those that make the logits, stay in float32.
+The layers that make the logits stay in float32.
 """
 
 from __future__ import annotations
@@ -167,20 +167,17 @@ def _quantize_stage(stage: StagePlan, x: Tensor, feeds: bool) -> StagePlan:
 
 
 def _inner_layers(stage: StagePlan) -> list[Layer]:
-    """The convolutions and linear layers that have others both before and after them in the stage."""
-    after = {0} if stage.input == "previous" else set[int]()  # values that a layer has worked on
-    behind: list[Layer] = []
-    for op in stage.ops:
-        is_layer = isinstance(op, Conv2d | Linear)
-        if is_layer and any(value in after for value in op.reads):
-            behind.append(op)  # type: ignore[arg-type]
-        if is_layer or any(value in after for value in op.reads):
-            after.add(op.output)
+    """The convolutions and linear layers that have others after them in the stage."""
     before: set[int] = set()  # values that a layer works on
     for op in reversed(stage.ops):
         if isinstance(op, Conv2d | Linear) or op.output in before:
             before.update(op.reads)
-    return [op for op in behind if op.output in before or op.output == stage.features != stage.logits]
+    return [
+        op
+        for op in stage.ops
+        if isinstance(op, Conv2d | Linear)
+        and (op.output in before or op.output == stage.features != stage.logits)
+    ]
 
 
 def _grids(stage: StagePlan, x: Tensor, layers: Iterable[Layer]) -> dict[int, Grid]:

@@ -146,6 +146,22 @@ def test_residuals_and_limits(run_ops: RunOps, kernels: str, groups: int) -> Non
         assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("out", [8, 16, 24])
+def test_joined_pixels(run_ops: RunOps, kernels: str, out: int, size: int, stride: int) -> None:
+    """Few channels: neighbouring output pixels may be multiplied as one, in rows of any length."""
+    window: dict[str, Any] = {"kernel": (size, size), "padding": (size // 2,) * 4}
+    for width in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 18):
+        first = random_layer(3, out, stride=(stride, stride), zero_point=7, **window)
+        second = random_layer(out, out, zero_point=128, input=2, output=3, **window)
+        second = replace(second, residual=2, residual_scale=0.37, residual_zero_point=128)
+        last = random_layer(out, 8, zero_point=31, input=3, output=4, **window)
+        layers: list[Op] = [as_bytes(first, 128), as_bytes(second, 31), last]
+        got, expected = run_bytes(run_ops, random_bytes(2, 3, 6, width), layers, kernels)
+        assert_same_bits(got, expected)
+
+
 @pytest.mark.parametrize(("channels", "out"), [(1, 2), (15, 17), (64, 33), (257, 65)])
 def test_linear(run_ops: RunOps, kernels: str, channels: int, out: int) -> None:
     conv = random_layer(channels, out, (1, 1), zero_point=128)
@@ -199,7 +215,7 @@ def test_the_largest_sums_of_winograd(
     ids=["2×2", "padding", "ceil"],
 )
 def test_max_pool(run_ops: RunOps, kernels: str, pool: Pool) -> None:
-    for channels in (1, 16, 33):
+    for channels in (1, 16, 33, 64, 128):  # padded to 16, 48, 64 and 128
         got, expected = run_bytes(run_ops, random_bytes(3, channels, 9, 7), [pool], kernels)
         assert_same_bits(got, expected)
 
@@ -239,6 +255,25 @@ def test_what_is_not_finite_makes_its_instance_invalid(
     assert again[~bad].isfinite().all()
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("image", [(1, 1), (1, 3), (5, 5), (4, 8), (9, 7)])
+def test_images_of_few_channels(run_ops: RunOps, kernels: str, image: tuple[int, int], channels: int) -> None:
+    """A vector may hold pixels of two images, of which one has a NaN in its first or last value."""
+    n = 7
+    layer = random_layer(channels, 20, (3, 3), padding=(1, 1, 1, 1), zero_point=7)
+    x = random_bytes(n, channels, *image)
+    clean, expected = run_bytes(run_ops, x, [layer], kernels)
+    assert_same_bits(clean, expected)
+    bad = torch.arange(n) % 2 == 1
+    for channel, row, column in [(0, 0, 0), (-1, -1, -1)]:
+        spoilt = x.clone()
+        spoilt[bad, channel, row, column] = math.nan
+        for threads in (1, 3):
+            got, _ = run_bytes(run_ops, spoilt, [layer], kernels, threads)
+            assert got[bad].isnan().all()
+            assert torch.equal(got[~bad], clean[~bad])
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_give_the_same_bits(run_ops: RunOps, kernels: str, threads: int) -> None:
     """One image, so that threads share every layer: by pixels, or by panels where pixels are few."""
@@ -266,7 +301,7 @@ def test_portable_kernels_with_portable_vectors(run_ops: RunOps) -> None:
 @pytest.mark.parametrize(
     ("kernel", "isa", "message"),
     [
-        ("int8_neon", "", "unknown kernels 'int8_neon'; expected one of int8_avx512vnni"),
+        ("int8_neon", "", "unknown kernels 'int8_neon'; expected one of int8_amx, int8_avx512vnni, "),
         ("int8_avx2", "portable", "wider vectors than instruction set 'portable'|are|need"),
     ],
 )

@@ -104,12 +104,38 @@ def test_spills_are_found(tmp_path: Path) -> None:
 
 
 @INTEL
-def test_bf16_kernels_that_multiply_otherwise_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "unit", "product", "other", "instruction"),
+    [
+        (
+            "isa/bf16_avx512.cpp",
+            "",
+            "_mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x)",
+            "_mm512_fmadd_ps(x, w, sum)",
+            "vdpbf16ps",
+        ),
+        ("isa/int8_amx_tiles.inl", "int8_amx.cpp", 'asm volatile("tdpbusd ', 'asm volatile("# ', "tdpbusd"),
+    ],
+    ids=["bf16", "AMX"],
+)
+def test_kernels_that_multiply_otherwise_are_found(
+    file: str, unit: str, product: str, other: str, instruction: str, tmp_path: Path
+) -> None:
     _needs("objdump")
-    product = "_mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x)"
-    fault = Fault("fp32 products", "isa/bf16_avx512.cpp", product, "_mm512_fmadd_ps(x, w, sum)")
+    objects = Fault("other products", file, product, other, unit).plant([], tmp_path)
+    faults = check_disassembly.all_faults(objects)
+    assert any(f"does not multiply by {instruction}" in found for found in faults)
+
+
+@INTEL
+def test_tiles_outside_their_kernels_are_found(tmp_path: Path) -> None:
+    """Only the AMX kernels run after the check that the system lends the registers."""
+    _needs("objdump")
+    include = '#include "../generic/int8_all.inl"'
+    tile = 'void stray_tile() { asm volatile("tilezero %tmm0"); }'
+    fault = Fault("a tile", "isa/int8_avx512vnni.cpp", include, f"{include}\n{tile}")
     objects = fault.plant([], tmp_path)
-    assert any("does not multiply by vdpbf16ps" in found for found in check_disassembly.all_faults(objects))
+    assert any("tiles outside" in found for found in check_disassembly.all_faults(objects))
 
 
 # ---- helper threads ----

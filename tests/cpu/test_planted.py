@@ -15,8 +15,10 @@ from native import (
     BYTE_WIDE_TILE,
     COMPILER,
     EARLY_GATE,
+    EQUAL_PIXELS,
     LEFT_WAITING,
     LOST_CLASS,
+    LOUD_NAN,
     MISSING_PIXELS,
     MISSING_TILE,
     ONE_MULTIPLIER,
@@ -25,14 +27,20 @@ from native import (
     SHORT_SQUEEZE,
     SILENT_NAN,
     UNCHECKED_CLASS,
+    UNFINISHED_BLOCK,
     UNLIMITED_PIXELS,
     WIDE_EDGE,
     ZERO_BORDER,
+    ZERO_ROWS,
+    ZERO_SIDES,
     Fault,
     run_tests,
 )
 
+from fastcascade import _C
+
 pytestmark = COMPILER
+NO_AMX = dict(_C.int8_kernels())["int8_amx"]
 
 
 @pytest.mark.slow
@@ -62,12 +70,24 @@ def test_the_engine_built_again_passes(
                 (EARLY_GATE, "test_kernels.py", "squeeze and avx2"),
                 (PADDED_SOFTMAX, "test_kernels.py", "test_other_layers and softmax and avx2"),
                 (ZERO_BORDER, "test_int8_kernels.py", "test_convolution and avx2 and 128"),
+                (ZERO_ROWS, "test_int8_kernels.py", "test_convolution and avx2 and 128"),
+                (ZERO_SIDES, "test_int8_kernels.py", "test_convolution and avx2 and 128"),
                 (BYTE_WIDE_TILE, "test_int8_kernels.py", "test_convolution and avx2"),
                 (SATURATED_PAIRS, "test_int8_kernels.py", "test_the_largest_sums and avx2"),
                 (ONE_MULTIPLIER, "test_int8_kernels.py", "test_convolution and avx2"),
                 (SILENT_NAN, "test_int8_kernels.py", "not_finite and avx2"),
+                (LOUD_NAN, "test_int8_kernels.py", "images_of_few_channels and avx2"),
                 (LEFT_WAITING, "test_program.py", "test_large_batches"),
             ]
+        ),
+        *(
+            pytest.param(
+                fault,
+                "test_int8_kernels.py",
+                "joined_pixels and amx",
+                marks=pytest.mark.skipif(NO_AMX is not None, reason=f"int8_amx: {NO_AMX}"),
+            )
+            for fault in (EQUAL_PIXELS, UNFINISHED_BLOCK)
         ),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else str(value),

@@ -38,7 +38,9 @@ def emulated_objects(
         path = source / "isa" / unit
         text = path.read_text().replace("<immintrin.h>", f'"{HEADER}"')
         text = re.sub(r'(target\(+)"[^"]*"', rf'\1"{target}"', text)
-        path.write_text(text.replace('"+v"', '"+m"'))
+        path.write_text(text)
+    for path in [*(source / "isa" / unit for unit in TARGETS), *(source / "isa").glob("*.inl")]:
+        path.write_text(path.read_text().replace('"+v"', '"+m"'))  # emulated vectors are in memory
     dispatch = source / "dispatch.cpp"
     text = re.sub(r"(bool has_avx(512|vnni)\w*\(\) \{)", r"\1 return true;", dispatch.read_text())
     dispatch.write_text(text)

@@ -72,6 +72,7 @@ EMULATED I16 set1_epi32(int32_t x) {
   return each<I16>([=](int) { return x; });
 }
 EMULATED I16 loadu_si512(const void* p) { return from_memory<I16>(p); }
+EMULATED void storeu_si512(void* p, I16 v) { std::memcpy(p, &v, sizeof v); }
 EMULATED I16 add_epi32(I16 a, I16 b) {
   return each<I16>(
       [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i])); });
@@ -92,8 +93,11 @@ EMULATED __m128i cvtepi32_epi8(I16 v) {
   for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(v.lane[i]);
   return from_memory<__m128i>(bytes);
 }
-EMULATED I16 madd_epi16(I16 a, I16 b) {
-  return each<I16>([&](int i) { return multiply_pairs(a.lane[i], b.lane[i]); });
+EMULATED I16 dpwssd_epi32(I16 sum, I16 a, I16 b) {
+  return each<I16>([&](int i) {
+    return static_cast<int32_t>(static_cast<uint32_t>(sum.lane[i]) +
+                                static_cast<uint32_t>(multiply_pairs(a.lane[i], b.lane[i])));
+  });
 }
 EMULATED I16 dpbusd_epi32(I16 sum, I16 x, I16 w) {
   return each<I16>([&](int i) { return dot(sum.lane[i], x.lane[i], w.lane[i]); });
@@ -212,11 +216,12 @@ EMULATED __m256i dpbusd_avx_epi32(__m256i sum, __m256i x, __m256i w) {
 #define _mm512_setzero_si512 emulated::setzero_si512
 #define _mm512_set1_epi32 emulated::set1_epi32
 #define _mm512_loadu_si512 emulated::loadu_si512
+#define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
-#define _mm512_madd_epi16 emulated::madd_epi16
+#define _mm512_dpwssd_epi32 emulated::dpwssd_epi32
 #define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
 #define _mm256_dpbusd_avx_epi32 emulated::dpbusd_avx_epi32

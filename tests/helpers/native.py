@@ -167,10 +167,24 @@ UNLIMITED_PIXELS = Fault(
 )
 
 ZERO_BORDER = Fault(
-    "padding of bytes is 0, not the zero point",
-    "generic/int8.inl",
+    "padding of gathered bytes is 0, not the zero point",
+    "generic/int8_terms.inl",
+    "fill_terms(row, row_terms, c.zero_point);",
+    "fill_terms(row, row_terms, 0);",
+    "int8_avx2.cpp",
+)
+ZERO_ROWS = Fault(
+    "padded rows of bytes are 0, not the zero point",
+    "generic/int8_terms.inl",
     "fill_terms(to, row_terms, c.zero_point);",
     "fill_terms(to, row_terms, 0);",
+    "int8_avx2.cpp",
+)
+ZERO_SIDES = Fault(
+    "rows of bytes are padded by 0, not by the zero point",
+    "generic/int8_terms.inl",
+    "fill_terms(to + end, row_terms - end, c.zero_point);",
+    "fill_terms(to + end, row_terms - end, 0);",
     "int8_avx2.cpp",
 )
 BYTE_WIDE_TILE = Fault(
@@ -195,10 +209,30 @@ ONE_MULTIPLIER = Fault(
 )
 SILENT_NAN = Fault(
     "a NaN becomes a byte, and nobody is told",
-    "generic/int8.inl",
+    "generic/int8_others.inl",
     "__atomic_store_n(invalid + instance, 1, __ATOMIC_RELAXED);",
     "__atomic_store_n(invalid + instance, 0, __ATOMIC_RELAXED);",
     "int8_avx2.cpp",
+)
+LOUD_NAN = Fault(
+    "a NaN makes the image before it invalid, too",
+    "generic/int8_others.inl",
+    "for (int64_t k = i; k < end; ++k) rest[k - i] = x[k];",
+    "for (int64_t k = i; k < i + kLanes; ++k) rest[k - i] = x[k];",
+    "int8_avx2.cpp",
+)
+EQUAL_PIXELS = Fault(
+    "joined pixels all have the weights of the first",
+    "int8_steps.cpp",
+    "(tap % runs.taps + pixel * runs.pixel_taps) * runs.tap_terms + i;",
+    "(tap % runs.taps + 0 * pixel) * runs.tap_terms + i;",
+)
+UNFINISHED_BLOCK = Fault(
+    "the last block of sums in tiles is not finished",
+    "isa/int8_amx_tiles.inl",
+    "~TileProducts() { finish_waiting(); }",
+    "~TileProducts() {}",
+    "int8_amx.cpp",
 )
 TRUNCATED_WEIGHTS = Fault(
     "weights are cut off to bf16, not rounded",
