@@ -214,7 +214,7 @@ def _title(key: str) -> str:
     """A case as readers know it."""
     model, _, rest = key.partition(" batch ")
     name = "cascade" if model.startswith("cascade:") else model.replace("resnet_cifar:", "ResNet-")
-    name = name.removeprefix("torchvision:")
+    name = name.removeprefix("torchvision:").removesuffix("?calm")
     if name.startswith("last:"):
         name = f"last network of {name.removeprefix('last:').removesuffix('/model')}"
     return f"{name}, batch {rest.split()[0]}"

@@ -93,11 +93,14 @@ int64_t kept_weight_bytes(const Network& net) {
 
 Network build_network(StageSpec spec, const KernelTable& kernels, const Bf16Kernels* bf16_kernels,
                       const std::string& forced) {
-  const Int8Kernels& int8_kernels = choose_int8_kernels(kernels, forced);
-  const std::string forced_f32 = forced.rfind(kInt8Prefix, 0) == 0 ? "" : forced;
+  const bool forces_int8 = forced.rfind(kInt8Prefix, 0) == 0;
+  const std::string forced_f32 = forces_int8 ? "" : forced;
   check_forced_kernel(forced_f32);
   const std::vector<Shape> shapes = infer_shapes(spec);
   const std::vector<bool> bytes = infer_bytes(spec, shapes.size());
+  // Others must not ask the system for registers that only int8 needs.
+  const bool has_bytes = std::find(bytes.begin(), bytes.end(), true) != bytes.end();
+  const Int8Kernels* int8_kernels = has_bytes || forces_int8 ? &choose_int8_kernels(kernels, forced) : nullptr;
   fuse_operations(spec, shapes);
   fuse_max_pools(spec, shapes, kernels, forced_f32);
   Network net = build_steps(spec, shapes, bytes, kernels, int8_kernels, bf16_kernels, forced_f32);

@@ -112,7 +112,7 @@ struct Segment {
 struct Network {
   std::string name;
   const KernelTable* kernels;
-  const Int8Kernels* int8_kernels;
+  const Int8Kernels* int8_kernels;  // null where no value is bytes
   const Bf16Kernels* bf16_kernels;  // null where nothing is to be computed in bf16
   StageInput input_kind;
   std::vector<Value> values;

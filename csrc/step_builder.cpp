@@ -29,12 +29,12 @@ std::vector<Tap> taps_of(const OpSpec& op, const Value& in, bool joins_columns) 
 class StepBuilder {
  public:
   StepBuilder(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
-              const KernelTable& kernels, const Int8Kernels& int8_kernels, const Bf16Kernels* bf16_kernels,
+              const KernelTable& kernels, const Int8Kernels* int8_kernels, const Bf16Kernels* bf16_kernels,
               const std::string& forced)
       : spec_(spec), kernels_(kernels), forced_(forced) {
     net_.name = spec.name;
     net_.kernels = &kernels;
-    net_.int8_kernels = &int8_kernels;
+    net_.int8_kernels = int8_kernels;
     net_.bf16_kernels = bf16_kernels;
     net_.input_kind = spec.input_kind;
     net_.features = spec.keeps_features ? spec.features : -1;
@@ -345,7 +345,7 @@ class StepBuilder {
 }  // namespace
 
 Network build_steps(const StageSpec& spec, const std::vector<Shape>& shapes, const std::vector<bool>& bytes,
-                    const KernelTable& kernels, const Int8Kernels& int8_kernels, const Bf16Kernels* bf16_kernels,
+                    const KernelTable& kernels, const Int8Kernels* int8_kernels, const Bf16Kernels* bf16_kernels,
                     const std::string& forced) {
   return StepBuilder(spec, shapes, bytes, kernels, int8_kernels, bf16_kernels, forced).build();
 }

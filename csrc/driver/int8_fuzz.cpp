@@ -61,10 +61,12 @@ Case make_case(uint64_t seed) {
   op.kind = OpKind::int8_conv2d;
   const bool depthwise = random.chance(25);
   op.groups = depthwise || random.chance(25) ? random.between(2, 40) : 1;
-  const int64_t in_per_group = depthwise ? 1 : random.between(1, 40),
+  const int64_t in_per_group = depthwise           ? 1
+                               : random.chance(50) ? random.between(1, 8)
+                                                   : random.between(1, 40),
                 out_per_group = depthwise ? 1 : random.between(1, 40);
-  const Shape in{op.groups * in_per_group, random.between(1, 12), random.between(1, 12)};
-  op.kernel = {random.between(1, 4), random.between(1, 4)};
+  const Shape in{op.groups * in_per_group, random.between(1, 9), random.between(1, 33)};
+  op.kernel = {random.between(1, 7), random.between(1, 7)};
   op.stride = {random.between(1, 2), random.between(1, 2)};
   op.dilation = {random.between(1, 2), random.between(1, 2)};
   if (random.chance(40)) op.kernel = {3, 3}, op.stride = op.dilation = {1, 1};  // by Winograd where kernels have it
@@ -88,7 +90,7 @@ Case make_case(uint64_t seed) {
     op.int8.high = static_cast<float>(255 - *op.int8.output_zero_point);
   }
   const Shape out{op.weight_shape[0], side[0], side[1]};
-  c.in = value_of(in, round_up(in.c, kWidestVector), true);
+  c.in = value_of(in, round_up(in.c, random.chance(50) ? 4 : kWidestVector), true);
   c.out = value_of(out, round_up(out.c, kWidestVector), op.int8.output_zero_point.has_value());
   c.instances = random.between(1, 3);
   constexpr int64_t kSlack = 64;  // kernels read whole vectors

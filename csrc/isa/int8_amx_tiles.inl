@@ -73,6 +73,7 @@ struct WaitingBlock {
   Strip strip;
   int64_t begin, positions, channel;
 };
+constexpr WaitingBlock kNothing{{nullptr, 0, 0, 1, 1}, 0, 0, 0};
 
 // Finishes the sums of a block, a few at a time, so that it can be done between other work.
 template <int B, Output kOutput>
@@ -220,8 +221,9 @@ class TileProducts {
 
  private:
   const Int8Conv& c_;
-  alignas(64) int32_t sums_[4 * kTileRows * kLanes];
-  WaitingBlock waiting_{{nullptr, 0, 0, 1, 1}, 0, 0, 0};
+  // Four vectors are read where the last positions of a block have fewer.
+  alignas(64) int32_t sums_[(4 * kTileRows + 3) * kLanes];
+  WaitingBlock waiting_ = kNothing;
   int waiting_blocks_ = 0;  // of channels
 
   template <int B>
@@ -232,6 +234,6 @@ class TileProducts {
   void finish_waiting() {
     if (waiting_blocks_ == 1) finish_as<1>();
     if (waiting_blocks_ == 2) finish_as<2>();
-    waiting_.positions = 0;
+    waiting_ = kNothing;
   }
 };
