@@ -106,8 +106,8 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     mean 0 and standard deviation 3 per class over other images: on those that set the norms, some networks'
     logits vary an order of magnitude less.
 
-    A name that ends in "?calm" stands for a network that does not multiply rounding errors, as trained ones do
-    not: residual branches add little, and logits differ more from class to class than from image to image.
+    A name that ends in "?calm" stands for a network that does not multiply rounding errors, as trained ones
+    do not: residual branches add little, and logits differ more from class to class than from image to image.
     """
     calm = name.endswith(_CALM)
     name = name.removesuffix(_CALM)
