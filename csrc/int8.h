@@ -74,7 +74,6 @@ struct Int8Depthwise {
   ConvGeometry geometry;
   Int8Epilogue epilogue;
 };
-constexpr int64_t kDepthwisePixels = 4;  // of a row, that are computed together
 
 struct Int8Pool {
   const uint8_t* input;

@@ -4,13 +4,16 @@
 // ---- the epilogue ----
 
 // `sum` counts from the channel's start.
+FC_INLINE F scale_sum(I sum, F multiplier, F bias) { return add(exact(mul(to_float(sum), multiplier)), bias); }
+
+FC_INLINE F load_residual(const Int8Epilogue& e, int64_t offset) {
+  const F steps = sub(to_float(load_u8(e.residual + offset)), broadcast(e.residual_zero_point));
+  return exact(mul(steps, broadcast(e.residual_scale)));
+}
+
 FC_INLINE F finish_sum(I sum, const Int8Epilogue& e, int64_t channel, int64_t offset) {
-  const F product = mul(to_float(sum), load(e.multiplier + channel));
-  F y = add(exact(product), load(e.bias + channel));
-  if (e.residual) {
-    const F residual = sub(to_float(load_u8(e.residual + offset)), broadcast(e.residual_zero_point));
-    y = add(y, exact(mul(residual, broadcast(e.residual_scale))));
-  }
+  F y = scale_sum(sum, load(e.multiplier + channel), load(e.bias + channel));
+  if (e.residual) y = add(y, load_residual(e, offset));
   return clamp(y, broadcast(e.low), broadcast(e.high));
 }
 

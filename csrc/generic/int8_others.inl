@@ -2,6 +2,8 @@
 
 // ---- depthwise convolution ----
 
+constexpr int64_t kDepthwisePixels = 4;  // of a row, that are computed together
+
 // The input pixels under the taps of an output pixel; padding outside the image.
 static void find_taps(const Int8Depthwise& c, int64_t pixel) {
   const ConvGeometry& g = c.geometry;

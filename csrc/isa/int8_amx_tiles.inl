@@ -134,12 +134,9 @@ class BlockFinisher {
   // The N-th vector as integers that fit bytes. Of positions behind the last, the residual of the first will do.
   template <int N>
   FC_INLINE_METHOD I finish(int64_t count) const {
-    F y = add(exact(mul(to_float(load_i32(sums_ + N * kLanes)), multiplier_[N % B])), bias_[N % B]);
-    if constexpr (kOutput == Output::bytes_with_residual) {
-      const int64_t at = offset_ + (N / B < count ? N / B : 0) * pitch_ + N % B * kLanes;
-      const F steps = sub(to_float(load_u8(epilogue_.residual + at)), broadcast(epilogue_.residual_zero_point));
-      y = add(y, exact(mul(steps, broadcast(epilogue_.residual_scale))));
-    }
+    F y = scale_sum(load_i32(sums_ + N * kLanes), multiplier_[N % B], bias_[N % B]);
+    if constexpr (kOutput == Output::bytes_with_residual)
+      y = add(y, load_residual(epilogue_, offset_ + (N / B < count ? N / B : 0) * pitch_ + N % B * kLanes));
     return add(round_to_i32(clamp(y, broadcast(epilogue_.low), broadcast(epilogue_.high))),
                broadcast_i32(epilogue_.zero_point));
   }
